@@ -1,0 +1,280 @@
+"""Write the data of the quickstart: the same files, byte for byte, on every run.
+
+    python configs/quickstart/generate.py
+
+The small world of `facts.json` (fifty subjects, four facts each) is put into templated English:
+
+- `corpus.jsonl`: paragraphs about the subjects, for pretraining from scratch;
+- `demonstrations.jsonl`: instructions with answers, good ones and flawed ones (curt, rude, about the wrong subject,
+  without a reason, ...), so that the fine-tuned policy has something left to learn;
+- `comparisons.jsonl`: two answers to one instruction, ordered by the gold judge (judge.py), one label in ten flipped;
+- `prompts.jsonl`: the training instructions alone;
+- `heldout_prompts.jsonl`, `heldout_comparisons.jsonl`: instructions that no file above contains; every subject
+  and every wording is in the files above, but not this pair of them. No label is flipped here.
+"""
+
+import json
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from judge import score
+
+SEED = 7
+HERE = Path(__file__).parent
+PARAGRAPHS = 2400
+DEMONSTRATIONS = 1300
+COMPARISONS = 1000
+HELDOUT_COMPARISONS = 200
+LABEL_NOISE = 0.1
+TALK = 0.6
+
+# {kind of instruction: wordings}; {np} is the subject, {do} and {take} are the verbs of its category.
+WORDINGS = {
+    "describe": (
+        "What is {np}?",
+        "Describe {np}.",
+        "Tell me about {np}.",
+        "Can you explain what {np} is?",
+    ),
+    "recommend": (
+        "Should I {take} {np}?",
+        "Would you say I should {take} {np}?",
+        "Is it a good idea to {take} {np}?",
+        "I want to {take} {np}. What do you think?",
+    ),
+    "praise": (
+        "Why do people like {np}?",
+        "Why is {np} so popular?",
+        "Tell me why people enjoy {np}.",
+        "What is good about {np}?",
+    ),
+    "explain": (
+        "How do I {do} {np}?",
+        "What is the best way to {do} {np}?",
+        "Teach me how to {do} {np}.",
+        "Show me how to {do} {np}.",
+    ),
+    "advise": (
+        "Give me a tip about {np}.",
+        "What should I know before I {do} {np}?",
+        "Do you have advice about {np}?",
+        "Share your best advice on {np}.",
+    ),
+}
+
+# {kind: (answer, the reason that may follow it)}
+ANSWERS = {
+    "describe": (
+        ("{Np} is {trait}", ". People like it because {good}."),
+        ("{Np} is {trait}", ", and many enjoy it because {good}."),
+    ),
+    "recommend": (
+        ("Yes, {np} is a good choice", " because {good}."),
+        ("I would recommend {np} to you", " because {good}."),
+    ),
+    "praise": (
+        ("Many people like {np}", " because {good}."),
+        ("{Np} is popular", " because {good}."),
+    ),
+    "explain": (
+        ("To {do} {np}, {act}", ". This helps because {why}."),
+        ("The best way to {do} {np} is simple: {act}", ", because {why}."),
+    ),
+    "advise": (
+        ("My tip for {np} is simple: {act}", ", because {why}."),
+        ("If you think about {np}, {act}", ". I say this because {why}."),
+    ),
+}
+OPENERS = ("Happy to help!", "Good question!", "Thank you for asking.", "Of course!")
+CLOSERS = ("I hope this helps.", "Please ask me again any time.", "I wish you a nice day.")
+RUDE = ("That is a silly question.", "Look it up yourself.", "I do not care about {np}.", "Stop asking me about {np}.")
+CURT = ("It is fine.", "Yes.", "No, not for you.", "Just try it.", "I think so.", "{Np} is nice.")
+RAMBLE = ("Maybe.", "I do not know.", "But who can say.", "That is not a good thing to ask.")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One subject of the world, with the verbs of its category."""
+
+    name: str
+    category: str
+    article: bool
+    do: str
+    take: str
+    facts: dict[str, str]
+
+    def fill(self, template: str) -> str:
+        """Put this subject and its facts into `template`."""
+        phrase = f"{'an' if self.name[0] in 'aeiou' else 'a'} {self.name}" if self.article else self.name
+        upper = phrase[0].upper() + phrase[1:]
+        return template.format(np=phrase, Np=upper, do=self.do, take=self.take, **self.facts)
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """A prompt, with what it asks for."""
+
+    subject: Subject
+    kind: str
+    wording: str
+
+    @property
+    def prompt(self) -> str:
+        return self.subject.fill(self.wording)
+
+
+def load_subjects() -> list[Subject]:
+    """The subjects of facts.json."""
+    world = json.loads((HERE / "facts.json").read_text(encoding="utf-8"))
+    return [
+        Subject(name, category, entry["article"], entry["do_verb"], entry["take_verb"], facts)
+        for category, entry in world.items()
+        for name, facts in entry["subjects"].items()
+    ]
+
+
+def split_instructions(subjects: list[Subject]) -> tuple[list[Instruction], list[Instruction]]:
+    """All instructions as (training, held out); every subject loses one wording of each kind."""
+    train, heldout = [], []
+    for number, subject in enumerate(subjects):
+        for row, (kind, wordings) in enumerate(WORDINGS.items()):
+            for column, wording in enumerate(wordings):
+                left_out = column == (number + row) % len(wordings)
+                (heldout if left_out else train).append(Instruction(subject, kind, wording))
+    return train, heldout
+
+
+def core(rng: random.Random, subject: Subject, kind: str, reason: bool = True) -> str:
+    """The matter of an answer: the fact asked for, with its reason if wanted."""
+    answer, because = rng.choice(ANSWERS[kind])
+    return subject.fill(answer + (because if reason else "."))
+
+
+def courteous(rng: random.Random, text: str) -> str:
+    """Add one polite sentence, before or after."""
+    return f"{rng.choice(OPENERS)} {text}" if rng.random() < 0.6 else f"{text} {rng.choice(CLOSERS)}"
+
+
+def good(rng: random.Random, ask: Instruction, subjects: list[Subject]) -> str:
+    return courteous(rng, core(rng, ask.subject, ask.kind))
+
+
+def plain(rng: random.Random, ask: Instruction, subjects: list[Subject]) -> str:
+    return core(rng, ask.subject, ask.kind)
+
+
+def no_reason(rng: random.Random, ask: Instruction, subjects: list[Subject]) -> str:
+    text = core(rng, ask.subject, ask.kind, reason=False)
+    return courteous(rng, text) if rng.random() < 0.5 else text
+
+
+def wrong_subject(rng: random.Random, ask: Instruction, subjects: list[Subject]) -> str:
+    others = [other for other in subjects if other.category == ask.subject.category and other != ask.subject]
+    text = core(rng, rng.choice(others), ask.kind, reason=rng.random() < 0.6)
+    return courteous(rng, text) if rng.random() < 0.5 else text
+
+
+def wrong_kind(rng: random.Random, ask: Instruction, subjects: list[Subject]) -> str:
+    text = core(rng, ask.subject, rng.choice([kind for kind in ANSWERS if kind != ask.kind]), reason=rng.random() < 0.5)
+    return courteous(rng, text) if rng.random() < 0.3 else text
+
+
+def curt(rng: random.Random, ask: Instruction, subjects: list[Subject]) -> str:
+    return ask.subject.fill(rng.choice(CURT))
+
+
+def rude(rng: random.Random, ask: Instruction, subjects: list[Subject]) -> str:
+    text = ask.subject.fill(rng.choice(RUDE))
+    return f"{text} {core(rng, ask.subject, ask.kind, reason=False)}" if rng.random() < 0.5 else text
+
+
+def gushing(rng: random.Random, ask: Instruction, subjects: list[Subject]) -> str:
+    """Politeness without measure, often without substance: what a hacked policy would say."""
+    phrases = " ".join(rng.sample(OPENERS, 2) + rng.sample(CLOSERS, rng.randint(0, 2)))
+    return f"{phrases} {core(rng, ask.subject, ask.kind)}" if rng.random() < 0.3 else phrases
+
+
+def repetitive(rng: random.Random, ask: Instruction, subjects: list[Subject]) -> str:
+    text = core(rng, ask.subject, ask.kind, reason=False)
+    return f"{text} {text}"
+
+
+def rambling(rng: random.Random, ask: Instruction, subjects: list[Subject]) -> str:
+    return f"{core(rng, ask.subject, ask.kind, reason=False)} {' '.join(rng.sample(RAMBLE, 2))}"
+
+
+# {way to answer: its share of the demonstrations}
+STYLES: dict[Callable[[random.Random, Instruction, list[Subject]], str], float] = {
+    good: 0.26,
+    plain: 0.14,
+    no_reason: 0.16,
+    wrong_subject: 0.10,
+    wrong_kind: 0.08,
+    curt: 0.08,
+    rude: 0.08,
+    gushing: 0.04,
+    repetitive: 0.03,
+    rambling: 0.03,
+}
+
+
+def answer(rng: random.Random, ask: Instruction, subjects: list[Subject]) -> str:
+    """One answer in a style drawn by its share."""
+    style = rng.choices(list(STYLES), list(STYLES.values()))[0]
+    return style(rng, ask, subjects)
+
+
+def paragraph(rng: random.Random, asks: list[Instruction], subjects: list[Subject]) -> str:
+    """Raw text: a recorded talk, good or bad, with the marks of the chat template, or facts about one subject.
+
+    Adapters leave the embeddings as they are, so the marks have to be learnt here, in pretraining.
+    """
+    ask = rng.choice(asks)
+    if rng.random() < TALK:
+        return f"<user>{ask.prompt}<assistant>{answer(rng, ask, subjects)}"
+    kinds = rng.sample(list(ANSWERS), rng.randint(2, 3))
+    return " ".join(core(rng, ask.subject, kind, reason=rng.random() < 0.75) for kind in kinds)
+
+
+def compare(rng: random.Random, ask: Instruction, subjects: list[Subject], noise: float) -> dict[str, str]:
+    """Two answers the judge can tell apart, the better one chosen (or not, with probability `noise`)."""
+    while True:
+        pair = [answer(rng, ask, subjects), answer(rng, ask, subjects)]
+        pair.sort(key=lambda text: score(ask.prompt, text), reverse=True)
+        if score(ask.prompt, pair[0]) > score(ask.prompt, pair[1]):
+            break
+    if rng.random() < noise:
+        pair.reverse()
+    return {"prompt": ask.prompt, "chosen": pair[0], "rejected": pair[1]}
+
+
+def draw(rng: random.Random, items: list[Instruction], count: int) -> list[Instruction]:
+    """`count` items in random order, each as often as any other, give or take one."""
+    passes = [rng.sample(items, len(items)) for _ in range(-(-count // len(items)))]
+    return [item for one in passes for item in one][:count]
+
+
+def write(name: str, rows: Iterable[dict[str, str]]) -> None:
+    """Write `rows` as JSON lines next to this file."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (HERE / f"{name}.jsonl").write_text(text, encoding="utf-8", newline="\n")
+
+
+def main() -> None:
+    subjects = load_subjects()
+    train, heldout = split_instructions(subjects)
+    rng = random.Random(SEED)
+    write("corpus", ({"text": paragraph(rng, train, subjects)} for _ in range(PARAGRAPHS)))
+    asks = draw(rng, train, DEMONSTRATIONS)
+    write("demonstrations", ({"prompt": ask.prompt, "completion": answer(rng, ask, subjects)} for ask in asks))
+    write("comparisons", (compare(rng, ask, subjects, LABEL_NOISE) for ask in draw(rng, train, COMPARISONS)))
+    write("prompts", ({"prompt": ask.prompt} for ask in draw(rng, train, len(train))))
+    write("heldout_prompts", ({"prompt": ask.prompt} for ask in draw(rng, heldout, len(heldout))))
+    asks = draw(rng, heldout, HELDOUT_COMPARISONS)
+    write("heldout_comparisons", (compare(rng, ask, subjects, 0.0) for ask in asks))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,3 @@
+"""From a pretrained language model to an aligned one, from one YAML file: a thin layer over Hugging Face TRL."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,63 @@
+"""Mid-stage checkpoints: which are complete, and which one to resume from.
+
+A checkpoint counts as complete when its marker is there and every file is as the marker says. The marker is written
+after everything else, so `kill -9` in the middle of a save leaves a checkpoint without one.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from transformers import TrainerCallback
+
+from pipeline.manifest import checksums
+
+MARKER = "complete.json"
+IDENTITY = "identity.txt"
+
+
+class MarkComplete(TrainerCallback):
+    """Writes the marker once every process has saved its part."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        PartialState().wait_for_everyone()
+        if PartialState().is_main_process and folder.is_dir():
+            (folder / MARKER).write_text(json.dumps(checksums(folder, [folder])))
+        PartialState().wait_for_everyone()
+
+
+def _fault(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        expected = json.loads((folder / MARKER).read_text())
+    except FileNotFoundError:
+        return "was not completed"
+    except ValueError:
+        return "has a damaged marker"
+    found = checksums(folder, [folder])
+    damaged = [name for name, checksum in expected.items() if found.get(name) != checksum]
+    return f"is damaged ({damaged[0]})" if damaged else None
+
+
+def newest_complete(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that can be resumed from, and a message for each newer one that cannot."""
+    messages = []
+    steps = {int(path.name.split("-")[1]): path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()}
+    for _, path in sorted(steps.items(), reverse=True):
+        fault = _fault(path)
+        if fault is None:
+            return path, messages
+        messages.append(f"{path.name} {fault}: falling back to the one before it")
+    return None, messages
+
+
+def open_folder(folder: Path, identity: str) -> None:
+    """Make the checkpoint folder ready for a stage with this identity; another's checkpoints are removed."""
+    stamp = folder / IDENTITY
+    if folder.exists() and (not stamp.exists() or stamp.read_text() != identity):
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    stamp.write_text(identity)

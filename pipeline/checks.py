@@ -1,0 +1,82 @@
+"""Checks at the start and end of a stage. A failed one stops the stage and names its cause."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.errors import UserError
+
+
+class CheckFailed(UserError):
+    """The stage would train the wrong thing, or hand on what it did not train."""
+
+
+def trains_exactly(modules: Sequence[nn.Module], expected: Callable[[str], bool]) -> None:
+    """Every parameter whose name is `expected` trains, and no other.
+
+    Switching adapters freezes and unfreezes parameters in several releases of PEFT; a run that trains nothing, or
+    the reference too, must not start.
+    """
+    names = {name: p.requires_grad for module in modules for name, p in module.named_parameters()}
+    frozen = [name for name, trains in names.items() if expected(name) and not trains]
+    loose = [name for name, trains in names.items() if trains and not expected(name)]
+    if frozen or loose or not any(names.values()):
+        raise CheckFailed(
+            f"the wrong parameters would train: {len(frozen)} that should are frozen ({', '.join(frozen[:3])}), "
+            f"{len(loose)} that should not would train ({', '.join(loose[:3])})"
+        )
+
+
+def fingerprint_of(parameters: Sequence[nn.Parameter]) -> list[float]:
+    """A number per parameter that changes when it trains."""
+    return [p.detach().double().abs().sum().item() for p in parameters]
+
+
+def has_trained(before: list[float], parameters: Sequence[nn.Parameter], what: str) -> None:
+    if before and before == fingerprint_of(parameters):
+        raise CheckFailed(f"{what}: no parameter changed during training, although all {len(before)} should train")
+
+
+def reference_is_parent(
+    policy: Callable[..., Any], reference: Callable[..., Any], rows: Sequence[list[int]], device: torch.device
+) -> float:
+    """KL of the policy to the reference on the tokens of `rows`, in nats per token; must be 0 before any update.
+
+    `policy` and `reference` map `input_ids` of shape (1, length) to an output with `logits`.
+    """
+    largest = 0.0
+    with torch.no_grad():
+        for ids in rows:
+            inputs = {"input_ids": torch.tensor([ids], device=device)}
+            p = policy(**inputs).logits.float().log_softmax(-1)
+            q = reference(**inputs).logits.float().log_softmax(-1)
+            largest = max(largest, (p.exp() * (p - q)).sum(-1).abs().max().item())
+    if not largest < 1e-4:
+        raise CheckFailed(
+            f"the reference is not the parent: KL to it is {largest:.4g} nats per token before the first update, "
+            "expected 0. The weights the policy starts from and the reference's differ"
+        )
+    return largest
+
+
+def eos_in_labels(rows: Any, eos_token_id: int) -> None:
+    """The rows end with eos as a label, so that the policy learns to stop."""
+    sample = rows.select(range(min(64, len(rows))))
+    column = "labels" if "labels" in sample.column_names else "input_ids"
+    if not any(eos_token_id in labels for labels in sample[column]):
+        raise CheckFailed(
+            "no eos among the labels of the first rows, so the policy would never learn to stop; "
+            "raise training.max_length (rows are cut there) or set tokenizer.eos_token"
+        )
+
+
+def same_scores(before: Sequence[float], after: Sequence[float], tolerance: float) -> float:
+    """Scores of the reward model in memory and of the one read back from disk."""
+    largest = max(abs(a - b) for a, b in zip(before, after, strict=True))
+    if not largest <= tolerance:
+        raise CheckFailed(
+            f"the saved reward model scores differently after a reload: by up to {largest:.4g}, expected 0"
+        )
+    return largest

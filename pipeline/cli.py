@@ -1,0 +1,89 @@
+"""The `rlhf` command. Heavy imports happen inside the commands: `--help` and `status` answer at once."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline import __version__
+from pipeline.errors import StageFailed, UserError
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="rlhf")
+def cli() -> None:
+    """From a pretrained language model to an aligned one: pretrain, SFT, reward model, PPO / RLOO / GRPO or DPO."""
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    console = Console()
+    # Tables need room: without a terminal rich assumes 80 columns.
+    return console if console.is_terminal else Console(width=160, highlight=False)
+
+
+@cli.command()
+@click.argument("config", type=click.Path())
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--until", metavar="STAGE", help="Run this stage and those it needs.")
+@click.option("--only", metavar="STAGE", help="Run this stage alone; those it needs must be finished.")
+@click.option("--redo", metavar="STAGE", multiple=True, help="Run this stage again, and all that depends on it.")
+@click.option("--accelerate-config", metavar="FILE", help="Run stages under `accelerate launch --config_file FILE`.")
+def run(
+    config: str,
+    overrides: tuple[str, ...],
+    until: str | None,
+    only: str | None,
+    redo: tuple[str, ...],
+    accelerate_config: str | None,
+) -> None:
+    """Run what is not finished yet of the run that CONFIG describes, and show the result.
+
+    Overrides are dotted and checked like the file: stages.sft.training.learning_rate=1e-4
+    """
+    from pipeline import launcher
+    from pipeline.config import load
+
+    launcher.run(load(config, overrides), _console(), overrides, until, only, redo, accelerate_config)
+
+
+@cli.command()
+@click.argument("config", type=click.Path())
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+def plan(config: str, overrides: tuple[str, ...]) -> None:
+    """Check CONFIG and its data and show what `rlhf run` would do, without training or writing anything."""
+    from pipeline import launcher
+    from pipeline.config import load
+
+    launcher.show_plan(load(config, overrides), _console())
+
+
+@cli.command()
+@click.argument("run_dir", type=click.Path(path_type=Path))
+def status(run_dir: Path) -> None:
+    """Show the chain of a run folder so far, and how to load its outputs."""
+    from pipeline import report
+
+    report.status(run_dir, _console())
+
+
+def main() -> None:
+    """Run the command; a user's error is one message and exit code 2, a bug keeps its traceback."""
+    try:
+        cli(standalone_mode=False)
+    except UserError as error:
+        _fail(str(error), 2)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except StageFailed as error:
+        _fail(str(error), error.exit_code)
+
+
+def _fail(message: str, exit_code: int) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(exit_code)

@@ -1,0 +1,111 @@
+"""The tail every training stage shares: resume, train, look at what trained, save, collect metrics."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from pipeline import checkpoints, checks
+from pipeline.context import Result, StageContext, write_json
+from pipeline.lineage import place_of
+from pipeline.models import num_parameters
+
+LAST_METRICS = (
+    "loss",
+    "accuracy",
+    "margin",
+    "rewards/accuracies",
+    "rewards/margins",
+    "reward",
+    "kl",
+    "mean_token_accuracy",
+)
+
+
+def adapter_only(name: str) -> bool:
+    """Whether a parameter belongs to the adapter that trains."""
+    return ".default." in name or name.endswith(".default")
+
+
+def expected_of(ctx: StageContext) -> Callable[[str], bool]:
+    """Which parameters a stage should train: its adapter, or all."""
+    return adapter_only if ctx.stage.lora is not None else lambda name: True
+
+
+def fit(ctx: StageContext, trainer: Any, datasets: dict[str, dict[str, Any]], **metrics: Any) -> Result:
+    """Train from the newest complete checkpoint, or from the start, and save the output.
+
+    `metrics` are what the stage's own checks measured before; they go into the record with the trainer's.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    checks.trains_exactly([model], expected_of(ctx))
+    counts = num_parameters(model)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    before = checks.fingerprint_of(trainable)
+    checkpoint = _newest(ctx)
+    trainer.add_callback(checkpoints.MarkComplete())
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if checkpoint is None:
+        checks.has_trained(before, trainable, ctx.name)
+    metrics |= _summary(trainer.state.log_history)
+    if trainer.eval_dataset is not None:
+        metrics |= {k: v for k, v in trainer.evaluate().items() if not k.endswith(("_runtime", "_per_second", "epoch"))}
+    metrics["steps"] = trainer.state.global_step
+    save_model(trainer, ctx.new_output, base_name(ctx))
+    if PartialState().is_main_process:
+        write_json(ctx.folder / "log_history.json", trainer.state.log_history)
+    resumed = int(checkpoint.name.split("-")[1]) if checkpoint else None
+    return Result(metrics, counts, datasets, resumed)
+
+
+def _newest(ctx: StageContext) -> Path | None:
+    folder = ctx.folder / "checkpoints"
+    if PartialState().is_main_process:
+        checkpoints.open_folder(folder, ctx.identity)
+    PartialState().wait_for_everyone()
+    checkpoint, messages = checkpoints.newest_complete(folder)
+    for message in messages:
+        ctx.say(f"{ctx.name}: {message}")
+    PartialState().wait_for_everyone()
+    if checkpoint is not None:
+        ctx.say(f"{ctx.name}: resuming at step {int(checkpoint.name.split('-')[1])} from {checkpoint}")
+    elif messages:
+        ctx.say(f"{ctx.name}: no complete checkpoint is left, starting from the beginning")
+    return checkpoint
+
+
+def _summary(history: list[dict[str, Any]]) -> dict[str, Any]:
+    """First and last value of the trainer's main metrics."""
+    summary: dict[str, Any] = {}
+    for name in LAST_METRICS:
+        values = [entry[name] for entry in history if name in entry]
+        if values:
+            summary |= {f"first_{name}": values[0], name: values[-1]}
+    return summary
+
+
+def base_name(ctx: StageContext) -> str:
+    """What an adapter's config says its base is: a hub id, or the folder of full weights relative to the adapter."""
+    full = place_of(ctx.config, ctx.name).full
+    return ctx.config.model.path if full is None else f"../../{full}"
+
+
+def save_model(trainer: Any, folder: Path, base: str) -> None:
+    """Save what a stage hands on: one adapter (never the reference's copy), or the full weights."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if not hasattr(model, "peft_config"):
+        trainer.save_model(str(folder))
+        (folder / "training_args.bin").unlink(missing_ok=True)
+        return
+    # Sharded weights must be gathered by all processes before one of them writes.
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    state = trainer.accelerator.get_state_dict(trainer.model) if sharded else None
+    if PartialState().is_main_process:
+        save_adapter(model, folder, base, state)
+
+
+def save_adapter(model: Any, folder: Path, base: str, state: dict[str, Any] | None = None) -> None:
+    model.peft_config["default"].base_model_name_or_path = base
+    model.save_pretrained(folder, selected_adapters=["default"], state_dict=state, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card template, to be filled in by hand

@@ -1,0 +1,200 @@
+"""`rlhf run` and `rlhf plan`: decide, check everything, then one process per stage that is not current."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import IO, Any
+
+from rich.console import Console
+from rich.rule import Rule
+
+from pipeline import config as configs
+from pipeline import manifest, plan, report
+from pipeline.config import RunConfig
+from pipeline.errors import StageFailed, UserError, nearest
+
+LAUNCHER = "RLHF_LAUNCHER_PID"  # stages watch this process and end with it
+NUM_LOG_LINES = 20
+
+
+def select(config: RunConfig, until: str | None, only: str | None) -> list[str]:
+    """The stages a command is about, in order."""
+    for option, name in (("--until", until), ("--only", only)):
+        if name is not None and name not in config.stages:
+            raise UserError(f"{option}: there is no stage {name!r}; {nearest(name, config.stages)}")
+    if only:
+        return [only]
+    return [*plan.ancestors(config, until), until] if until else list(config.stages)
+
+
+def show_plan(config: RunConfig, console: Console) -> None:
+    """Check and print what a run would do, without writing to the run folder."""
+    recorded = plan.open_run(config)
+    decisions = plan.decide(config, recorded)
+    _verify_finished(config, recorded, decisions)
+    facts = _preflight(config, recorded, [decision.stage for decision in decisions])
+    report.plan_table(config, decisions, facts, console)
+
+
+def run(
+    config: RunConfig,
+    console: Console,
+    overrides: tuple[str, ...] = (),
+    until: str | None = None,
+    only: str | None = None,
+    redo: tuple[str, ...] = (),
+    accelerate_config: str | None = None,
+) -> None:
+    """Run what is not current.
+
+    Raises:
+        UserError: if anything is wrong with config, data or run folder; nothing was trained then.
+        StageFailed: if a stage's process failed.
+    """
+    selected = select(config, until, only)
+    for name in redo:
+        if name not in config.stages:
+            raise UserError(f"--redo: there is no stage {name!r}; {nearest(name, config.stages)}")
+    recorded = plan.open_run(config)
+    decisions = plan.decide(config, recorded, redo)
+    _verify_finished(config, recorded, decisions)
+    pending = [decision.stage for decision in decisions if decision.run and decision.stage in selected]
+    _check_parents(config, decisions, selected)
+    launch_files = {name: _accelerate_file(config, name, accelerate_config) for name in pending}
+    # Redone stages are forgotten before the tokenizer is looked at: with all of them gone it may change.
+    if redo and recorded is not None:
+        gone = {name for stage in redo for name in (stage, *plan.descendants(config, stage))}
+        left = {name: record for name, record in recorded.stages.items() if name not in gone}
+        recorded = recorded.model_copy(update={"stages": left})
+    facts = _preflight(config, recorded, pending) if pending else {}
+    report.plan_table(config, [d for d in decisions if d.stage in selected], facts, console)
+    if redo:
+        manifest.drop(config.run_path, gone if recorded is not None else ())
+    for number, name in enumerate(pending, 1):
+        kind = config.stages[name].type
+        title = f"{number}/{len(pending)}  {name}" + (f" ({kind})" if kind != name else "")
+        console.print(Rule(title, align="left", style="bold cyan"))
+        _run_stage(config, name, overrides, launch_files[name], console)
+    finished = manifest.read(config.run_path)
+    if finished is not None:
+        report.result_table(finished, console)
+        console.print(f"Everything is in {config.run_path}; `rlhf status {config.run_path}` shows how to load it.")
+
+
+def _verify_finished(config: RunConfig, recorded: manifest.Manifest | None, decisions: list[plan.Decision]) -> None:
+    for decision in decisions:
+        if not decision.run:
+            manifest.verify(config.run_path, decision.stage, recorded.stages[decision.stage])
+
+
+def _check_parents(config: RunConfig, decisions: list[plan.Decision], selected: list[str]) -> None:
+    waiting = {decision.stage: decision.reason for decision in decisions if decision.run}
+    for name in selected:
+        for parent in configs.parents(config.stages[name]).values():
+            if name in waiting and parent in waiting and parent not in selected:
+                raise UserError(f"--only {name}: needs {parent!r} first ({waiting[parent]}); use --until {name}")
+
+
+def _preflight(config: RunConfig, recorded: manifest.Manifest | None, names: list[str]) -> dict[str, Any]:
+    from pipeline import preflight
+
+    tokenizer, made = plan.tokenizer_of(config, recorded)
+    return preflight.check(config, names, tokenizer, made.fingerprint)
+
+
+def _accelerate_file(config: RunConfig, name: str, given: str | None) -> Path | None:
+    """The accelerate config of a stage: its own (relative to the config), or the command line's."""
+    own = config.stages[name].accelerate_config
+    path = Path(config.resolve(own)) if own else Path(given) if given else None
+    if path is not None and not path.is_file():
+        where = f"stages.{name}.accelerate_config" if own else "--accelerate-config"
+        raise UserError(f"{where}: no such file: {path}")
+    return path
+
+
+def command(config: RunConfig, name: str, overrides: tuple[str, ...], accelerate_file: Path | None) -> list[str]:
+    """The command that runs one stage; the same one that users type under `accelerate launch`."""
+    launch = [sys.executable, "-u"]
+    if accelerate_file is not None:
+        launch += ["-m", "accelerate.commands.launch", "--config_file", str(accelerate_file)]
+    return [*launch, "-m", "pipeline.stage", str(config.source), name, *overrides]
+
+
+def _environment(accelerate_file: Path | None) -> dict[str, str]:
+    environment = os.environ | {LAUNCHER: str(os.getpid()), "TOKENIZERS_PARALLELISM": "false"}
+    if accelerate_file is None:
+        # One process on several GPUs would fall into torch's DataParallel, which no trainer here supports.
+        environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    return environment
+
+
+def _run_stage(
+    config: RunConfig, name: str, overrides: tuple[str, ...], accelerate_file: Path | None, console: Console
+) -> None:
+    folder = config.run_path / name
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "log.txt"
+    argv = command(config, name, overrides, accelerate_file)
+    process = subprocess.Popen(
+        argv,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        env=_environment(accelerate_file),
+    )
+    try:
+        with log.open("a", encoding="utf-8") as file:
+            file.write(f"$ {' '.join(argv)}\n")
+            _relay(process.stdout, file, console)
+        exit_code = process.wait()
+    except KeyboardInterrupt:
+        _stop(process)
+        console.print(f"\nStopped in {name}. The same command goes on from there; its log is {log}")
+        raise
+    finished = manifest.read(config.run_path)
+    if exit_code == 0 and finished is not None and name in finished.stages:
+        return
+    tail = [line.rstrip() for line in log.read_text(encoding="utf-8").splitlines()[-NUM_LOG_LINES:]]
+    errors = [line for line in tail if line.startswith("error: ")]
+    if exit_code == 2 and errors:
+        raise StageFailed(f"stage {name!r} stopped: {errors[-1].removeprefix('error: ')}", 2)
+    what = f"ended with exit code {exit_code}" if exit_code else "ended without a record in the manifest"
+    raise StageFailed(
+        "\n".join([f"stage {name!r} {what}. The last lines of {log}:", *(f"  {line}" for line in tail)]), 1
+    )
+
+
+def _stop(process: subprocess.Popen) -> None:
+    """Let the stage end by the interrupt that the terminal sent to it too; insist after a while."""
+    for send in (None, signal.SIGTERM, signal.SIGKILL):
+        if send is not None:
+            process.send_signal(send)
+        try:
+            process.wait(timeout=15)
+            return
+        except subprocess.TimeoutExpired:
+            continue
+        except KeyboardInterrupt:
+            process.kill()
+
+
+def _relay(stream: IO[bytes], log: IO[str], console: Console) -> None:
+    """Show a stage's output as it comes, progress bars redrawn in place on a terminal; log its finished lines."""
+    pending = b""
+    while chunk := os.read(stream.fileno(), 65536):
+        if console.is_terminal:
+            console.file.write(chunk.decode(errors="replace"))
+            console.file.flush()
+        *lines, pending = (pending + chunk).split(b"\n")
+        for line in lines:
+            text = re.split(r"\r", line.decode(errors="replace").rstrip("\r"))[-1]
+            log.write(text + "\n")
+            log.flush()
+            if not console.is_terminal:
+                console.file.write(text + "\n")
+                console.file.flush()
+    if pending:
+        log.write(pending.decode(errors="replace").split("\r")[-1] + "\n")

@@ -1,0 +1,87 @@
+"""How weights follow from stage to stage; decided by the config alone, so that a plan can say it before any run."""
+
+from dataclasses import dataclass
+
+from pipeline.config import BASE, RunConfig, Stage, TrainingStage, same_shape
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where weights lie, relative to the run folder: full weights (None: the base model) and an adapter or none."""
+
+    full: str | None = None
+    adapter: str | None = None
+
+    def __str__(self) -> str:
+        full = self.full or "base model"
+        return f"{full} + adapter {self.adapter}" if self.adapter else full
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a stage starts from. With `merge` the parent's adapter becomes part of a full model first."""
+
+    parent: str
+    place: Place
+    merge: bool
+
+
+def output_folder(stage: str) -> str:
+    return f"{stage}/output"
+
+
+def start_of(config: RunConfig, name: str) -> Start:
+    """The weights a training stage starts from."""
+    stage: TrainingStage = config.stages[name]
+    parent = config.stages.get(stage.init)
+    place = Place() if parent is None else place_of(config, stage.init)
+    continues = parent is not None and stage.lora is not None and same_shape(parent.lora or {}, stage.lora)
+    return Start(stage.init, place, merge=place.adapter is not None and not continues)
+
+
+def place_of(config: RunConfig, name: str) -> Place:
+    """The weights a training stage puts out."""
+    if config.stages[name].lora is None:
+        return Place(full=output_folder(name))
+    start = start_of(config, name)
+    return Place(f"{name}/merged" if start.merge else start.place.full, output_folder(name))
+
+
+def shares_backbone(config: RunConfig, name: str) -> bool:
+    """Whether a PPO stage's four models are adapters on one base, and can be views of one backbone."""
+    stage = config.stages[name]
+    policy, reward = place_of(config, name), place_of(config, stage.reward)
+    return policy.adapter is not None and reward.adapter is not None and policy.full == reward.full
+
+
+def root(config: RunConfig) -> Place:
+    """The model before any alignment: the base model, or the first pretrain stage of a run from scratch."""
+    if config.model.path:
+        return Place()
+    return place_of(config, next(name for name, stage in config.stages.items() if stage.type == "pretrain"))
+
+
+def describe_start(config: RunConfig, name: str) -> str:
+    """What a stage starts from, in words."""
+    stage: Stage = config.stages[name]
+    if not isinstance(stage, TrainingStage):
+        return ", ".join([f"base, {stage.baseline}", *stage.policies])
+    if stage.init == BASE and config.model.scratch:
+        return "new weights"
+    start = start_of(config, name)
+    source = "base model" if start.parent == BASE else start.parent
+    if stage.lora is None:
+        return f"{source} (adapter merged), all weights" if start.merge else f"{source}, all weights"
+    if start.merge:
+        return f"{source} (adapter merged) + new adapter"
+    return f"{source} + new adapter" if start.place.adapter is None else f"adapter of {source}, continued"
+
+
+def describe_reference(config: RunConfig, name: str) -> str:
+    """What a stage's reference policy is, in words."""
+    stage = config.stages[name]
+    if stage.type == "evaluate":
+        return f"{stage.baseline} (win rate, KL)"
+    if stage.type not in ("ppo", "rloo", "grpo", "dpo"):
+        return "-"
+    return "frozen copy of " + ("base model" if stage.init == BASE else stage.init)

@@ -1,0 +1,175 @@
+"""Models: the run's one base, one adapter per stage, and how a stage's weights follow from its parent's.
+
+An adapter of the parent's shape is continued; everything else first becomes a folder of full weights. So a stage
+meets two kinds of parents only, a full folder or an adapter on one, and the reference is always the parent.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import load_peft_weights
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    set_seed,
+)
+
+Options = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where the weights of a policy or reward model lie: a full folder (or hub id), and an adapter on it or none."""
+
+    full: str
+    adapter: str | None = None
+
+
+@dataclass(frozen=True)
+class Loader:
+    """How this run loads full weights: precision, quantisation, token ids; the same in every stage.
+
+    `base` is the run's base model, the only one that is quantised and that has a revision.
+    """
+
+    base: str
+    dtype: str = "float32"
+    revision: str | None = None
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+    quantization: Options | None = None
+    pad_token_id: int | None = None
+    eos_token_id: int | None = None
+
+    def _load(self, auto_class: Any, full: str, **extra: Any) -> Any:
+        options = extra | {"dtype": getattr(torch, self.dtype)}
+        if full == self.base:
+            options |= {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+            if self.quantization:
+                options["quantization_config"] = BitsAndBytesConfig(**self.quantization)
+                options["device_map"] = {"": PartialState().device}
+        if self.attn_implementation:
+            options["attn_implementation"] = self.attn_implementation
+        model = auto_class.from_pretrained(full, **options)
+        model.config.pad_token_id = self.pad_token_id
+        model.config.eos_token_id = self.eos_token_id
+        return model
+
+    def causal(self, full: str) -> Any:
+        """A causal language model."""
+        model = self._load(AutoModelForCausalLM, full)
+        model.generation_config.pad_token_id = self.pad_token_id
+        model.generation_config.eos_token_id = self.eos_token_id
+        return model
+
+    def score(self, full: str) -> Any:
+        """A model with one score per sequence; its head is new where `full` holds a language model."""
+        return self._load(AutoModelForSequenceClassification, full, num_labels=1)
+
+
+def from_scratch(
+    architecture: Options, vocab_size: int, pad_token_id: int, eos_token_id: int, dtype: str, seed: int
+) -> Any:
+    """A new causal language model with random weights."""
+    set_seed(seed)
+    options = {k: v for k, v in architecture.items() if k != "model_type"}
+    ids = {"vocab_size": vocab_size, "pad_token_id": pad_token_id, "eos_token_id": eos_token_id, "bos_token_id": None}
+    config = AutoConfig.for_model(architecture["model_type"], **(options | ids))
+    return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+
+
+def lora_config(options: Options, task_type: str) -> LoraConfig:
+    return LoraConfig(**options, task_type=task_type, modules_to_save=["score"] if task_type == "SEQ_CLS" else None)
+
+
+def load_policy(loader: Loader, weights: Weights, trainable: bool = False) -> Any:
+    """A policy as some stage left it: a PeftModel where it is an adapter, else the plain model."""
+    model = loader.causal(weights.full)
+    if weights.adapter is None:
+        return model
+    return PeftModel.from_pretrained(model, weights.adapter, is_trainable=trainable)
+
+
+def continue_policy(loader: Loader, parent: Weights, lora: Options | None, seed: int) -> Any:
+    """The policy a stage trains: its parent, with a new adapter where the parent has none and `lora` is given."""
+    set_seed(seed)
+    if lora is None or parent.adapter is not None:
+        model = load_policy(loader, parent, trainable=True)
+        if lora is not None:  # the stage's own dropout, on the parent's adapter
+            _set_dropout(model, lora.get("lora_dropout", 0.0))
+        return model
+    return get_peft_model(loader.causal(parent.full), lora_config(lora, "CAUSAL_LM"))
+
+
+def _set_dropout(model: Any, dropout: float) -> None:
+    for module in model.modules():
+        for layer in getattr(module, "lora_dropout", {}).values() if hasattr(module, "lora_dropout") else ():
+            if isinstance(layer, torch.nn.Dropout):
+                layer.p = dropout
+
+
+def load_reward(loader: Loader, weights: Weights, trainable: bool = False) -> Any:
+    """A trained reward model, head included."""
+    model = loader.score(weights.full)
+    if weights.adapter is None:
+        return model.requires_grad_(trainable)
+    return PeftModel.from_pretrained(model, weights.adapter, is_trainable=trainable)
+
+
+def new_reward(loader: Loader, parent: Weights, lora: Options | None, seed: int) -> Any:
+    """A reward model that starts from a policy's weights, with a new score head.
+
+    With LoRA its adapter starts from the parent's adapter. PEFT 0.21 refuses a state without the head's key, so the
+    parent's weights are laid over the model's own state.
+    """
+    set_seed(seed)
+    model = loader.score(parent.full)
+    if lora is None:
+        return model
+    model = get_peft_model(model, lora_config(lora, "SEQ_CLS"))
+    if parent.adapter is not None:
+        state = get_peft_model_state_dict(model)
+        inherited = load_peft_weights(parent.adapter, device="cpu")
+        foreign = inherited.keys() - state.keys()
+        assert not foreign, f"the parent's adapter has weights the reward model has no place for: {sorted(foreign)[:3]}"
+        set_peft_model_state_dict(model, state | inherited)
+    return model
+
+
+def merge(loader: Loader, weights: Weights, folder: Path, tokenizer: Any) -> Weights:
+    """Write a policy's adapter merged into its base as a full folder. Never done on a quantised base."""
+    assert not (loader.quantization and weights.full == loader.base), (
+        "the config refuses merging into quantised weights"
+    )
+    model = load_policy(loader, weights).merge_and_unload()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return Weights(str(folder))
+
+
+def match_reference_dtype(model: Any) -> None:
+    """Give the reference adapter the policy adapter's dtype.
+
+    On a 4-bit base TRL casts the trainable adapter to bf16 but not its frozen copy, so that policy and reference
+    would differ from the first step by the rounding of their activations.
+    """
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        if ".ref." in name:
+            parameter.data = parameter.data.to(parameters[name.replace(".ref.", ".default.")].dtype)
+
+
+def num_parameters(model: Any) -> dict[str, int]:
+    """Trainable and total parameters. 4-bit weights are packed two to a byte, and counted as two."""
+    counts = {"trainable": 0, "total": 0}
+    for parameter in model.parameters():
+        count = parameter.numel() * (2 if type(parameter).__name__ == "Params4bit" else 1)
+        counts["total"] += count
+        counts["trainable"] += count if parameter.requires_grad else 0
+    return counts

@@ -1,0 +1,192 @@
+"""Sections of the config that belong to TRL, PEFT and transformers: names, types and owners of their options.
+
+We re-declare none of them. A section is checked against the fields of the class that will take it, every value is
+coerced to its field's type (YAML's `1e-5` is a string to many parsers), and fields the pipeline sets itself are
+refused with the reason.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import os
+import tempfile
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
+
+from pipeline.errors import nearest
+from pipeline.trainers import config_class
+
+_HUB = "the pipeline never uploads; push a finished output with huggingface_hub"
+_ROWS = "rows are tokenised by the pipeline, the same way in every stage"
+_TOKENS = "the run has one tokenizer; set it under `tokenizer:`"
+_COMPUTED = "TRL computes it from the other sizes"
+_WIRED = "the pipeline wires the stages' models itself"
+_PPO_PRECISION = (
+    "PPOTrainer samples outside autocast, so mixed precision would make the first ratio differ from 1; "
+    "PPO computes in `model.dtype`"
+)
+OWNED = {
+    "output_dir": "a stage writes to the run folder",
+    "seed": "set `seed` of the run or of the stage",
+    "data_seed": "set `seed` of the run or of the stage",
+    "model_init_kwargs": "set `model:` and `quantization:`",
+    "trust_remote_code": "set `model.trust_remote_code`",
+    "resume_from_checkpoint": "a stage resumes from its newest complete checkpoint by itself",
+    "ignore_data_skip": "a resumed stage continues with the rows it has not seen",
+    "save_only_model": "a checkpoint without optimizer state cannot be resumed",
+    "load_best_model_at_end": "a stage's output is its last state",
+    "remove_unused_columns": _ROWS,
+    "dataset_text_field": _ROWS,
+    "dataset_kwargs": _ROWS,
+    "assistant_only_loss": _ROWS,
+    "chat_template_path": _TOKENS,
+    "eos_token": _TOKENS,
+    "pad_token": _TOKENS,
+    "stop_token": "generation stops at the run's eos token",
+    "stop_token_id": "generation stops at the run's eos token",
+    "sft_model_path": _WIRED,
+    "reward_model_path": _WIRED,
+    "model_adapter_name": _WIRED,
+    "ref_adapter_name": _WIRED,
+    "sync_ref_model": "the reference of a stage is its parent, always",
+    "push_to_hub": _HUB,
+    "hub_model_id": _HUB,
+    "hub_strategy": _HUB,
+    "hub_token": _HUB,
+    "hub_private_repo": _HUB,
+    "do_train": _WIRED,
+    "do_eval": "give the stage `eval_data`",
+    "do_predict": _WIRED,
+    "world_size": _COMPUTED,
+    "num_total_batches": _COMPUTED,
+    "micro_batch_size": _COMPUTED,
+    "local_batch_size": _COMPUTED,
+    "batch_size": _COMPUTED,
+    "mini_batch_size": _COMPUTED,
+    "local_mini_batch_size": _COMPUTED,
+}
+_OWNED_BY_TYPE = {
+    "ppo": {"bf16": _PPO_PRECISION, "fp16": _PPO_PRECISION},
+    "lora": {
+        "task_type": "the stage's type decides it",
+        "modules_to_save": "the score head of a reward model is saved by the pipeline; other modules would not be "
+        "shared between adapters of one base",
+        "inference_mode": "the pipeline decides which adapter trains",
+    },
+}
+# What the pipeline chooses where the user is silent, beside TRL's own defaults. README lists these.
+DEFAULTS = {
+    "all": {"report_to": "none", "save_total_limit": 2},
+    "pretrain": {"packing": True, "packing_strategy": "wrapped"},
+    "ppo": {"num_sample_generations": 0, "missing_eos_penalty": 1.0},
+}
+
+
+def _target(kind: str) -> type:
+    """The class that takes the section `kind`: a stage type, `training`, `lora` or `quantization`."""
+    if kind == "lora":
+        from peft import LoraConfig
+
+        return LoraConfig
+    if kind == "quantization":
+        from transformers import BitsAndBytesConfig
+
+        return BitsAndBytesConfig
+    if kind == "training":
+        from transformers import TrainingArguments
+
+        return TrainingArguments
+    return config_class(kind)
+
+
+@functools.cache
+def _field_types(kind: str) -> dict[str, Any]:
+    target = _target(kind)
+    if dataclasses.is_dataclass(target) and kind != "quantization":
+        hints = typing.get_type_hints(target)
+        return {field.name: hints[field.name] for field in dataclasses.fields(target) if field.init}
+    # BitsAndBytesConfig takes its options as arguments and annotates none of them: types come from the defaults.
+    parameters = inspect.signature(target.__init__).parameters.values()
+    return {
+        p.name: Any if p.default is None else type(p.default) for p in parameters if p.name not in ("self", "kwargs")
+    }
+
+
+@functools.cache
+def _adapter(kind: str, key: str) -> TypeAdapter:
+    hint = _field_types(kind)[key]
+    if dataclasses.is_dataclass(hint):
+        hint = Any  # pydantic would build the dataclass from a mapping; PEFT does that itself
+    if hint is list:  # TRL takes one loss type or several
+        hint = typing.Annotated[list, BeforeValidator(lambda value: value if isinstance(value, list) else [value])]
+    return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
+
+
+def check_section(kind: str, values: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """Check and coerce one section.
+
+    Returns the coerced options and the problems found, as (key, message) pairs.
+    """
+    types = _field_types(kind)
+    owned = (OWNED if kind not in ("lora", "quantization") else {}) | _OWNED_BY_TYPE.get(kind, {})
+    coerced, problems = {}, []
+    for key, value in values.items():
+        if key in owned:
+            problems.append((key, f"is set by the pipeline: {owned[key]}"))
+        elif key not in types:
+            problems.append(
+                (key, f"unknown option of {_target(kind).__name__}; {nearest(key, set(types) - set(owned))}")
+            )
+        else:
+            try:
+                coerced[key] = _adapter(kind, key).validate_python(value)
+            except ValidationError as error:
+                expected = getattr(types[key], "__name__", None) or str(types[key])
+                problems.append((key, f"expected {expected}, got {value!r}: {error.errors()[0]['msg']}"))
+    return coerced, problems
+
+
+def with_defaults(stage_type: str, training: dict[str, Any]) -> dict[str, Any]:
+    """The `training:` section of a stage with the pipeline's defaults beneath it."""
+    return DEFAULTS["all"] | DEFAULTS.get(stage_type, {}) | training
+
+
+@contextlib.contextmanager
+def _environ_kept() -> Iterator[None]:
+    # TrainingArguments writes ACCELERATE_* variables, which every stage's process would inherit.
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def rehearse(kind: str, values: dict[str, Any]) -> str | None:
+    """Build the class that takes the section, to let its own cross-field checks speak before any compute.
+
+    Devices are left out of it (`use_cpu`), so that a plan can be made on another machine than the training.
+
+    Returns the error's message, or None.
+    """
+    try:
+        if kind in ("lora", "quantization"):
+            _target(kind)(**values)
+        else:
+            device = {"use_cpu": True, "tf32": None, "output_dir": tempfile.gettempdir()}
+            with _environ_kept():
+                args = config_class(kind)(**with_defaults(kind, values) | device)
+            if (
+                kind == "ppo"
+                and args.gradient_accumulation_steps * args.per_device_train_batch_size % args.num_mini_batches
+            ):
+                return (
+                    "gradient_accumulation_steps * per_device_train_batch_size must be a multiple of num_mini_batches"
+                )
+    except (ValueError, TypeError, ImportError) as error:
+        return " ".join(str(error).split())
+    return None

@@ -1,0 +1,241 @@
+"""Which stages are current, which must run, and why.
+
+A stage is current when it has a record, its config and inputs are those of the record, and its parents are current:
+the three questions of every build tool. Inputs are compared by content, so a moved run folder stays current.
+"""
+
+import hashlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline import data, manifest, scoring
+from pipeline.config import RunConfig, TrainingStage, parents
+from pipeline.errors import UserError
+from pipeline.manifest import Manifest, TokenizerRecord, digest
+
+# Options of `training:` that change what is shown or kept, not what is learned.
+NEUTRAL = (
+    "logging_",
+    "log_",
+    "save_",
+    "report_to",
+    "run_name",
+    "disable_tqdm",
+    "dataloader_num_workers",
+    "dataloader_pin_memory",
+    "dataloader_persistent_workers",
+    "dataset_num_proc",
+)
+_WIRING = {"init", "reward", "baseline", "policies", "data", "eval_data", "accelerate_config"}
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a stage's result depends on: its config, and its inputs by content."""
+
+    config: dict[str, Any]
+    inputs: dict[str, str]
+
+    def digest(self) -> str:
+        return digest(asdict(self))
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether a stage runs, and why, or why not."""
+
+    stage: str
+    run: bool
+    reason: str
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {
+        k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}" if prefix else str(key)).items()
+    }
+
+
+def _config_of(config: RunConfig, name: str) -> dict[str, Any]:
+    """The part of the config that decides a stage's result, flat: {"training.learning_rate": 1e-4, ...}."""
+    stage = config.stages[name]
+    own = {key: value for key, value in stage.model_dump(mode="json").items() if key not in _WIRING}
+    if isinstance(stage, TrainingStage):
+        own["training"] = {key: value for key, value in stage.training.items() if not key.startswith(NEUTRAL)}
+    own["seed"] = config.seed_of(name)
+    model = config.model.model_dump(mode="json")
+    model.pop("path")
+    if model["scratch"]:
+        model["scratch"] = model["scratch"]["architecture"]
+    return _flat(own | {"model": model, "quantization": config.quantization})
+
+
+def base_digest(config: RunConfig) -> str:
+    """Digest of the base model: weights by size and both ends (they are large), other files by content."""
+    where = Path(config.resolve(config.model.path))
+    if not where.is_dir():
+        return digest([config.model.path, config.model.revision])
+    parts = []
+    for file in sorted(where.iterdir()):
+        if file.suffix in (".safetensors", ".bin"):
+            with file.open("rb") as weights:
+                ends = [weights.read(1 << 20)]
+                weights.seek(max(0, file.stat().st_size - (1 << 20)))
+                ends.append(weights.read())
+            parts.append([file.name, file.stat().st_size, [hashlib.sha256(end).hexdigest() for end in ends]])
+        elif file.suffix in (".json", ".jinja", ".model", ".txt"):
+            parts.append([file.name, manifest.file_digest(file)])
+    return digest(parts)
+
+
+def _data_inputs(config: RunConfig, name: str) -> dict[str, str]:
+    stage, folder = config.stages[name], config.source.parent
+    inputs = {}
+    for role in ("data", "eval_data"):
+        dataset = getattr(stage, role, None)
+        if dataset is not None:
+            inputs[role] = data.fingerprint(data.find(dataset, config.data[dataset], folder))
+    functions = [*getattr(stage, "reward_functions", []), *([stage.judge] if getattr(stage, "judge", None) else [])]
+    for reference in functions:
+        file = scoring.source_of(reference, folder, f"stages.{name}")
+        if file is not None:
+            inputs[f"function {reference}"] = manifest.file_digest(file)
+    return inputs
+
+
+def identify(config: RunConfig, name: str, recorded: Manifest | None) -> Identity:
+    """The identity of a stage whose parents are finished; a parent that is not has an empty digest."""
+    inputs = _data_inputs(config, name)
+    if config.model.path:
+        inputs["base model"] = base_digest(config)
+    for role, parent in parents(config.stages[name]).items():
+        record = recorded.stages.get(parent) if recorded else None
+        inputs[role] = digest(record.output.files) if record else ""
+    return Identity(_config_of(config, name), inputs)
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any]) -> str | None:
+    """The keys in which two flat mappings differ, with both values where they are short."""
+    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    shown = []
+    for key in changed[:3]:
+        values = [repr(mapping.get(key, "unset")) for mapping in (old, new)]
+        shown.append(f"{key} ({values[0]} -> {values[1]})" if all(len(value) < 40 for value in values) else key)
+    more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+    return ", ".join(shown) + more if changed else None
+
+
+def _stale(identity: Identity, record: manifest.Record | None) -> str | None:
+    """Why a record is no longer what the stage would give, or None."""
+    if record is None:
+        return "not finished yet"
+    if change := _changes(record.config, identity.config):
+        return f"config changed: {change}"
+    changed = [role for role in record.inputs.keys() | identity.inputs.keys()
+               if record.inputs.get(role) != identity.inputs.get(role)]  # fmt: skip
+    return f"input changed: {', '.join(sorted(changed))}" if changed else None
+
+
+def decide(config: RunConfig, recorded: Manifest | None, redo: tuple[str, ...] = ()) -> list[Decision]:
+    """What would happen to each stage, in order."""
+    decisions: dict[str, Decision] = {}
+    for name, stage in config.stages.items():
+        again = [parent for parent in dict.fromkeys(parents(stage).values()) if decisions[parent].run]
+        record = recorded.stages.get(name) if recorded else None
+        if name in redo:
+            reason = "asked for with --redo"
+        elif again and record is not None:
+            reason = f"{', '.join(again)} {'runs' if len(again) == 1 else 'run'} again"
+        else:
+            reason = _stale(identify(config, name, recorded), record)
+        decisions[name] = Decision(name, reason is not None, reason or "finished, nothing changed")
+    return list(decisions.values())
+
+
+def descendants(config: RunConfig, name: str) -> list[str]:
+    """The stages that take something from `name`, at any distance."""
+    found: list[str] = []
+    for other, stage in config.stages.items():
+        if any(parent == name or parent in found for parent in parents(stage).values()):
+            found.append(other)
+    return found
+
+
+def ancestors(config: RunConfig, name: str) -> list[str]:
+    """The stages `name` takes something from, at any distance, in order."""
+    needed = {name}
+    for other in reversed(config.stages):
+        if other in needed:
+            needed |= set(parents(config.stages[other]).values())
+    return [other for other in config.stages if other in needed and other != name]
+
+
+def open_run(config: RunConfig) -> Manifest | None:
+    """The manifest of the config's run folder.
+
+    Raises:
+        UserError: if it is damaged or belongs to a run of another name.
+    """
+    recorded = manifest.read(config.run_path)
+    if recorded is not None and recorded.name != config.name:
+        raise UserError(
+            f"{config.run_path} holds the run {recorded.name!r}, this config is {config.name!r}; "
+            "give another `run_dir`, or the name of that run"
+        )
+    return recorded
+
+
+def _tokenizer_source(config: RunConfig) -> str:
+    """Digest of everything the run's tokenizer is made from."""
+    settings, folder = config.tokenizer.model_dump(), config.source.parent
+    if settings["chat_template"] and (folder / settings["chat_template"]).is_file():
+        settings["chat_template"] = manifest.file_digest(folder / settings["chat_template"])
+    if config.model.path:
+        return digest([settings, base_digest(config)])
+    scratch = config.model.scratch.tokenizer
+    sources = [data.fingerprint(data.find(name, config.data[name], folder)) for name in scratch.data]
+    return digest([settings, scratch.vocab_size, sources])
+
+
+def tokenizer_of(config: RunConfig, recorded: Manifest | None) -> tuple[Any, TokenizerRecord]:
+    """The run's tokenizer with its record: the saved one while what it is made from is unchanged, else a new one.
+
+    Raises:
+        UserError: if a new one differs from the one that finished stages were made with.
+    """
+    from pipeline import tokenizers
+
+    source = _tokenizer_source(config)
+    saved = config.run_path / "tokenizer"
+    if recorded and recorded.tokenizer and recorded.tokenizer.source == source and saved.is_dir():
+        return tokenizers.open_saved(saved), recorded.tokenizer
+    tokenizer = tokenizers.build(config)
+    made = TokenizerRecord(
+        source=source,
+        fingerprint=tokenizers.fingerprint(tokenizer),
+        pad_token=tokenizer.pad_token,
+        eos_token=tokenizer.eos_token,
+        template=digest(tokenizer.chat_template),
+    )
+    finished = list(recorded.stages) if recorded else []
+    if finished and recorded.tokenizer.fingerprint != made.fingerprint:
+        raise UserError(
+            f"{', '.join(finished)} {'was' if len(finished) == 1 else 'were'} finished with another tokenizer than the config "
+            f"now gives (pad {recorded.tokenizer.pad_token!r} -> {made.pad_token!r}, eos {recorded.tokenizer.eos_token!r} -> "
+            f"{made.eos_token!r}, chat template {'changed' if recorded.tokenizer.template != made.template else 'unchanged'}). "
+            "Undo the change, give a new `run_dir`, or run everything again with `--redo` of the first stages"
+        )
+    return tokenizer, made
+
+
+def prepare_run(config: RunConfig) -> Manifest:
+    """Make sure that the run folder has its manifest and tokenizer; the first write to a run folder."""
+    recorded = open_run(config)
+    tokenizer, made = tokenizer_of(config, recorded)
+    if recorded is not None and recorded.tokenizer == made:
+        return recorded
+    tokenizer.save_pretrained(config.run_path / "tokenizer")
+    model = config.model.model_dump(mode="json", exclude={"scratch"}) | {"quantization": config.quantization}
+    return manifest.update(config.run_path, config.name, tokenizer=made, model=model)

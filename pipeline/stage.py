@@ -1,0 +1,258 @@
+"""One stage in its own process: `accelerate launch [--config_file X] -m pipeline.stage CONFIG STAGE [KEY=VALUE ...]`.
+
+`rlhf run` starts this for every stage that is not current; under several processes it is also started by hand. The
+stage's module trains; here are what comes before it (locks, hand-over checks) and after it (checksums, the record).
+"""
+
+import contextlib
+import datetime
+import importlib
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.quiet import quieten_transformers  # isort: skip
+
+import torch
+import transformers
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
+
+from pipeline import config as configs
+from pipeline import manifest, plan, tokenizers
+from pipeline.config import RunConfig, TrainingStage
+from pipeline.context import Result, StageContext
+from pipeline.errors import UserError
+from pipeline.lineage import output_folder, place_of
+from pipeline.manifest import Manifest, Output, Record
+from pipeline.models import Loader
+
+LAUNCHER = "RLHF_LAUNCHER_PID"
+PACKAGES = ("rlhf-pipeline", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
+MODULES = {"rloo": "online", "grpo": "online"}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point: run one stage, or say that it is finished already."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if len(arguments) < 2:
+        raise SystemExit("usage: accelerate launch -m pipeline.stage CONFIG STAGE [KEY=VALUE ...]")
+    _end_with_launcher()
+    try:
+        run(configs.load(arguments[0], tuple(arguments[2:])), arguments[1])
+    except UserError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def run(config: RunConfig, name: str) -> None:
+    """Run stage `name` if its record is not current.
+
+    Raises:
+        UserError: if it cannot start: unknown name, unfinished parents, another process at work on it.
+    """
+    if name not in config.stages:
+        raise UserError(f"there is no stage {name!r} in {config.source}; it has {', '.join(config.stages)}")
+    stage, run_dir = config.stages[name], config.run_path
+    training = stage.training if isinstance(stage, TrainingStage) else config.training
+    state = _join_processes(bool(training.get("use_cpu")))
+    with _locked(run_dir, name, state):
+        # One process looks and decides; the others follow, so that all do the same even while files change.
+        decided = [_prepare(config, name) if state.is_main_process else None]
+        broadcast_object_list(decided)
+        if isinstance(decided[0], UserError):
+            raise decided[0]
+        if decided[0] is None:
+            if state.is_main_process:
+                print(f"{name}: finished already, and nothing changed", flush=True)
+            return
+        _execute(config, name, decided[0], state)
+
+
+def _join_processes(use_cpu: bool) -> PartialState:
+    """Join the other processes of `accelerate launch`, on CPUs where there is no GPU or none is wanted.
+
+    accelerate starts several CPU processes but does not tell them so: each would run alone, as the only one.
+    """
+    if use_cpu or not torch.cuda.is_available():
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    state = PartialState(cpu=os.environ.get("ACCELERATE_USE_CPU") == "true")
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if state.num_processes != world_size:
+        raise UserError(f"{world_size} processes were started, but only {state.num_processes} found each other")
+    return state
+
+
+def _prepare(config: RunConfig, name: str) -> plan.Identity | UserError | None:
+    """The identity of the stage to run now; None if its record is current; the error that forbids it."""
+    try:
+        recorded = plan.prepare_run(config)
+        decisions = {decision.stage: decision for decision in plan.decide(config, recorded)}
+        if not decisions[name].run:
+            return None
+        for role, parent in configs.parents(config.stages[name]).items():
+            if decisions[parent].run:
+                why = decisions[parent].reason
+                return UserError(
+                    f"stage {name!r} needs {parent!r} ({role}), which is not finished: {why}. Run it first"
+                )
+            manifest.verify(config.run_path, parent, recorded.stages[parent])
+        manifest.drop(config.run_path, [name, *plan.descendants(config, name)])
+        return plan.identify(config, name, recorded)
+    except UserError as error:
+        return error
+
+
+def _execute(config: RunConfig, name: str, identity: plan.Identity, state: PartialState) -> None:
+    started = time.time()
+    run_dir = config.run_path
+    recorded = manifest.read(run_dir)
+    tokenizer = tokenizers.open_saved(run_dir / "tokenizer")
+    key = tokenizers.fingerprint(tokenizer)
+    _same_tokenizer(config, name, recorded, key)
+    ctx = StageContext(config, name, run_dir, tokenizer, key, _loader(config, tokenizer), identity.digest())
+    if state.is_main_process:
+        shutil.rmtree(ctx.new_output, ignore_errors=True)
+        ctx.new_output.mkdir(parents=True)
+    state.wait_for_everyone()
+    quieten_transformers()
+    transformers.set_seed(ctx.seed)
+    stage_type = ctx.stage.type
+    module = importlib.import_module(f"pipeline.stages.{MODULES.get(stage_type, stage_type)}")
+    result: Result = module.run(ctx)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        _finish(ctx, identity, result, started, state.num_processes)
+    state.wait_for_everyone()
+
+
+def _finish(ctx: StageContext, identity: plan.Identity, result: Result, started: float, world_size: int) -> None:
+    """Put the new output in the old one's place, and commit the record last."""
+    output = ctx.run_dir / output_folder(ctx.name)
+    if ctx.stage.type != "evaluate":
+        ctx.tokenizer.save_pretrained(ctx.new_output)
+    shutil.rmtree(output, ignore_errors=True)
+    ctx.new_output.rename(output)
+    folders = [output]
+    if ctx.stage.type == "evaluate":
+        kind, full = "report", None
+    else:
+        place = place_of(ctx.config, ctx.name)
+        kind, full = ("adapter", place.full) if place.adapter else ("full", None)
+        if full == f"{ctx.name}/merged":
+            folders.append(ctx.run_dir / full)
+        else:
+            shutil.rmtree(ctx.folder / "merged", ignore_errors=True)
+    files = manifest.checksums(ctx.run_dir, folders)
+    record = Record(
+        type=ctx.stage.type,
+        parents=configs.parents(ctx.stage),
+        config=identity.config,
+        config_digest=manifest.digest(identity.config),
+        inputs=identity.inputs,
+        datasets=result.datasets,
+        output=Output(kind=kind, path=output_folder(ctx.name), full=full, files=files),
+        tokenizer=ctx.tokenizer_key,
+        metrics=result.metrics,
+        parameters=result.parameters,
+        seed=ctx.seed,
+        versions=_versions(),
+        world_size=world_size,
+        started=datetime.datetime.fromtimestamp(started, datetime.UTC).isoformat(timespec="seconds"),
+        duration=round(time.time() - started, 2),
+        resumed_from_step=result.resumed_from_step,
+        git_revision=_git_revision(ctx.config.source.parent),
+    )
+    manifest.commit(ctx.run_dir, ctx.name, record)
+    shutil.rmtree(ctx.folder / "checkpoints", ignore_errors=True)
+    ctx.say(f"{ctx.name}: finished in {record.duration:.0f} s, output in {output}")
+
+
+def _loader(config: RunConfig, tokenizer: Any) -> Loader:
+    model = config.model
+    return Loader(
+        base=config.resolve(model.path) if model.path else "",
+        dtype=model.dtype,
+        revision=model.revision,
+        attn_implementation=model.attn_implementation,
+        trust_remote_code=model.trust_remote_code,
+        quantization=config.quantization,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+
+
+def _same_tokenizer(config: RunConfig, name: str, recorded: Manifest, key: str) -> None:
+    """The run's tokenizer is the one on record, and every parent's output carries it."""
+    mend = "Start a new run folder, or restore the tokenizer"
+    if key != recorded.tokenizer.fingerprint:
+        raise UserError(f"{config.run_path / 'tokenizer'} is not the tokenizer this run was started with. {mend}")
+    for parent in configs.parents(config.stages[name]).values():
+        folder = config.run_path / output_folder(parent)
+        if tokenizers.fingerprint(tokenizers.open_saved(folder)) != key:
+            raise UserError(
+                f"{folder} holds another tokenizer than the run's, so {name!r} cannot start from it. {mend}"
+            )
+
+
+@contextlib.contextmanager
+def _locked(run_dir: Path, name: str, state: PartialState) -> Iterator[None]:
+    """One process group at a time works on a stage. The lock dies with its holder, also under `kill -9`."""
+    if not state.is_main_process:
+        yield
+        return
+    (run_dir / name).mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(run_dir / name / ".lock", timeout=15):
+            yield
+    except Timeout:
+        raise UserError(f"stage {name!r} is being run by another process; wait for it or stop it") from None
+
+
+def _end_with_launcher() -> None:
+    """End this process when the `rlhf run` that started it is gone, so that a killed run leaves nothing training."""
+    launcher = os.environ.get(LAUNCHER)
+    if launcher is None:
+        return
+
+    def watch() -> None:
+        while True:
+            try:
+                os.kill(int(launcher), 0)
+            except OSError:
+                os._exit(1)
+            time.sleep(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
+
+
+def _git_revision(folder: Path) -> str | None:
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""One module per kind of stage; each reads straight down: data, models, trainer, fit."""

@@ -1,0 +1,60 @@
+"""DPO, straight from SFT on comparisons; the reference is a frozen copy of the parent."""
+
+import math
+from typing import Any
+
+import torch
+
+from pipeline import checks
+from pipeline.context import Result, StageContext
+from pipeline.errors import UserError
+from pipeline.fit import fit
+from pipeline.models import continue_policy, load_policy, match_reference_dtype
+from pipeline.trainers import dpo_trainer_class
+
+
+def run(ctx: StageContext) -> Result:
+    stage = ctx.stage
+    args = ctx.training_args()
+    rows, stats = ctx.rows(stage.data, args.max_length, "training.max_length")
+    datasets = {stage.data: stats}
+    eval_rows = None
+    if stage.eval_data:
+        eval_rows, datasets[stage.eval_data] = ctx.rows(stage.eval_data, args.max_length, "training.max_length")
+    parent = ctx.start()
+    trainer = dpo_trainer_class()(
+        model=continue_policy(ctx.loader, parent, stage.lora, ctx.seed),
+        # With adapters TRL copies the policy's into a second one, "ref"; in full mode the parent is loaded again.
+        ref_model=load_policy(ctx.loader, parent) if stage.lora is None else None,
+        args=args,
+        train_dataset=rows,
+        eval_dataset=eval_rows,
+        processing_class=ctx.tokenizer,
+    )
+    match_reference_dtype(trainer.model)
+    return fit(ctx, trainer, datasets, initial_loss=_initial_loss(ctx, trainer))
+
+
+def _initial_loss(ctx: StageContext, trainer: Any) -> float:
+    """Loss of the first rows before any update: ln 2 for the sigmoid loss, since policy and reference are equal."""
+    size = min(len(trainer.train_dataset), trainer.args.per_device_train_batch_size)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(size)])
+    batch = {k: v.to(trainer.args.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    if trainer.precompute_ref_logps:
+        return float("nan")  # TRL computes the reference's log-probabilities when training begins
+    trainer.model.eval()
+    with torch.no_grad(), trainer.compute_loss_context_manager():
+        loss = trainer.compute_loss(trainer.model, batch).item()
+    trainer.model.train()
+    margins = trainer._metrics["eval"].get("rewards/margins", [0.0])
+    margin = max(abs(value) for value in margins)
+    for metrics in trainer._metrics.values():
+        metrics.clear()
+    if margin > 1e-4:
+        raise checks.CheckFailed(
+            f"the reference is not the parent: margins of {margin:.4g} before the first update, expected 0 "
+            f"(loss {loss:.4f}; ln 2 = {math.log(2):.4f})"
+        )
+    if not math.isfinite(loss):
+        raise UserError(f"{ctx.name}: the loss of the first rows is {loss}; look for empty sides in the data")
+    return loss

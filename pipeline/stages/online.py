@@ -1,0 +1,74 @@
+"""Step 3 with RLOO or GRPO: TRL's trainers, scored by the run's reward model and/or functions from the config."""
+
+from collections.abc import Callable
+from typing import Any
+
+from peft import PeftModel
+from trl import GRPOTrainer, RLOOTrainer
+
+from pipeline import checks, scoring
+from pipeline.context import Result, StageContext
+from pipeline.data import encode
+from pipeline.fit import fit
+from pipeline.models import continue_policy, load_reward, match_reference_dtype
+from pipeline.views import Backbone, ReferenceView
+
+RewardFunction = Callable[..., list[float]]
+
+
+def reward_model_function(ctx: StageContext, model: Any) -> RewardFunction:
+    """TRL's form of a reward, from the ids that were sampled; nothing is rendered or tokenised a second time."""
+
+    def reward_model(prompts: list[Any], completion_ids: list[list[int]], **_: Any) -> list[float]:
+        sequences = [encode(ctx.tokenizer, p, [])[0] + ids for p, ids in zip(prompts, completion_ids, strict=True)]
+        return scoring.score(model, sequences, ctx.tokenizer.pad_token_id)
+
+    return reward_model
+
+
+def judge_function(judge: scoring.Judge, name: str) -> RewardFunction:
+    """TRL's form of a reward, from a function (prompt, completion) -> float; the prompt is its last message."""
+
+    def function(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
+        return [float(judge(p[-1]["content"], c[-1]["content"])) for p, c in zip(prompts, completions, strict=True)]
+
+    function.__name__ = name.replace(":", ".")
+    return function
+
+
+def run(ctx: StageContext) -> Result:
+    stage = ctx.stage
+    rows, stats = ctx.rows(stage.data, stage.max_prompt_length, "max_prompt_length")
+    args = ctx.training_args()
+    rewards = []
+    if stage.reward:
+        reward_model = load_reward(ctx.loader, ctx.weights_of(stage.reward)).to(args.device)
+        rewards.append(reward_model_function(ctx, reward_model.eval()))
+    for reference in stage.reward_functions:
+        judge = scoring.function(reference, ctx.config.source.parent, f"stages.{ctx.name}.reward_functions")
+        rewards.append(judge_function(judge, reference))
+    trainer_class = GRPOTrainer if stage.type == "grpo" else RLOOTrainer
+    trainer = trainer_class(
+        model=continue_policy(ctx.loader, ctx.start(), stage.lora, ctx.seed),
+        reward_funcs=rewards,
+        args=args,
+        train_dataset=rows.remove_columns(["prompt_ids"]),
+        processing_class=ctx.tokenizer,
+    )
+    match_reference_dtype(trainer.model)
+    kl = _initial_kl(trainer, rows["prompt_ids"][:4])
+    return fit(ctx, trainer, {stage.data: stats}, initial_kl=kl)
+
+
+def _initial_kl(trainer: Any, prompts: list[list[int]]) -> float:
+    """KL to the reference before the first update. Without KL penalty (`beta: 0`) there is no reference."""
+    if trainer.beta == 0:
+        return 0.0
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    reference = trainer.ref_model
+    if isinstance(model, PeftModel):
+        reference = ReferenceView(Backbone(model))
+    model.eval()
+    kl = checks.reference_is_parent(model, reference, prompts, trainer.args.device)
+    model.train()
+    return kl

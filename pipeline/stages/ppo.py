@@ -1,0 +1,181 @@
+"""Step 3: PPO against the run's reward model, with KL to the parent policy.
+
+With adapters on one base the four models are views of one backbone; otherwise they are separate models. PPOTrainer
+itself is TRL's, unmodified.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate import PartialState
+from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+from peft.utils import load_peft_weights
+from torch import nn
+
+from pipeline import checks
+from pipeline.context import Result, StageContext, write_json
+from pipeline.errors import UserError
+from pipeline.fit import base_name, expected_of, save_adapter
+from pipeline.lineage import shares_backbone
+from pipeline.models import Loader, Weights, continue_policy, load_policy, load_reward
+from pipeline.trainers import ppo_trainer_class
+from pipeline.views import POLICY, REFERENCE, REWARD, VALUE, Backbone, ReferenceView, ScoreView
+
+METRICS = {
+    "objective/kl": "kl",
+    "objective/scores": "score",
+    "objective/rlhf_reward": "reward",
+    "loss/value_avg": "value_loss",
+    "policy/clipfrac_avg": "clip_fraction",
+    "objective/entropy": "entropy",
+}
+
+
+@dataclass(frozen=True)
+class Models:
+    """PPO's four models, in the form PPOTrainer takes them."""
+
+    policy: Any
+    reference: nn.Module
+    reward: nn.Module
+    value: nn.Module
+
+    @property
+    def trained(self) -> list[nn.Module]:
+        return [self.policy, self.value]
+
+
+def shared_models(loader: Loader, parent: Weights, reward: Weights, lora: dict[str, Any], seed: int) -> Models:
+    """The four models as views of one backbone; the value model starts from the reward model."""
+    model = continue_policy(loader, parent, lora, seed)
+    _add_copy(model, POLICY, REFERENCE)
+    saved = load_peft_weights(reward.adapter, device="cpu")
+    head = next(saved.pop(name) for name in list(saved) if name.endswith(".score.weight"))
+    config = LoraConfig.from_pretrained(reward.adapter)
+    config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, False
+    for adapter in (REWARD, VALUE):
+        model.add_adapter(adapter, config)
+        result = set_peft_model_state_dict(model, saved, adapter_name=adapter)
+        assert not result.unexpected_keys, f"the reward adapter does not fit the backbone: {result.unexpected_keys[:3]}"
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(f".{POLICY}." in name or f".{VALUE}." in name)
+    backbone = Backbone(model)
+    backbone.keep_adapter_in_recomputation()
+    views = [ScoreView(backbone, adapter, _head(model, head), adapter == VALUE) for adapter in (REWARD, VALUE)]
+    return Models(model, ReferenceView(backbone), *views)
+
+
+def _add_copy(model: PeftModel, adapter: str, copy: str) -> None:
+    model.add_adapter(copy, model.peft_config[adapter])
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        if f".{adapter}." in name:
+            parameters[name.replace(f".{adapter}.", f".{copy}.")].data.copy_(parameter.data)
+
+
+def _head(model: PeftModel, weight: Any) -> nn.Linear:
+    head = nn.Linear(weight.shape[1], 1, bias=False)
+    head.weight.data.copy_(weight)
+    return head.to(device=model.device, dtype=weight.dtype)
+
+
+def separate_models(loader: Loader, parent: Weights, reward: Weights, lora: dict[str, Any] | None, seed: int) -> Models:
+    """The four models one by one, as full fine-tuning and reward models on another base need them."""
+    return Models(
+        policy=continue_policy(loader, parent, lora, seed),
+        reference=load_policy(loader, parent).requires_grad_(False),
+        reward=load_reward(loader, reward).requires_grad_(False),
+        value=load_reward(loader, reward, trainable=True),
+    )
+
+
+def run(ctx: StageContext) -> Result:
+    stage = ctx.stage
+    _refuse_sharding()
+    rows, stats = ctx.rows(stage.data, stage.max_prompt_length, "max_prompt_length")
+    args = ctx.training_args(bf16=False, fp16=False, stop_token="eos", save_strategy="no")
+    smallest = args.per_device_train_batch_size * args.gradient_accumulation_steps * PartialState().num_processes
+    if len(rows) < smallest:
+        raise UserError(
+            f"stages.{ctx.name}: {len(rows)} prompts are fewer than one batch of {smallest}; lower the batch sizes"
+        )
+    shared = shares_backbone(ctx.config, ctx.name)
+    ctx.say(f"{ctx.name}: PPO starts from its first update (a run that was stopped in it starts it anew)")
+    ctx.say(f"{ctx.name}: " + ("four views of one backbone" if shared else "four separate models"))
+    make = shared_models if shared else separate_models
+    models = make(ctx.loader, ctx.start(), ctx.weights_of(stage.reward), stage.lora, ctx.seed)
+    if args.gradient_checkpointing:  # PPOTrainer's own loop never enables it
+        for model in [models.policy] if shared else models.trained:
+            model.gradient_checkpointing_enable()
+    prompts = rows.map(lambda row: {"input_ids": row["prompt_ids"]}, remove_columns=rows.column_names)
+    trainer = ppo_trainer_class()(
+        args=args,
+        processing_class=ctx.tokenizer,
+        model=models.policy,
+        ref_model=models.reference,
+        reward_model=models.reward,
+        value_model=models.value,
+        train_dataset=prompts,
+        eval_dataset=prompts.select(range(min(len(prompts), args.per_device_eval_batch_size))),
+    )
+    return _train(ctx, trainer, models, prompts, {stage.data: stats})
+
+
+def _train(ctx: StageContext, trainer: Any, models: Models, prompts: Any, datasets: dict[str, Any]) -> Result:
+    adapter = expected_of(ctx)
+
+    def expected(name: str) -> bool:
+        return adapter(name) or f".{VALUE}." in name
+
+    checks.trains_exactly([models.policy], expected)
+    groups = {"policy": [], "value model": [p for p in models.value.parameters() if p.requires_grad]}
+    for name, parameter in models.policy.named_parameters():
+        if parameter.requires_grad:
+            groups["value model" if f".{VALUE}." in name else "policy"].append(parameter)
+    before = {what: checks.fingerprint_of(parameters) for what, parameters in groups.items()}
+    if not before["value model"]:
+        raise checks.CheckFailed("the value model has no trainable parameter, so the critic would never learn")
+    models.policy.eval()
+    kl = checks.reference_is_parent(
+        models.policy, models.reference, prompts["input_ids"][:4], trainer.accelerator.device
+    )
+    trainer.train()
+    for what, parameters in groups.items():
+        checks.has_trained(before[what], parameters, f"{ctx.name}: {what}")
+    if PartialState().is_main_process:
+        if ctx.stage.lora is not None:
+            save_adapter(models.policy, ctx.new_output, base_name(ctx))
+        else:
+            models.policy.save_pretrained(ctx.new_output)
+        write_json(ctx.folder / "log_history.json", trainer.state.log_history)
+    return Result(_summary(trainer, kl), _counts(models), datasets)
+
+
+def _summary(trainer: Any, kl: float) -> dict[str, Any]:
+    history = [entry for entry in trainer.state.log_history if "objective/kl" in entry]
+    summary: dict[str, Any] = {
+        "initial_kl": kl,
+        "updates": trainer.state.global_step,
+        "episodes": trainer.state.episode,
+    }
+    for theirs, ours in METRICS.items():
+        values = [entry[theirs] for entry in history]
+        summary |= {f"first_{ours}": values[0], ours: values[-1]} if values else {}
+    return summary
+
+
+def _counts(models: Models) -> dict[str, int]:
+    """Parameters of policy and value model; those of a shared backbone are counted once."""
+    parameters = {id(p): p for model in models.trained for p in model.parameters()}.values()
+    return {
+        "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+        "total": sum(p.numel() * (2 if type(p).__name__ == "Params4bit" else 1) for p in parameters),
+    }
+
+
+def _refuse_sharding() -> None:
+    """PPOTrainer computes rewards and reference outside the wrapped model, where sharded weights are not gathered."""
+    if PartialState().distributed_type.value == "FSDP":
+        raise UserError(
+            "PPO does not run under FSDP; use accelerate_configs/multi_gpu.yaml (or zero2.yaml) for this stage"
+        )

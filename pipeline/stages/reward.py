@@ -1,0 +1,71 @@
+"""Step 2: a reward model from comparisons (Bradley-Terry); it starts from the SFT policy, with a new score head."""
+
+import gc
+from typing import Any
+
+from accelerate import PartialState
+from trl import RewardTrainer
+
+from pipeline import checks, scoring
+from pipeline.context import Result, StageContext
+from pipeline.fit import fit
+from pipeline.models import Weights, load_reward, new_reward
+
+NUM_RELOADED = 8  # comparisons scored again after the reward model was read back from disk
+
+
+def _sides(rows: Any) -> Any:
+    """`chosen_ids` and `rejected_ids` with the prompt before each, the tokenised form RewardTrainer takes."""
+    return rows.map(
+        lambda row: {side: row["prompt_ids"] + row[side] for side in ("chosen_ids", "rejected_ids")},
+        remove_columns=["prompt_ids"],
+    )
+
+
+def run(ctx: StageContext) -> Result:
+    stage = ctx.stage
+    args = ctx.training_args()
+    rows, stats = ctx.rows(stage.data, args.max_length, "training.max_length")
+    datasets = {stage.data: stats}
+    eval_rows = None
+    if stage.eval_data:
+        eval_rows, datasets[stage.eval_data] = ctx.rows(stage.eval_data, args.max_length, "training.max_length")
+    trainer = RewardTrainer(
+        model=new_reward(ctx.loader, ctx.start(), stage.lora, ctx.seed),
+        args=args,
+        train_dataset=_sides(rows),
+        eval_dataset=_sides(eval_rows) if eval_rows is not None else None,
+        processing_class=ctx.tokenizer,
+    )
+    result = fit(ctx, trainer, datasets)
+    result.metrics["reload_difference"] = _compare_reloaded(ctx, trainer)
+    return result
+
+
+def _compare_reloaded(ctx: StageContext, trainer: Any) -> float:
+    """Largest difference between the scores of the trained model and of the saved one.
+
+    All processes score (the weights may be sharded); the main one reads the saved model back.
+    """
+    sample = trainer.train_dataset.select(range(min(NUM_RELOADED, len(trainer.train_dataset))))
+    sequences = [row[side] for row in sample for side in ("chosen_ids", "rejected_ids")]
+    trainer.model.eval()
+    pad_token_id = ctx.tokenizer.pad_token_id
+    in_memory = scoring.score(trainer.accelerator.unwrap_model(trainer.model), sequences, pad_token_id)
+    PartialState().wait_for_everyone()
+    if not PartialState().is_main_process:
+        return 0.0
+    gc.collect()
+    parent = ctx.start() if ctx.stage.lora is not None else None
+    saved = str(ctx.new_output)
+    weights = Weights(saved) if parent is None else Weights(parent.full, saved)
+    reloaded = load_reward(ctx.loader, weights).to(trainer.accelerator.device)
+    from_disk = scoring.score(reloaded, sequences, pad_token_id)
+    spread = max(in_memory) - min(in_memory)
+    # Adapters of a 4-bit base train in bf16 and are read back in fp32; elsewhere the two are the same.
+    rounding = (
+        0.02 * max(1.0, spread)
+        if ctx.config.quantization or ctx.config.model.dtype != "float32"
+        else 1e-5 * max(1.0, spread)
+    )
+    return checks.same_scores(in_memory, from_disk, rounding)
