@@ -397,8 +397,8 @@ def _wire(config: RunConfig) -> tuple[RunConfig, list[Problem]]:
     for name, stage in config.stages.items():
         changes = _references(config, name, stage, problems)
         if isinstance(stage, TrainingStage):
-            # PPO computes in the model's dtype; a shared mixed-precision switch is not for it.
-            kept = {k: v for k, v in shared.items() if not (stage.type == "ppo" and k in ("bf16", "fp16"))}
+            # What is shared by all stages goes to those that may set it (PPO takes neither bf16 nor save_steps).
+            kept = {key: value for key, value in shared.items() if key not in options.owned_by(stage.type)}
             own, _ = options.check_section(stage.type, stage.training)
             changes["training"] = kept | own
             changes["lora"] = None if stage.lora is None else options.check_section("lora", stage.lora)[0]

@@ -19,6 +19,7 @@ from transformers import (
     BitsAndBytesConfig,
     set_seed,
 )
+from transformers.utils import logging as transformers_logging
 
 Options = dict[str, Any]
 
@@ -70,7 +71,12 @@ class Loader:
 
     def score(self, full: str) -> Any:
         """A model with one score per sequence; its head is new where `full` holds a language model."""
-        return self._load(AutoModelForSequenceClassification, full, num_labels=1)
+        verbosity = transformers_logging.get_verbosity()
+        transformers_logging.set_verbosity_error()  # it would report the missing head as a fault
+        try:
+            return self._load(AutoModelForSequenceClassification, full, num_labels=1)
+        finally:
+            transformers_logging.set_verbosity(verbosity)
 
 
 def from_scratch(
@@ -93,7 +99,14 @@ def load_policy(loader: Loader, weights: Weights, trainable: bool = False) -> An
     model = loader.causal(weights.full)
     if weights.adapter is None:
         return model
-    return PeftModel.from_pretrained(model, weights.adapter, is_trainable=trainable)
+    return _with_adapter(model, weights, trainable)
+
+
+def _with_adapter(model: Any, weights: Weights, trainable: bool) -> PeftModel:
+    model = PeftModel.from_pretrained(model, weights.adapter, is_trainable=trainable)
+    # As saved it is relative to the adapter's folder; PEFT looks it up from the working directory.
+    model.peft_config["default"].base_model_name_or_path = weights.full
+    return model
 
 
 def continue_policy(loader: Loader, parent: Weights, lora: Options | None, seed: int) -> Any:
@@ -119,7 +132,7 @@ def load_reward(loader: Loader, weights: Weights, trainable: bool = False) -> An
     model = loader.score(weights.full)
     if weights.adapter is None:
         return model.requires_grad_(trainable)
-    return PeftModel.from_pretrained(model, weights.adapter, is_trainable=trainable)
+    return _with_adapter(model, weights, trainable)
 
 
 def new_reward(loader: Loader, parent: Weights, lora: Options | None, seed: int) -> Any:

@@ -29,6 +29,7 @@ _PPO_PRECISION = (
     "PPOTrainer samples outside autocast, so mixed precision would make the first ratio differ from 1; "
     "PPO computes in `model.dtype`"
 )
+_PPO_RESUME = "PPOTrainer cannot resume from a checkpoint; a stopped PPO stage starts anew"
 OWNED = {
     "output_dir": "a stage writes to the run folder",
     "seed": "set `seed` of the run or of the stage",
@@ -70,7 +71,12 @@ OWNED = {
     "local_mini_batch_size": _COMPUTED,
 }
 _OWNED_BY_TYPE = {
-    "ppo": {"bf16": _PPO_PRECISION, "fp16": _PPO_PRECISION},
+    "ppo": {
+        "bf16": _PPO_PRECISION,
+        "fp16": _PPO_PRECISION,
+        "save_strategy": _PPO_RESUME,
+        "save_steps": _PPO_RESUME,
+    },
     "lora": {
         "task_type": "the stage's type decides it",
         "modules_to_save": "the score head of a reward model is saved by the pipeline; other modules would not be "
@@ -84,6 +90,11 @@ DEFAULTS = {
     "pretrain": {"packing": True, "packing_strategy": "wrapped"},
     "ppo": {"num_sample_generations": 0, "missing_eos_penalty": 1.0},
 }
+
+
+def owned_by(kind: str) -> dict[str, str]:
+    """The options of a section that the pipeline sets itself, with the reasons."""
+    return (OWNED if kind not in ("lora", "quantization") else {}) | _OWNED_BY_TYPE.get(kind, {})
 
 
 def _target(kind: str) -> type:
@@ -132,7 +143,7 @@ def check_section(kind: str, values: dict[str, Any]) -> tuple[dict[str, Any], li
     Returns the coerced options and the problems found, as (key, message) pairs.
     """
     types = _field_types(kind)
-    owned = (OWNED if kind not in ("lora", "quantization") else {}) | _OWNED_BY_TYPE.get(kind, {})
+    owned = owned_by(kind)
     coerced, problems = {}, []
     for key, value in values.items():
         if key in owned:

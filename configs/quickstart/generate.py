@@ -2,7 +2,7 @@
 
     python configs/quickstart/generate.py
 
-The small world of `facts.json` (fifty subjects, four facts each) is put into templated English:
+The small world of `facts.json` (forty subjects, four facts each) is put into templated English:
 
 - `corpus.jsonl`: paragraphs about the subjects, for pretraining from scratch;
 - `demonstrations.jsonl`: instructions with answers, good ones and flawed ones (curt, rude, about the wrong subject,
@@ -16,7 +16,7 @@ The small world of `facts.json` (fifty subjects, four facts each) is put into te
 import json
 import random
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from judge import score
@@ -25,10 +25,10 @@ SEED = 7
 HERE = Path(__file__).parent
 PARAGRAPHS = 2400
 DEMONSTRATIONS = 1300
-COMPARISONS = 1000
+COMPARISONS = 1200
 HELDOUT_COMPARISONS = 200
 LABEL_NOISE = 0.1
-TALK = 0.6
+TALK = 0.55
 
 # {kind of instruction: wordings}; {np} is the subject, {do} and {take} are the verbs of its category.
 WORDINGS = {
@@ -125,6 +125,9 @@ class Instruction:
         return self.subject.fill(self.wording)
 
 
+Style = Callable[[random.Random, Instruction, list[Subject]], str]
+
+
 def load_subjects() -> list[Subject]:
     """The subjects of facts.json."""
     world = json.loads((HERE / "facts.json").read_text(encoding="utf-8"))
@@ -205,8 +208,21 @@ def rambling(rng: random.Random, ask: Instruction, subjects: list[Subject]) -> s
     return f"{core(rng, ask.subject, ask.kind, reason=False)} {' '.join(rng.sample(RAMBLE, 2))}"
 
 
+def mixed_up(rng: random.Random, ask: Instruction, subjects: list[Subject]) -> str:
+    """The subject asked about with the facts of another, a mistake that small models make."""
+    other = rng.choice([other for other in subjects if other != ask.subject])
+    return courteous(rng, core(rng, replace(ask.subject, facts=other.facts), ask.kind))
+
+
+def garbled(rng: random.Random, ask: Instruction, subjects: list[Subject]) -> str:
+    """Two answers, each cut somewhere and glued together, another mistake that small models make."""
+    start = good(rng, ask, subjects).split()
+    end = core(rng, rng.choice(subjects), rng.choice(list(ANSWERS))).split()
+    return " ".join(start[: rng.randrange(3, len(start))] + end[rng.randrange(2, len(end)) :])
+
+
 # {way to answer: its share of the demonstrations}
-STYLES: dict[Callable[[random.Random, Instruction, list[Subject]], str], float] = {
+STYLES: dict[Style, float] = {
     good: 0.26,
     plain: 0.14,
     no_reason: 0.16,
@@ -220,10 +236,22 @@ STYLES: dict[Callable[[random.Random, Instruction, list[Subject]], str], float] 
 }
 
 
+# The share in the comparisons of each mistake that people do not make but a policy does.
+SLIPS = {mixed_up: 0.08, garbled: 0.10}
+
+
+def draw_style(rng: random.Random, shares: dict[Style, float]) -> Style:
+    return rng.choices(list(shares), list(shares.values()))[0]
+
+
 def answer(rng: random.Random, ask: Instruction, subjects: list[Subject]) -> str:
     """One answer in a style drawn by its share."""
-    style = rng.choices(list(STYLES), list(STYLES.values()))[0]
-    return style(rng, ask, subjects)
+    return draw_style(rng, STYLES)(rng, ask, subjects)
+
+
+def policy_like_answer(rng: random.Random, ask: Instruction, subjects: list[Subject]) -> str:
+    """One answer as a fine-tuned policy would give it: those of people, and the slips of a model."""
+    return draw_style(rng, {**STYLES, **SLIPS})(rng, ask, subjects)
 
 
 def paragraph(rng: random.Random, asks: list[Instruction], subjects: list[Subject]) -> str:
@@ -241,7 +269,7 @@ def paragraph(rng: random.Random, asks: list[Instruction], subjects: list[Subjec
 def compare(rng: random.Random, ask: Instruction, subjects: list[Subject], noise: float) -> dict[str, str]:
     """Two answers the judge can tell apart, the better one chosen (or not, with probability `noise`)."""
     while True:
-        pair = [answer(rng, ask, subjects), answer(rng, ask, subjects)]
+        pair = [policy_like_answer(rng, ask, subjects) for _ in range(2)]
         pair.sort(key=lambda text: score(ask.prompt, text), reverse=True)
         if score(ask.prompt, pair[0]) > score(ask.prompt, pair[1]):
             break

@@ -57,13 +57,14 @@ FRAME_WORDS = frozenset(
 )
 VERBS = frozenset(
     re.findall(
-        r"\w+", "are ask do does enjoy give help helps hope is know like likes recommend say says think try wish would"
+        r"\w+",
+        """are ask become buy care do does enjoy get give help helps hope is know like likes make recommend say says
+        think try use visit wish would""",
     )
 )
 ARTICLES = frozenset({"a", "an", "the"})
-NOT_AFTER_ARTICLE = (
-    VERBS | ARTICLES | {"because", "and", "but", "for", "if", "in", "it", "of", "on", "this", "to", "you"}
-)
+CONNECTIVES = frozenset({"and", "because", "but", "for", "if", "in", "it", "of", "on", "this", "to", "you"})
+NOT_AFTER_ARTICLE = VERBS | ARTICLES | CONNECTIVES
 # The word that has to stand before a fact of each kind; a command ("act") stands after a pause.
 BEFORE_FACT = {"trait": r"\bis", "good": r"\bbecause", "why": r"\bbecause", "act": r"(?:^|[,:])"}
 MAX_WORDS = 40

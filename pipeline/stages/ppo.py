@@ -118,6 +118,8 @@ def run(ctx: StageContext) -> Result:
         train_dataset=prompts,
         eval_dataset=prompts.select(range(min(len(prompts), args.per_device_eval_batch_size))),
     )
+    # At the end of each pass over the prompts accelerate would make every micro-batch an optimizer step.
+    trainer.accelerator.gradient_state.plugin_kwargs["sync_with_dataloader"] = False
     return _train(ctx, trainer, models, prompts, {stage.data: stats})
 
 
