@@ -8,10 +8,10 @@ from typing import Any
 from accelerate import PartialState
 
 from pipeline import data
-from pipeline.config import RunConfig
 from pipeline.lineage import Place, place_of, root, start_of
 from pipeline.models import Loader, Weights, merge
 from pipeline.options import with_defaults
+from pipeline.schema import RunConfig
 from pipeline.trainers import config_class
 
 
@@ -85,6 +85,16 @@ class StageContext:
         options = with_defaults(self.stage.type, self.stage.training)
         fixed = {"output_dir": str(self.folder / "checkpoints"), "seed": self.seed}
         return config_class(self.stage.type)(**(options | fixed | ours))
+
+    def train_and_eval_rows(
+        self, max_length: int | None = None, limit_name: str = ""
+    ) -> tuple[Any, Any, dict[str, Any]]:
+        """The stage's rows, those of `eval_data` (or None), and what to record about both."""
+        rows, stats = self.rows(self.stage.data, max_length, limit_name)
+        if self.stage.eval_data is None:
+            return rows, None, {self.stage.data: stats}
+        eval_rows, eval_stats = self.rows(self.stage.eval_data, max_length, limit_name)
+        return rows, eval_rows, {self.stage.data: stats, self.stage.eval_data: eval_stats}
 
     def rows(self, name: str, max_length: int | None = None, limit_name: str = "") -> tuple[Any, dict[str, Any]]:
         """Tokenised rows of a dataset in the shape this stage wants, and what to record about them."""

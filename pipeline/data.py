@@ -15,9 +15,9 @@ from typing import Any
 from datasets import Dataset, disable_progress_bars, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetGenerationError
 
-from pipeline.config import Data
 from pipeline.errors import UserError, nearest
 from pipeline.manifest import digest, file_digest
+from pipeline.schema import Data
 
 Messages = list[dict[str, str]]
 Row = dict[str, Any]
@@ -53,7 +53,7 @@ def find(name: str, spec: Data, folder: Path) -> Source:
         UserError: if the path looks like a file and is not there, or is of a kind that cannot be read.
     """
     pattern = str(folder / Path(spec.path).expanduser())
-    matches = [Path(match) for match in sorted(glob.glob(pattern))]
+    matches = [Path(match) for match in sorted(glob.glob(pattern))]  # noqa: PTH207
     files = [file for match in matches for file in (sorted(match.iterdir()) if match.is_dir() else [match])]
     if not files:
         looks_local = Path(spec.path).suffix in LOADERS or spec.path.startswith((".", "/", "~")) or "*" in spec.path
@@ -280,41 +280,61 @@ def prompt_text(tokenizer: Any, prompt: Messages) -> str:
     return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
 
 
-def encode(tokenizer: Any, prompt: Messages, completions: list[str]) -> tuple[list[int], list[list[int]]]:
-    """Token ids of a prompt and of completions to it; every completion ends with its first and only eos at the end.
+def encode_turns(tokenizer: Any, messages: Messages, first: int = 0) -> tuple[list[int], list[int]]:
+    """Token ids of a dialogue that ends with the assistant, and a mask with 1 on what the assistant says.
 
-    What a template writes after eos (ChatML's newline) is cut: a policy stops at eos, so the reward model must be
-    trained to read the score there.
+    Assistant turns before message `first` count as prompt. Each turn's ids end with eos, and the prompt before it is
+    tokenised apart from it, as generation meets them. What a template writes after the last eos (ChatML's newline) is
+    cut: a policy stops at eos, so the reward model must be trained to read the score there.
     """
-    head = prompt_text(tokenizer, prompt)
-    encoded = []
-    for completion in completions:
-        messages = [*prompt, {"role": "assistant", "content": completion}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
-        if not text.startswith(head):
+    ids: list[int] = []
+    mask: list[int] = []
+    done = ""
+
+    def append(text: str, bit: int) -> None:
+        tokens = tokenizer.encode(text, add_special_tokens=False)
+        ids.extend(tokens)
+        mask.extend([bit] * len(tokens))
+
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant" or i < first:
+            continue
+        head = prompt_text(tokenizer, messages[:i])
+        text = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
+        if not (head.startswith(done) and text.startswith(head)):
             raise UserError(
                 "the chat template renders a prompt differently when an answer follows it, so prompt and completion "
                 f"cannot be told apart; set tokenizer.chat_template. Prompt: {head!r}, with answer: {text!r}"
             )
-        tail = text[len(head) :]
-        if tokenizer.eos_token in tail:
-            tail = tail[: tail.rindex(tokenizer.eos_token)]
-        encoded.append([*tokenizer.encode(tail, add_special_tokens=False), tokenizer.eos_token_id])
-    return tokenizer.encode(head, add_special_tokens=False), encoded
+        said, eos, after = text[len(head) :].rpartition(tokenizer.eos_token)
+        append(head[len(done) :], 0)
+        append(said if eos else after, 1)
+        ids.append(tokenizer.eos_token_id)
+        mask.append(1)
+        done = text[: len(text) - len(after)] if eos else text
+    return ids, mask
 
 
 def tokenise(rows: Dataset, want: str, tokenizer: Any, key: str) -> Dataset:
-    """Token ids of rows: `input_ids` (text), `prompt_ids` + `completion_ids`, `chosen_ids`, `rejected_ids`.
+    """Token ids of rows, the same in every stage.
 
-    `key` is the tokenizer's fingerprint; with the rows' own it makes the cache's key. Prompts keep their messages.
+    `input_ids` (text), with `completion_mask` (demonstrations), `prompt_ids` with `chosen_ids` and `rejected_ids`
+    (comparisons), `prompt_ids` beside the messages (prompts). `key` is the tokenizer's fingerprint, for the cache.
     """
 
     def ids_of(row: Row) -> Row:
         if want == "text":
             return {"input_ids": [*tokenizer.encode(row["text"], add_special_tokens=False), tokenizer.eos_token_id]}
-        sides = {"demonstrations": ["completion"], "comparisons": ["chosen", "rejected"], "prompts": []}[want]
-        prompt_ids, encoded = encode(tokenizer, row["prompt"], [row[side] for side in sides])
-        return {"prompt_ids": prompt_ids} | {f"{side}_ids": ids for side, ids in zip(sides, encoded, strict=True)}
+        if want == "demonstrations":
+            messages = [*row["prompt"], {"role": "assistant", "content": row["completion"]}]
+            ids, mask = encode_turns(tokenizer, messages)
+            return {"input_ids": ids, "completion_mask": mask}
+        encoded = {"prompt_ids": tokenizer.encode(prompt_text(tokenizer, row["prompt"]), add_special_tokens=False)}
+        for side in ("chosen", "rejected") if want == "comparisons" else ():
+            messages = [*row["prompt"], {"role": "assistant", "content": row[side]}]
+            ids, _ = encode_turns(tokenizer, messages, first=len(row["prompt"]))
+            encoded[f"{side}_ids"] = ids[len(encoded["prompt_ids"]) :]
+        return encoded
 
     remove = [] if want == "prompts" else rows.column_names
     return rows.map(ids_of, remove_columns=remove, new_fingerprint=digest([rows._fingerprint, key, want])[:16])
@@ -328,7 +348,7 @@ def within(rows: Dataset, max_length: int | None, source: Source, limit_name: st
     """
     if max_length is None:
         return rows
-    sides = [column for column in ("completion_ids", "chosen_ids", "rejected_ids") if column in rows.column_names]
+    sides = [column for column in ("chosen_ids", "rejected_ids") if column in rows.column_names]
 
     def fits(row: Row) -> bool:
         return len(row["prompt_ids"]) + max((len(row[side]) for side in sides), default=0) <= max_length

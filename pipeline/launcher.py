@@ -11,10 +11,9 @@ from typing import IO, Any
 from rich.console import Console
 from rich.rule import Rule
 
-from pipeline import config as configs
 from pipeline import manifest, plan, report
-from pipeline.config import RunConfig
 from pipeline.errors import StageFailed, UserError, nearest
+from pipeline.schema import RunConfig, parents
 
 LAUNCHER = "RLHF_LAUNCHER_PID"  # stages watch this process and end with it
 NUM_LOG_LINES = 20
@@ -93,7 +92,7 @@ def _verify_finished(config: RunConfig, recorded: manifest.Manifest | None, deci
 def _check_parents(config: RunConfig, decisions: list[plan.Decision], selected: list[str]) -> None:
     waiting = {decision.stage: decision.reason for decision in decisions if decision.run}
     for name in selected:
-        for parent in configs.parents(config.stages[name]).values():
+        for parent in parents(config.stages[name]).values():
             if name in waiting and parent in waiting and parent not in selected:
                 raise UserError(f"--only {name}: needs {parent!r} first ({waiting[parent]}); use --until {name}")
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pipeline.config import BASE, RunConfig, Stage, TrainingStage, same_shape
+from pipeline.schema import BASE, RunConfig, Stage, TrainingStage, same_shape
 
 
 @dataclass(frozen=True)

@@ -20,70 +20,47 @@ from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 from pipeline.errors import nearest
 from pipeline.trainers import config_class
 
-_HUB = "the pipeline never uploads; push a finished output with huggingface_hub"
-_ROWS = "rows are tokenised by the pipeline, the same way in every stage"
-_TOKENS = "the run has one tokenizer; set it under `tokenizer:`"
-_COMPUTED = "TRL computes it from the other sizes"
-_WIRED = "the pipeline wires the stages' models itself"
-_PPO_PRECISION = (
-    "PPOTrainer samples outside autocast, so mixed precision would make the first ratio differ from 1; "
-    "PPO computes in `model.dtype`"
-)
-_PPO_RESUME = "PPOTrainer cannot resume from a checkpoint; a stopped PPO stage starts anew"
-OWNED = {
-    "output_dir": "a stage writes to the run folder",
-    "seed": "set `seed` of the run or of the stage",
-    "data_seed": "set `seed` of the run or of the stage",
-    "model_init_kwargs": "set `model:` and `quantization:`",
-    "trust_remote_code": "set `model.trust_remote_code`",
-    "resume_from_checkpoint": "a stage resumes from its newest complete checkpoint by itself",
-    "ignore_data_skip": "a resumed stage continues with the rows it has not seen",
-    "save_only_model": "a checkpoint without optimizer state cannot be resumed",
-    "load_best_model_at_end": "a stage's output is its last state",
-    "remove_unused_columns": _ROWS,
-    "dataset_text_field": _ROWS,
-    "dataset_kwargs": _ROWS,
-    "assistant_only_loss": _ROWS,
-    "chat_template_path": _TOKENS,
-    "eos_token": _TOKENS,
-    "pad_token": _TOKENS,
-    "stop_token": "generation stops at the run's eos token",
-    "stop_token_id": "generation stops at the run's eos token",
-    "sft_model_path": _WIRED,
-    "reward_model_path": _WIRED,
-    "model_adapter_name": _WIRED,
-    "ref_adapter_name": _WIRED,
-    "sync_ref_model": "the reference of a stage is its parent, always",
-    "push_to_hub": _HUB,
-    "hub_model_id": _HUB,
-    "hub_strategy": _HUB,
-    "hub_token": _HUB,
-    "hub_private_repo": _HUB,
-    "do_train": _WIRED,
-    "do_eval": "give the stage `eval_data`",
-    "do_predict": _WIRED,
-    "world_size": _COMPUTED,
-    "num_total_batches": _COMPUTED,
-    "micro_batch_size": _COMPUTED,
-    "local_batch_size": _COMPUTED,
-    "batch_size": _COMPUTED,
-    "mini_batch_size": _COMPUTED,
-    "local_mini_batch_size": _COMPUTED,
+_REASONS = {
+    "a stage writes to the run folder": "output_dir",
+    "set `seed` of the run or of the stage": "seed data_seed",
+    "set `model:` and `quantization:`": "model_init_kwargs trust_remote_code",
+    "a stage resumes from its newest complete checkpoint by itself": "resume_from_checkpoint ignore_data_skip",
+    "a checkpoint without optimizer state cannot be resumed": "save_only_model",
+    "a stage's output is its last state": "load_best_model_at_end",
+    "rows are tokenised by the pipeline, the same way in every stage": (
+        "remove_unused_columns dataset_text_field dataset_kwargs assistant_only_loss"
+    ),
+    "the run has one tokenizer; set it under `tokenizer:`": "chat_template_path eos_token pad_token",
+    "generation stops at the run's eos token": "stop_token stop_token_id",
+    "the pipeline wires the stages' models itself": (
+        "sft_model_path reward_model_path model_adapter_name ref_adapter_name do_train do_predict"
+    ),
+    "the reference of a stage is its parent, always": "sync_ref_model",
+    "the pipeline never uploads; push a finished output with huggingface_hub": (
+        "push_to_hub hub_model_id hub_strategy hub_token hub_private_repo"
+    ),
+    "give the stage `eval_data`": "do_eval",
+    "TRL computes it from the other sizes": (
+        "world_size num_total_batches micro_batch_size local_batch_size batch_size mini_batch_size local_mini_batch_size"
+    ),
 }
-_OWNED_BY_TYPE = {
-    "ppo": {
-        "bf16": _PPO_PRECISION,
-        "fp16": _PPO_PRECISION,
-        "save_strategy": _PPO_RESUME,
-        "save_steps": _PPO_RESUME,
-    },
-    "lora": {
-        "task_type": "the stage's type decides it",
-        "modules_to_save": "the score head of a reward model is saved by the pipeline; other modules would not be "
-        "shared between adapters of one base",
-        "inference_mode": "the pipeline decides which adapter trains",
-    },
+_PPO_REASONS = {
+    "PPOTrainer samples outside autocast, so mixed precision would make the first ratio differ from 1; PPO computes in "
+    "`model.dtype`": "bf16 fp16",
+    "PPOTrainer cannot resume from a checkpoint; a stopped PPO stage starts anew": "save_strategy save_steps",
 }
+_LORA_REASONS = {
+    "the stage's type decides it": "task_type",
+    "a reward model's score head is saved by the pipeline; adapters of one base share all other modules": "modules_to_save",
+    "the pipeline decides which adapter trains": "inference_mode",
+}
+
+
+def _by_option(reasons: dict[str, str]) -> dict[str, str]:
+    return {option: reason for reason, options in reasons.items() for option in options.split()}
+
+
+OWNED = _by_option(_REASONS)
 # What the pipeline chooses where the user is silent, beside TRL's own defaults. README lists these.
 DEFAULTS = {
     "all": {"report_to": "none", "save_total_limit": 2},
@@ -94,7 +71,9 @@ DEFAULTS = {
 
 def owned_by(kind: str) -> dict[str, str]:
     """The options of a section that the pipeline sets itself, with the reasons."""
-    return (OWNED if kind not in ("lora", "quantization") else {}) | _OWNED_BY_TYPE.get(kind, {})
+    if kind in ("lora", "quantization"):
+        return _by_option(_LORA_REASONS) if kind == "lora" else {}
+    return OWNED | (_by_option(_PPO_REASONS) if kind == "ppo" else {})
 
 
 def _target(kind: str) -> type:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import data, manifest, scoring
-from pipeline.config import RunConfig, TrainingStage, parents
 from pipeline.errors import UserError
 from pipeline.manifest import Manifest, TokenizerRecord, digest
+from pipeline.schema import RunConfig, TrainingStage, parents
 
 # Options of `training:` that change what is shown or kept, not what is learned.
 NEUTRAL = (

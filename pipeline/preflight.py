@@ -10,10 +10,10 @@ from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline import data, scoring
-from pipeline.config import RunConfig, TrainingStage
 from pipeline.errors import UserError
 from pipeline.models import from_scratch, lora_config, num_parameters
 from pipeline.options import with_defaults
+from pipeline.schema import RunConfig, TrainingStage
 from pipeline.trainers import config_class
 
 

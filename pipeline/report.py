@@ -11,9 +11,9 @@ from pipeline.errors import UserError
 from pipeline.manifest import Manifest, Record
 
 if TYPE_CHECKING:
-    from pipeline.config import RunConfig
     from pipeline.plan import Decision
     from pipeline.preflight import Facts
+    from pipeline.schema import RunConfig
 
 HEADLINES = {
     "pretrain": ("first_loss", "loss", "eval_loss"),

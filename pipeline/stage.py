@@ -26,14 +26,14 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
-from pipeline import config as configs
 from pipeline import manifest, plan, tokenizers
-from pipeline.config import RunConfig, TrainingStage
+from pipeline.config import load
 from pipeline.context import Result, StageContext
 from pipeline.errors import UserError
 from pipeline.lineage import output_folder, place_of
 from pipeline.manifest import Manifest, Output, Record
 from pipeline.models import Loader
+from pipeline.schema import RunConfig, TrainingStage, parents
 
 LAUNCHER = "RLHF_LAUNCHER_PID"
 PACKAGES = ("rlhf-pipeline", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit("usage: accelerate launch -m pipeline.stage CONFIG STAGE [KEY=VALUE ...]")
     _end_with_launcher()
     try:
-        run(configs.load(arguments[0], tuple(arguments[2:])), arguments[1])
+        run(load(arguments[0], tuple(arguments[2:])), arguments[1])
     except UserError as error:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -102,7 +102,7 @@ def _prepare(config: RunConfig, name: str) -> plan.Identity | UserError | None:
         decisions = {decision.stage: decision for decision in plan.decide(config, recorded)}
         if not decisions[name].run:
             return None
-        for role, parent in configs.parents(config.stages[name]).items():
+        for role, parent in parents(config.stages[name]).items():
             if decisions[parent].run:
                 why = decisions[parent].reason
                 return UserError(
@@ -158,7 +158,7 @@ def _finish(ctx: StageContext, identity: plan.Identity, result: Result, started:
     files = manifest.checksums(ctx.run_dir, folders)
     record = Record(
         type=ctx.stage.type,
-        parents=configs.parents(ctx.stage),
+        parents=parents(ctx.stage),
         config=identity.config,
         config_digest=manifest.digest(identity.config),
         inputs=identity.inputs,
@@ -199,7 +199,7 @@ def _same_tokenizer(config: RunConfig, name: str, recorded: Manifest, key: str) 
     mend = "Start a new run folder, or restore the tokenizer"
     if key != recorded.tokenizer.fingerprint:
         raise UserError(f"{config.run_path / 'tokenizer'} is not the tokenizer this run was started with. {mend}")
-    for parent in configs.parents(config.stages[name]).values():
+    for parent in parents(config.stages[name]).values():
         folder = config.run_path / output_folder(parent)
         if tokenizers.fingerprint(tokenizers.open_saved(folder)) != key:
             raise UserError(

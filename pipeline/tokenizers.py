@@ -9,10 +9,10 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from pipeline.config import RunConfig
 from pipeline.data import find, load
 from pipeline.errors import UserError
 from pipeline.manifest import digest
+from pipeline.schema import RunConfig
 
 TEMPLATES = Path(__file__).parent / "templates"
 # Tokens that pretrained vocabularies keep for padding, or hold without using them in text, best first.

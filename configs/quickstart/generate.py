@@ -23,9 +23,9 @@ from judge import score
 
 SEED = 7
 HERE = Path(__file__).parent
-PARAGRAPHS = 2400
+PARAGRAPHS = 2000
 DEMONSTRATIONS = 1300
-COMPARISONS = 1200
+COMPARISONS = 1800
 HELDOUT_COMPARISONS = 200
 LABEL_NOISE = 0.1
 TALK = 0.55
@@ -223,21 +223,21 @@ def garbled(rng: random.Random, ask: Instruction, subjects: list[Subject]) -> st
 
 # {way to answer: its share of the demonstrations}
 STYLES: dict[Style, float] = {
-    good: 0.26,
-    plain: 0.14,
+    good: 0.30,
+    plain: 0.15,
     no_reason: 0.16,
-    wrong_subject: 0.10,
-    wrong_kind: 0.08,
-    curt: 0.08,
-    rude: 0.08,
-    gushing: 0.04,
+    wrong_subject: 0.04,
+    wrong_kind: 0.06,
+    curt: 0.09,
+    rude: 0.09,
+    gushing: 0.05,
     repetitive: 0.03,
     rambling: 0.03,
 }
 
 
-# The share in the comparisons of each mistake that people do not make but a policy does.
-SLIPS = {mixed_up: 0.08, garbled: 0.10}
+# What the comparisons show besides: the mistakes that people do not make, but a small policy does.
+SLIPS: dict[Style, float] = {mixed_up: 0.03, garbled: 0.08}
 
 
 def draw_style(rng: random.Random, shares: dict[Style, float]) -> Style:
@@ -251,7 +251,7 @@ def answer(rng: random.Random, ask: Instruction, subjects: list[Subject]) -> str
 
 def policy_like_answer(rng: random.Random, ask: Instruction, subjects: list[Subject]) -> str:
     """One answer as a fine-tuned policy would give it: those of people, and the slips of a model."""
-    return draw_style(rng, {**STYLES, **SLIPS})(rng, ask, subjects)
+    return draw_style(rng, STYLES | SLIPS)(rng, ask, subjects)
 
 
 def paragraph(rng: random.Random, asks: list[Instruction], subjects: list[Subject]) -> str:

@@ -16,11 +16,7 @@ from pipeline.trainers import dpo_trainer_class
 def run(ctx: StageContext) -> Result:
     stage = ctx.stage
     args = ctx.training_args()
-    rows, stats = ctx.rows(stage.data, args.max_length, "training.max_length")
-    datasets = {stage.data: stats}
-    eval_rows = None
-    if stage.eval_data:
-        eval_rows, datasets[stage.eval_data] = ctx.rows(stage.eval_data, args.max_length, "training.max_length")
+    rows, eval_rows, datasets = ctx.train_and_eval_rows(args.max_length, "training.max_length")
     parent = ctx.start()
     trainer = dpo_trainer_class()(
         model=continue_policy(ctx.loader, parent, stage.lora, ctx.seed),

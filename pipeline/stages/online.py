@@ -8,7 +8,7 @@ from trl import GRPOTrainer, RLOOTrainer
 
 from pipeline import checks, scoring
 from pipeline.context import Result, StageContext
-from pipeline.data import encode
+from pipeline.data import prompt_text
 from pipeline.fit import fit
 from pipeline.models import continue_policy, load_reward, match_reference_dtype
 from pipeline.views import Backbone, ReferenceView
@@ -20,7 +20,8 @@ def reward_model_function(ctx: StageContext, model: Any) -> RewardFunction:
     """TRL's form of a reward, from the ids that were sampled; nothing is rendered or tokenised a second time."""
 
     def reward_model(prompts: list[Any], completion_ids: list[list[int]], **_: Any) -> list[float]:
-        sequences = [encode(ctx.tokenizer, p, [])[0] + ids for p, ids in zip(prompts, completion_ids, strict=True)]
+        heads = [ctx.tokenizer.encode(prompt_text(ctx.tokenizer, p), add_special_tokens=False) for p in prompts]
+        sequences = [head + ids for head, ids in zip(heads, completion_ids, strict=True)]
         return scoring.score(model, sequences, ctx.tokenizer.pad_token_id)
 
     return reward_model

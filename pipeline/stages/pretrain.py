@@ -2,16 +2,15 @@
 
 from trl import SFTTrainer
 
-from pipeline.config import BASE
 from pipeline.context import Result, StageContext
 from pipeline.fit import fit
 from pipeline.models import continue_policy, from_scratch
+from pipeline.schema import BASE
 
 
 def run(ctx: StageContext) -> Result:
     stage, scratch = ctx.stage, ctx.config.model.scratch
-    rows, stats = ctx.rows(stage.data)
-    eval_rows, eval_stats = ctx.rows(stage.eval_data) if stage.eval_data else (None, {})
+    rows, eval_rows, datasets = ctx.train_and_eval_rows()
     if scratch and stage.init == BASE:
         tokenizer = ctx.tokenizer
         model = from_scratch(
@@ -31,4 +30,4 @@ def run(ctx: StageContext) -> Result:
         eval_dataset=eval_rows,
         processing_class=ctx.tokenizer,
     )
-    return fit(ctx, trainer, {stage.data: stats} | ({stage.eval_data: eval_stats} if stage.eval_data else {}))
+    return fit(ctx, trainer, datasets)

@@ -1,0 +1,95 @@
+"""The config file as it was written: every key with its line, and the command line's overrides laid over it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from pipeline.errors import UserError
+
+
+@dataclass(frozen=True)
+class Problem:
+    loc: tuple[str | int, ...]
+    message: str
+
+
+class Document:
+    """The raw file, with the line of every key, and the overrides of the command line laid over it."""
+
+    def __init__(self, path: Path, overrides: tuple[str, ...] = ()):
+        self.path = path
+        self.overridden: dict[tuple[str, ...], str] = {}
+        try:
+            self.raw = YAML().load(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file; expected a run's config in YAML") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: cannot be read: {error}") from None
+        except MarkedYAMLError as error:
+            line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+            raise UserError(f"{path}{line}: not valid YAML: {error.problem}") from None
+        except YAMLError as error:
+            raise UserError(f"{path}: not valid YAML: {error}") from None
+        if not isinstance(self.raw, dict):
+            raise UserError(
+                f"{path}: expected a mapping with name, model, data and stages, got {type(self.raw).__name__}"
+            )
+        for override in overrides:
+            self._override(override)
+
+    def _override(self, override: str) -> None:
+        key, equals, text = override.partition("=")
+        if not equals or not all(key.split(".")):
+            raise UserError(f"override {override!r}: expected KEY=VALUE, e.g. stages.sft.training.learning_rate=1e-4")
+        keys = tuple(key.split("."))
+        node = self.raw
+        for part in keys[:-1]:
+            if node.get(part) is None:
+                node[part] = {}
+            node = node[part]
+            if not isinstance(node, dict):
+                raise UserError(f"override {override!r}: {part!r} holds a value, not a section")
+        try:
+            node[keys[-1]] = YAML(typ="safe").load(text)
+        except YAMLError:
+            raise UserError(f"override {override!r}: {text!r} is not a valid YAML value") from None
+        self.overridden[keys] = override
+
+    def where(self, loc: tuple[str | int, ...]) -> str:
+        """`FILE:LINE` of the key at `loc`, or of the nearest key above it; the override where that set it."""
+        for keys, override in self.overridden.items():
+            if loc[: len(keys)] == keys:
+                return f"override {override!r}"
+        node, line = self.raw, None
+        for key in loc:
+            try:
+                line = (node.lc.key(key) if isinstance(node, dict) else node.lc.item(key))[0] + 1
+                node = node[key]
+            except (AttributeError, KeyError, IndexError, TypeError):
+                break
+        return f"{self.path}:{line}" if line else str(self.path)
+
+    def describe(self, problem: Problem) -> str:
+        dotted = ".".join(str(part) for part in problem.loc)
+        return (
+            f"{self.where(problem.loc)}: {dotted}: {problem.message}" if dotted else f"{self.path}: {problem.message}"
+        )
+
+    def plain(self) -> dict[str, Any]:
+        """The content as plain dicts and lists."""
+        return _plain(self.raw)
+
+
+def _plain(node: Any) -> Any:
+    """ruamel's node types as plain dicts and lists."""
+    if isinstance(node, dict):
+        return {str(key): _plain(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_plain(value) for value in node]
+    for kind in (bool, int, float, str):
+        if isinstance(node, kind):
+            return kind(node)
+    return node if node is None else str(node)

@@ -1,0 +1,179 @@
+"""The schema of a run's config: our own few keys. What belongs to TRL, PEFT and transformers is in `options`."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+
+BASE = "base"  # what `init:` says for the run's base model; no stage may have this name
+Options = dict[str, Any]
+Format = Literal["auto", "text", "prompt", "prompt_completion", "messages", "alpaca", "comparison", "sharegpt"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ScratchTokenizer(Strict):
+    """A byte-level BPE tokenizer trained on datasets of this run."""
+
+    vocab_size: PositiveInt = 1000
+    data: list[str] = Field(min_length=1)
+
+
+class Scratch(Strict):
+    """A model that does not exist yet: transformers config fields (`model_type` among them) and its tokenizer."""
+
+    architecture: Options
+    tokenizer: ScratchTokenizer
+
+
+class Model(Strict):
+    """The base model of the run: a hub id or folder (`path`), or a new one (`scratch`)."""
+
+    path: str | None = None
+    scratch: Scratch | None = None
+    revision: str | None = None
+    dtype: Dtype = "float32"
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+
+
+class Tokenizer(Strict):
+    """What to change in the base model's tokenizer: a built-in chat template or a file, and two special tokens."""
+
+    chat_template: str | None = None
+    pad_token: str | None = None
+    eos_token: str | None = None
+
+
+class Data(Strict):
+    """One dataset: a local file, glob or hub id; `columns` maps their names to ours, `limit` takes the first rows."""
+
+    path: str
+    name: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    format: Format = "auto"
+    columns: dict[str, str] = {}
+    limit: PositiveInt | None = None
+
+
+class Stage(Strict):
+    """What all stages have. A stage's name is its key in the file; its type defaults to its name."""
+
+    data: str
+    seed: int | None = None
+    accelerate_config: str | None = None
+
+
+class TrainingStage(Stage):
+    """A stage that trains from the output of another (`init`) by the rows of `data`."""
+
+    init: str | None = None
+    eval_data: str | None = None
+    lora: Options | None = None
+    training: Options = {}
+
+
+class Offline(TrainingStage):
+    """A stage that learns from the rows alone."""
+
+    type: Literal["pretrain", "sft", "reward", "dpo"]
+
+
+class Ppo(TrainingStage):
+    """PPO against a reward model; the rows are prompts."""
+
+    type: Literal["ppo"]
+    reward: str | None = None
+    max_prompt_length: PositiveInt = 512
+
+
+class Online(TrainingStage):
+    """RLOO or GRPO, scored by the run's reward model and/or functions named `module:function`."""
+
+    type: Literal["rloo", "grpo"]
+    reward: str | None = None
+    reward_functions: list[str] = []
+    max_prompt_length: PositiveInt = 512
+
+
+class Evaluate(Stage):
+    """Sample base, baseline and policies on held-out prompts; score with the reward model and a judge."""
+
+    type: Literal["evaluate"]
+    policies: list[str] | None = None
+    baseline: str | None = None
+    reward: str | None = None
+    judge: str | None = None
+    temperature: float = Field(default=1.0, gt=0)
+    max_new_tokens: PositiveInt = 128
+    max_prompt_length: PositiveInt = 512
+    num_prompts: PositiveInt | None = None
+    batch_size: PositiveInt = 16
+
+
+STAGE_CLASSES: dict[str, type[Stage]] = {
+    "pretrain": Offline,
+    "sft": Offline,
+    "reward": Offline,
+    "ppo": Ppo,
+    "rloo": Online,
+    "grpo": Online,
+    "dpo": Offline,
+    "evaluate": Evaluate,
+}
+FINAL_TYPES = ("ppo", "rloo", "grpo", "dpo")
+POLICY_TYPES = ("pretrain", "sft", *FINAL_TYPES)
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+
+
+class RunConfig(Strict):
+    """A whole run, resolved: every reference names a stage, every section has its defaults from the top level.
+
+    `stages` is in an order in which they can run. `source` is the file it came from; relative paths start there.
+    """
+
+    name: Name
+    run_dir: str | None = None
+    seed: int = 0
+    model: Model
+    tokenizer: Tokenizer = Tokenizer()
+    quantization: Options | None = None
+    lora: Options | None = None
+    training: Options = {}
+    data: dict[Name, Data]
+    stages: dict[Name, Any]
+    source: Path
+
+    def resolve(self, path: str) -> str:
+        """A local path of the config as an absolute one; anything else (a hub id) as it is."""
+        candidate = self.source.parent / Path(path).expanduser()
+        return str(candidate.resolve()) if candidate.exists() else path
+
+    @property
+    def run_path(self) -> Path:
+        return Path(self.run_dir or f"runs/{self.name}").expanduser().resolve()
+
+    def seed_of(self, stage: str) -> int:
+        own = self.stages[stage].seed
+        return self.seed if own is None else own
+
+
+def parents(stage: Stage) -> dict[str, str]:
+    """The stages a stage takes its inputs from, by role."""
+    roles = {"init": getattr(stage, "init", None), "reward": getattr(stage, "reward", None)}
+    if isinstance(stage, Evaluate):
+        roles |= {"baseline": stage.baseline} | {f"policies.{policy}": policy for policy in stage.policies or ()}
+    return {role: name for role, name in roles.items() if name not in (None, BASE)}
+
+
+def same_shape(a: Options, b: Options) -> bool:
+    """Whether an adapter made with options `a` can be continued under options `b`.
+
+    Dropout and initialisation do not belong to an adapter's shape; `lora_alpha` does, since it scales the weights.
+    """
+    free = ("lora_dropout", "init_lora_weights")
+    return {k: v for k, v in a.items() if k not in free} == {k: v for k, v in b.items() if k not in free}
