@@ -19,6 +19,8 @@ from pipeline.errors import UserError, nearest
 from pipeline.manifest import digest, file_digest
 from pipeline.schema import Data
 
+# Prepared rows are cached by this too: another version of this file may prepare them otherwise.
+_CODE = file_digest(Path(__file__))
 Messages = list[dict[str, str]]
 Row = dict[str, Any]
 LOADERS = {
@@ -271,7 +273,7 @@ def rows_for(source: Source, want: str) -> Dataset:
         convert,
         with_indices=True,
         remove_columns=raw.column_names,
-        new_fingerprint=digest([raw._fingerprint, shape, want, "rows"])[:16],
+        new_fingerprint=digest([raw._fingerprint, shape, want, _CODE])[:16],
     )
 
 
@@ -337,7 +339,7 @@ def tokenise(rows: Dataset, want: str, tokenizer: Any, key: str) -> Dataset:
         return encoded
 
     remove = [] if want == "prompts" else rows.column_names
-    return rows.map(ids_of, remove_columns=remove, new_fingerprint=digest([rows._fingerprint, key, want])[:16])
+    return rows.map(ids_of, remove_columns=remove, new_fingerprint=digest([rows._fingerprint, key, want, _CODE])[:16])
 
 
 def within(rows: Dataset, max_length: int | None, source: Source, limit_name: str) -> Dataset:

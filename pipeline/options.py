@@ -65,6 +65,7 @@ OWNED = _by_option(_REASONS)
 DEFAULTS = {
     "all": {"report_to": "none", "save_total_limit": 2},
     "pretrain": {"packing": True, "packing_strategy": "wrapped"},
+    "sft": {"completion_only_loss": True},  # TRL's default would train on prompts too when rows are token ids
     "ppo": {"num_sample_generations": 0, "missing_eos_penalty": 1.0},
 }
 

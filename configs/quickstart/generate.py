@@ -2,12 +2,13 @@
 
     python configs/quickstart/generate.py
 
-The small world of `facts.json` (forty subjects, four facts each) is put into templated English:
+The small world of `facts.json` (thirty subjects, four facts each) is put into templated English:
 
 - `corpus.jsonl`: paragraphs about the subjects, for pretraining from scratch;
 - `demonstrations.jsonl`: instructions with answers, good ones and flawed ones (curt, rude, about the wrong subject,
   without a reason, ...), so that the fine-tuned policy has something left to learn;
-- `comparisons.jsonl`: two answers to one instruction, ordered by the gold judge (judge.py), one label in ten flipped;
+- `comparisons.jsonl`: the best of three answers to one instruction and another of them, in the order of the gold judge
+  (judge.py), with one label in ten flipped;
 - `prompts.jsonl`: the training instructions alone;
 - `heldout_prompts.jsonl`, `heldout_comparisons.jsonl`: instructions that no file above contains; every subject
   and every wording is in the files above, but not this pair of them. No label is flipped here.
@@ -25,10 +26,12 @@ SEED = 7
 HERE = Path(__file__).parent
 PARAGRAPHS = 2000
 DEMONSTRATIONS = 1300
-COMPARISONS = 1800
+COMPARISONS = 1500
 HELDOUT_COMPARISONS = 200
+CANDIDATES = 3
+MARGIN = 0.1
 LABEL_NOISE = 0.1
-TALK = 0.55
+TALK = 0.65
 
 # {kind of instruction: wordings}; {np} is the subject, {do} and {take} are the verbs of its category.
 WORDINGS = {
@@ -37,30 +40,40 @@ WORDINGS = {
         "Describe {np}.",
         "Tell me about {np}.",
         "Can you explain what {np} is?",
+        "Explain to me what {np} is.",
+        "Please describe {np} to me.",
     ),
     "recommend": (
         "Should I {take} {np}?",
         "Would you say I should {take} {np}?",
         "Is it a good idea to {take} {np}?",
         "I want to {take} {np}. What do you think?",
+        "Should I really {take} {np}?",
+        "Would you {take} {np}?",
     ),
     "praise": (
         "Why do people like {np}?",
         "Why is {np} so popular?",
         "Tell me why people enjoy {np}.",
         "What is good about {np}?",
+        "Why would anyone like {np}?",
+        "Tell me what is good about {np}.",
     ),
     "explain": (
         "How do I {do} {np}?",
         "What is the best way to {do} {np}?",
         "Teach me how to {do} {np}.",
         "Show me how to {do} {np}.",
+        "Explain how to {do} {np}.",
+        "I need to know how to {do} {np}.",
     ),
     "advise": (
         "Give me a tip about {np}.",
         "What should I know before I {do} {np}?",
         "Do you have advice about {np}?",
         "Share your best advice on {np}.",
+        "Is there any advice about {np}?",
+        "I could use a tip about {np}.",
     ),
 }
 
@@ -139,12 +152,12 @@ def load_subjects() -> list[Subject]:
 
 
 def split_instructions(subjects: list[Subject]) -> tuple[list[Instruction], list[Instruction]]:
-    """All instructions as (training, held out); every subject loses one wording of each kind."""
+    """All instructions as (training, held out); every subject loses one wording in three."""
     train, heldout = [], []
     for number, subject in enumerate(subjects):
         for row, (kind, wordings) in enumerate(WORDINGS.items()):
             for column, wording in enumerate(wordings):
-                left_out = column == (number + row) % len(wordings)
+                left_out = (number + row + column) % 3 == 0
                 (heldout if left_out else train).append(Instruction(subject, kind, wording))
     return train, heldout
 
@@ -223,21 +236,21 @@ def garbled(rng: random.Random, ask: Instruction, subjects: list[Subject]) -> st
 
 # {way to answer: its share of the demonstrations}
 STYLES: dict[Style, float] = {
-    good: 0.30,
+    good: 0.22,
     plain: 0.15,
-    no_reason: 0.16,
-    wrong_subject: 0.04,
-    wrong_kind: 0.06,
-    curt: 0.09,
-    rude: 0.09,
-    gushing: 0.05,
-    repetitive: 0.03,
-    rambling: 0.03,
+    no_reason: 0.18,
+    wrong_subject: 0.02,
+    wrong_kind: 0.02,
+    curt: 0.12,
+    rude: 0.12,
+    gushing: 0.06,
+    repetitive: 0.05,
+    rambling: 0.06,
 }
 
 
 # What the comparisons show besides: the mistakes that people do not make, but a small policy does.
-SLIPS: dict[Style, float] = {mixed_up: 0.03, garbled: 0.08}
+SLIPS: dict[Style, float] = {mixed_up: 0.04, garbled: 0.08}
 
 
 def draw_style(rng: random.Random, shares: dict[Style, float]) -> Style:
@@ -267,11 +280,12 @@ def paragraph(rng: random.Random, asks: list[Instruction], subjects: list[Subjec
 
 
 def compare(rng: random.Random, ask: Instruction, subjects: list[Subject], noise: float) -> dict[str, str]:
-    """Two answers the judge can tell apart, the better one chosen (or not, with probability `noise`)."""
+    """The best of a few answers and another one that is clearly worse; swapped with probability `noise`."""
     while True:
-        pair = [policy_like_answer(rng, ask, subjects) for _ in range(2)]
-        pair.sort(key=lambda text: score(ask.prompt, text), reverse=True)
-        if score(ask.prompt, pair[0]) > score(ask.prompt, pair[1]):
+        answers = [policy_like_answer(rng, ask, subjects) for _ in range(CANDIDATES)]
+        answers.sort(key=lambda text: score(ask.prompt, text), reverse=True)
+        pair = [answers[0], rng.choice(answers[1:])]
+        if score(ask.prompt, pair[0]) - score(ask.prompt, pair[1]) >= MARGIN:
             break
     if rng.random() < noise:
         pair.reverse()

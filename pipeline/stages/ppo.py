@@ -118,9 +118,17 @@ def run(ctx: StageContext) -> Result:
         train_dataset=prompts,
         eval_dataset=prompts.select(range(min(len(prompts), args.per_device_eval_batch_size))),
     )
-    # At the end of each pass over the prompts accelerate would make every micro-batch an optimizer step.
-    trainer.accelerator.gradient_state.plugin_kwargs["sync_with_dataloader"] = False
+    one_step_per_accumulation(trainer)
     return _train(ctx, trainer, models, prompts, {stage.data: stats})
+
+
+def one_step_per_accumulation(trainer: Any) -> None:
+    """Keep PPOTrainer at one optimizer step per `gradient_accumulation_steps`.
+
+    It draws the next prompts before it trains on the last ones, and at the end of each pass over the prompts
+    accelerate would make every micro-batch a step.
+    """
+    trainer.accelerator.gradient_state.plugin_kwargs["sync_with_dataloader"] = False
 
 
 def _train(ctx: StageContext, trainer: Any, models: Models, prompts: Any, datasets: dict[str, Any]) -> Result:

@@ -33,9 +33,20 @@ def run(ctx: StageContext) -> Result:
         eval_dataset=_sides(eval_rows) if eval_rows is not None else None,
         processing_class=ctx.tokenizer,
     )
+    _match_head_dtype(trainer.model)
     result = fit(ctx, trainer, datasets)
     result.metrics["reload_difference"] = _compare_reloaded(ctx, trainer)
     return result
+
+
+def _match_head_dtype(model: Any) -> None:
+    """Give the score head the dtype of the hidden states it reads.
+
+    On a 4-bit base TRL casts all that trains to bf16, the head too, whatever the base computes in.
+    """
+    if hasattr(model, "peft_config"):
+        head = model.get_base_model().score
+        head.modules_to_save["default"].to(head.original_module.weight.dtype)
 
 
 def _compare_reloaded(ctx: StageContext, trainer: Any) -> float:

@@ -1,0 +1,208 @@
+"""How a config is resolved: numbers, defaults, references, order, and how weights follow from stage to stage."""
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+
+from pipeline.config import load
+from pipeline.lineage import Place, describe_reference, describe_start, place_of, root, shares_backbone, start_of
+
+OTHER_SHAPE = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
+FULL = {"stages.sft.lora": None}
+
+
+@pytest.fixture
+def resolve(write_config, tmp_path):
+    """`resolve(**changes)`: the tiny run's config with changes, loaded."""
+
+    def call(*overrides, **changes):
+        return load(write_config(tmp_path, **changes), overrides)
+
+    return call
+
+
+@pytest.mark.parametrize(("text", "value"), [("1e-4", 1e-4), ("2e-4", 2e-4), ('"1e-4"', 1e-4), ("3.0e-5", 3e-5)])
+def test_numbers_as_people_write_them(write_config, tmp_path, text, value):
+    path = write_config(tmp_path, **{"stages.sft.training.learning_rate": "HERE", "training.weight_decay": "HERE"})
+    path.write_text(path.read_text().replace("HERE", text))
+    training = load(path).stages["sft"].training
+    for key in ("learning_rate", "weight_decay"):
+        assert isinstance(training[key], float)
+        assert training[key] == value
+
+
+@pytest.mark.parametrize(("text", "value"), [("1e-4", 1e-4), ("2e-4", 2e-4), ("null", None)])
+def test_override(resolve, text, value):
+    training = resolve(f"stages.sft.training.learning_rate={text}").stages["sft"].training
+    assert training["learning_rate"] == value
+
+
+def test_override_of_a_section_that_is_not_there(resolve):
+    assert resolve("tokenizer.chat_template=chatml").tokenizer.chat_template == "chatml"
+    assert resolve("stages.sft.seed=7").seed_of("sft") == 7
+
+
+def test_override_of_a_stage_with_a_dot_in_its_name(resolve):
+    stage = {"type": "dpo", "data": "comparisons", "training": {"beta": 0.1}}
+    config = resolve("stages.dpo-0.3.training.beta=0.3", stages={"sft": {"data": "demos"}, "dpo-0.3": stage},
+                     model={"path": "some/model"})  # fmt: skip
+    assert config.stages["dpo-0.3"].training["beta"] == 0.3
+
+
+def test_default_references(resolve):
+    stages = resolve().stages
+    inits = {name: stage.init for name, stage in stages.items() if name != "evaluate"}
+    assert inits == {"pretrain": "base", "sft": "pretrain", "reward": "sft", "ppo": "sft", "dpo": "sft"}
+    assert stages["ppo"].reward == "reward"
+    assert stages["evaluate"].reward == "reward"
+    assert stages["evaluate"].baseline == "sft"
+    assert stages["evaluate"].policies == ["ppo", "dpo"]
+
+
+def test_sft_starts_from_the_base_without_pretraining(resolve, write_config):
+    config = resolve(model={"path": "some/model"}, **{"stages.pretrain": write_config.REMOVED})
+    assert config.stages["sft"].init == "base"
+    assert root(config) == Place()
+
+
+def test_stages_are_ordered_by_what_they_need(resolve, write_config, tmp_path):
+    assert list(resolve().stages) == ["pretrain", "sft", "reward", "ppo", "dpo", "evaluate"]
+    moved = {"evaluate": {"data": "prompts"}, "dpo": {"data": "comparisons"}, "ppo": {"data": "prompts"}}
+    moved |= {"reward": {"data": "comparisons"}, "sft": {"data": "demos"}}
+    config = resolve(model={"path": "some/model"}, stages=moved)
+    # As near to the file's order as the references allow.
+    assert list(config.stages) == ["sft", "dpo", "reward", "ppo", "evaluate"]
+
+
+def test_lora_is_inherited_unless_it_is_given(resolve):
+    stages = resolve(**{"stages.reward.lora": OTHER_SHAPE, "stages.dpo.lora": None}).stages
+    assert stages["pretrain"].lora is None
+    assert stages["sft"].lora["r"] == 4
+    assert stages["reward"].lora == OTHER_SHAPE
+    assert stages["dpo"].lora is None
+    assert all(stage.lora is None for name, stage in resolve(lora=None).stages.items() if name != "evaluate")
+
+
+def test_shared_training_options(resolve):
+    shared = {"bf16": False, "logging_steps": 5, "save_steps": 7, "weight_decay": 0.1}
+    stages = resolve(training=shared, **{"stages.sft.training": {"logging_steps": 1}}).stages
+    assert stages["sft"].training == shared | {"logging_steps": 1}
+    assert stages["dpo"].training == shared | {"max_steps": 1}
+    # PPO takes neither mixed precision nor checkpoints, and its own options stay.
+    assert not {"bf16", "save_steps"} & stages["ppo"].training.keys()
+    assert stages["ppo"].training["weight_decay"] == 0.1
+    assert stages["ppo"].training["total_episodes"] == 4
+
+
+def test_several_stages_of_one_type(resolve):
+    again = {"type": "dpo", "data": "comparisons", "training": {"beta": 0.3}}
+    stages = resolve(**{"stages.strong": again, "stages.further": again | {"init": "dpo"}}).stages
+    assert stages["strong"].training["beta"] == 0.3
+    assert stages["strong"].init == "sft"
+    assert stages["further"].init == "dpo"
+    assert stages["evaluate"].policies == ["ppo", "dpo", "strong", "further"]
+
+
+def test_seed_of_a_stage(resolve):
+    config = resolve(seed=3, **{"stages.dpo.seed": 0})
+    assert config.seed_of("sft") == 3
+    assert config.seed_of("dpo") == 0
+
+
+def test_paths_start_at_the_config(resolve, tmp_path, monkeypatch):
+    config = resolve()
+    monkeypatch.chdir("/")
+    assert config.resolve("corpus.jsonl") == str(tmp_path / "corpus.jsonl")
+    assert config.resolve("some/model") == "some/model"
+
+
+# The table "One base, one adapter per stage" of the design. dpo starts from sft; sft from pretrain, a full model.
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "start", "place"),
+    [
+        ("pretrain", {}, "new weights", Place("pretrain/output")),
+        ("sft", {}, "pretrain + new adapter", Place("pretrain/output", "sft/output")),
+        ("sft", FULL, "pretrain, all weights", Place("sft/output")),
+        ("dpo", {}, "adapter of sft, continued", Place("pretrain/output", "dpo/output")),
+        ("dpo", {"stages.dpo.lora": None}, "sft (adapter merged), all weights", Place("dpo/output")),
+        ("dpo", {"stages.dpo.lora": OTHER_SHAPE}, "sft (adapter merged) + new adapter",
+         Place("dpo/merged", "dpo/output")),
+        ("dpo", FULL, "sft + new adapter", Place("sft/output", "dpo/output")),
+        ("dpo", FULL | {"stages.dpo.lora": None}, "sft, all weights", Place("dpo/output")),
+    ],
+)  # fmt: skip
+def test_how_weights_follow(resolve, stage, changes, start, place):
+    config = resolve(**changes)
+    assert describe_start(config, stage) == start
+    assert place_of(config, stage) == place
+    assert start_of(config, stage).merge == ("merged" in start)
+    assert describe_reference(config, stage) == ("frozen copy of sft" if stage == "dpo" else "-")
+
+
+def test_dropout_and_initialisation_do_not_change_an_adapters_shape(resolve):
+    lora = {
+        "r": 4,
+        "lora_alpha": 8,
+        "lora_dropout": 0.1,
+        "init_lora_weights": "gaussian",
+        "target_modules": "all-linear",
+    }
+    assert not start_of(resolve(**{"stages.dpo.lora": lora}), "dpo").merge
+    assert start_of(resolve(**{"stages.dpo.lora": lora | {"lora_alpha": 16}}), "dpo").merge
+
+
+def test_weights_on_a_merged_parent(resolve):
+    """The adapter of a stage after a merging one belongs to the merged model."""
+    further = {"type": "dpo", "data": "comparisons", "init": "dpo", "lora": OTHER_SHAPE}
+    config = resolve(**{"stages.dpo.lora": OTHER_SHAPE, "stages.further": further})
+    assert place_of(config, "further") == Place("dpo/merged", "further/output")
+    assert describe_start(config, "further") == "adapter of dpo, continued"
+    assert describe_reference(config, "further") == "frozen copy of dpo"
+
+
+def test_weights_on_a_pretrained_base(resolve, write_config):
+    config = resolve(model={"path": "some/model"}, **{"stages.pretrain": write_config.REMOVED})
+    assert place_of(config, "sft") == Place(None, "sft/output")
+    assert place_of(config, "ppo") == Place(None, "ppo/output")
+    assert describe_start(config, "sft") == "base model + new adapter"
+    assert describe_start(config, "evaluate") == "base, sft, ppo, dpo"
+    assert describe_reference(config, "evaluate").startswith("sft ")
+    assert "base model" in describe_reference(resolve(**{"stages.pretrain": write_config.REMOVED},
+                                                      model={"path": "some/model"}, **{"stages.dpo.init": "base"}), "dpo")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "shared"),
+    [
+        ({}, True),
+        (FULL, False),  # policy and reward model add an adapter each to sft/output, see below
+        ({"stages.reward.lora": None}, False),
+        ({"stages.reward.lora": OTHER_SHAPE}, False),
+        ({"stages.ppo.lora": None}, False),
+        ({"stages.ppo.lora": OTHER_SHAPE}, False),
+        ({"lora": None}, False),
+    ],
+)
+def test_ppo_shares_one_backbone(resolve, changes, shared):
+    assert shares_backbone(resolve(**changes), "ppo") == shared
+
+
+# What is shipped
+
+
+def test_shipped_configs_load(repo):
+    paths = sorted((repo / "configs").glob("*.yaml"))
+    assert len(paths) >= 4
+    for path in paths:
+        config = load(path)
+        assert config.stages, path
+        for stage in config.stages.values():
+            assert stage.accelerate_config is None or (path.parent / stage.accelerate_config).is_file(), path
+
+
+def test_shipped_accelerate_configs_load(repo):
+    paths = sorted((repo / "accelerate_configs").glob("*.yaml"))
+    assert len(paths) == 6
+    for path in paths:
+        assert load_config_from_file(str(path)).num_processes >= 1, path

@@ -1,0 +1,172 @@
+"""The manifest of a run folder, and what is decided from it."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from pipeline import manifest, plan
+from pipeline.config import load
+from pipeline.errors import UserError
+from pipeline.manifest import Manifest, Output
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    manifest.write(tmp_path, Manifest(name="tiny"))
+    return tmp_path
+
+
+def test_no_manifest_yet(tmp_path):
+    assert manifest.read(tmp_path) is None
+    assert manifest.read(tmp_path / "nowhere") is None
+
+
+def test_commit_and_drop(run_dir, make_record):
+    records = {name: make_record(seed=seed) for seed, name in enumerate(("pretrain", "sft", "dpo"))}
+    for name, record in records.items():
+        manifest.commit(run_dir, name, record)
+    assert manifest.read(run_dir) == Manifest(name="tiny", stages=records)
+    manifest.drop(run_dir, ["sft", "never there"])
+    assert list(manifest.read(run_dir).stages) == ["pretrain", "dpo"]
+
+
+def test_drop_of_nothing_leaves_the_file(run_dir):
+    before = (run_dir / manifest.FILE).stat()
+    manifest.drop(run_dir, ["sft"])
+    assert (run_dir / manifest.FILE).stat() == before
+
+
+def test_update_keeps_the_stages(run_dir, make_record):
+    manifest.commit(run_dir, "sft", make_record())
+    manifest.update(run_dir, "tiny", model={"path": "some/model"})
+    recorded = manifest.read(run_dir)
+    assert recorded.model == {"path": "some/model"}
+    assert list(recorded.stages) == ["sft"]
+
+
+def test_commits_at_the_same_time_are_all_kept(run_dir, make_record):
+    names = [f"stage{i}" for i in range(8)]
+    with ThreadPoolExecutor(len(names)) as pool:
+        list(pool.map(lambda name: manifest.commit(run_dir, name, make_record()), names))
+    assert sorted(manifest.read(run_dir).stages) == names
+
+
+@pytest.mark.parametrize(("owner", "function"), [(os, "fsync"), (Path, "replace")])
+def test_crash_while_writing_leaves_the_old_manifest(run_dir, make_record, monkeypatch, owner, function):
+    manifest.commit(run_dir, "sft", make_record())
+    before = (run_dir / manifest.FILE).read_bytes()
+
+    def crash(*_):
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, function, crash)
+        with pytest.raises(OSError, match="no space left"):
+            manifest.commit(run_dir, "dpo", make_record())
+    assert (run_dir / manifest.FILE).read_bytes() == before
+    manifest.commit(run_dir, "dpo", make_record())  # what the crash left behind is in nobody's way
+    assert list(manifest.read(run_dir).stages) == ["sft", "dpo"]
+
+
+def test_verify(run_dir, make_record):
+    weights = run_dir / "sft" / "output" / "weights"
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b"123")
+    files = manifest.checksums(run_dir, [weights.parent])
+    # The SHA-256 of "123", from sha256sum.
+    assert files == {"sft/output/weights": "a665a45920422f9d417e4867efdc4fb8a04a1f3fff1fa07e998e86f7f7a27ae3"}
+    record = make_record(output=Output(kind="full", path="sft/output", files=files))
+    manifest.verify(run_dir, "sft", record)
+    weights.write_bytes(b"124")
+    with pytest.raises(UserError, match=r"weights has changed.*--redo sft"):
+        manifest.verify(run_dir, "sft", record)
+    weights.unlink()
+    with pytest.raises(UserError, match=r"weights is missing.*--redo sft"):
+        manifest.verify(run_dir, "sft", record)
+
+
+def test_digest_does_not_depend_on_the_order_of_keys():
+    assert manifest.digest({"a": 1, "b": [2]}) == manifest.digest({"b": [2], "a": 1})
+    assert manifest.digest({"a": 1}) != manifest.digest({"a": "1"})
+
+
+# Decisions. `finished` is a copy: the run folder lies elsewhere than when its stages ran.
+
+
+@pytest.fixture
+def decide(finished, monkeypatch, tmp_path):
+    """`decide(*overrides)`: for each stage whether it would run, and the reasons."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*overrides, redo=()):
+        config = load(finished.config, overrides)
+        decisions = plan.decide(config, manifest.read(config.run_path), redo)
+        return {d.stage for d in decisions if d.run}, {d.stage: d.reason for d in decisions}
+
+    return call
+
+
+UNFINISHED = {"ppo", "dpo", "evaluate"}
+
+
+def test_moved_run_is_current(decide, finished):
+    runs, reasons = decide()
+    assert runs == UNFINISHED
+    assert reasons["sft"].startswith("finished")
+    assert reasons["dpo"] == "not finished yet"
+    for name, record in manifest.read(finished.run_dir).stages.items():
+        assert record.output.files
+        manifest.verify(finished.run_dir, name, record)
+
+
+@pytest.mark.parametrize(
+    ("override", "again", "words"),
+    [
+        ("stages.sft.training.learning_rate=2e-3", {"sft", "reward"}, ["training.learning_rate", "0.001 -> 0.002"]),
+        ("stages.reward.seed=7", {"reward"}, ["seed", "0 -> 7"]),
+        ("seed=7", {"pretrain", "sft", "reward"}, []),
+        ("stages.sft.lora.r=8", {"sft", "reward"}, []),
+        ("stages.pretrain.training.max_steps=3", {"pretrain", "sft", "reward"}, []),
+        ("data.demos.limit=8", {"sft", "reward"}, ["input changed: data"]),
+        ("training.logging_steps=5", set(), []),
+        ("stages.sft.training.save_steps=5", set(), []),
+        ("stages.dpo.training.beta=0.3", set(), []),
+    ],
+)
+def test_what_a_change_runs_again(decide, override, again, words):
+    runs, reasons = decide(override)
+    assert runs - UNFINISHED == again
+    for word in words:
+        assert any(word in reason for reason in reasons.values()), reasons
+
+
+def test_changed_data_runs_again_and_rewritten_data_does_not(decide, finished, write_rows):
+    path = finished.config.parent / "comparisons.jsonl"
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content)
+    assert decide()[0] == UNFINISHED
+    path.write_bytes(content.replace(b'"No."', b'"Never."', 1))
+    runs, reasons = decide()
+    assert runs == UNFINISHED | {"reward"}
+    assert "input changed: data" in reasons["reward"]
+
+
+def test_redo_runs_what_depends_on_it(decide):
+    runs, reasons = decide(redo=("sft",))
+    assert runs == UNFINISHED | {"sft", "reward"}
+    assert "--redo" in reasons["sft"]
+    assert "sft runs again" in reasons["reward"]
+
+
+def test_lost_tokenizer_is_saved_again(finished, monkeypatch, tmp_path):
+    """Without it no further stage could start, although the manifest says that nothing changed."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = finished.run_dir / "tokenizer"
+    for path in tokenizer.iterdir():
+        path.unlink()
+    tokenizer.rmdir()
+    plan.prepare_run(load(finished.config))
+    assert (tokenizer / "tokenizer.json").is_file()

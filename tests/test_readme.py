@@ -1,0 +1,212 @@
+"""README.md against the code: commands, configs and files it names exist, and its tables are the schema's."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from pipeline import data, options, schema
+from pipeline.config import load
+
+REPO = Path(__file__).resolve().parent.parent
+README = (REPO / "README.md").read_text(encoding="utf-8")
+ALL, TRAINING = "all", "training"  # groups in the column "in" of the stages' table
+# Defaults that users see and pydantic does not: a stage's section is filled in before it is parsed.
+SEEN_DEFAULTS = {"type": "its name", "lora": "the run's"}
+
+
+def fences(marker: str) -> list[str]:
+    """The fenced blocks that directly follow `<!-- marker -->`."""
+    return re.findall(rf"^<!-- {re.escape(marker)} -->\n```\w+\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def table(marker: str) -> list[list[str]]:
+    """The rows of the table that directly follows `<!-- marker -->`, without its head."""
+    found = re.findall(rf"^<!-- {re.escape(marker)} -->\n((?:\|.*\n)+)", README, re.MULTILINE)
+    assert len(found) == 1, f"README: expected one table marked {marker!r}, found {len(found)}"
+    rows = [[cell.strip() for cell in line.strip().strip("|").split(" | ")] for line in found[0].splitlines()]
+    assert len({len(row) for row in rows[:1] + rows[2:]}) == 1, f"README: ragged rows in the table marked {marker!r}"
+    return rows[2:]
+
+
+def in_backticks(cell: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", cell)
+
+
+def key_of(cell: str) -> str:
+    (key,) = in_backticks(cell)
+    assert cell == f"`{key}`"
+    return key
+
+
+def in_yaml(value: Any) -> str:
+    """A default as a user would write it into the file."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def shown_default(field: Any) -> str:
+    if field.is_required():
+        return "required"
+    return f"`{in_yaml({} if isinstance(field.default, BaseModel) else field.default)}`"
+
+
+def fields_of(model: type[BaseModel], prefix: str = "") -> dict[str, str]:
+    """{key: default as README shows it} of one of our sections."""
+    own = {name: shown_default(field) for name, field in model.model_fields.items()}
+    if model is schema.RunConfig:
+        del own["source"]  # the file itself
+    return {prefix + name: default for name, default in own.items()}
+
+
+SECTIONS = {
+    "keys: RunConfig": [("", schema.RunConfig)],
+    "keys: Model, scratch: Scratch, scratch.tokenizer: ScratchTokenizer": [
+        ("", schema.Model),
+        ("scratch.", schema.Scratch),
+        ("scratch.tokenizer.", schema.ScratchTokenizer),
+    ],
+    "keys: Tokenizer": [("", schema.Tokenizer)],
+    "keys: Data": [("", schema.Data)],
+}
+
+
+@pytest.mark.parametrize("marker", SECTIONS)
+def test_tables_of_keys_are_the_schema(marker):
+    expected = {key: default for prefix, model in SECTIONS[marker] for key, default in fields_of(model, prefix).items()}
+    assert {key_of(row[0]): row[1] for row in table(marker)} == expected
+
+
+def test_every_section_of_the_schema_has_a_table():
+    covered = {model for parts in SECTIONS.values() for _, model in parts} | set(schema.STAGE_CLASSES.values())
+    sections = {
+        kind
+        for kind in vars(schema).values()
+        if isinstance(kind, type) and issubclass(kind, schema.Strict) and not kind.__subclasses__()
+    }
+    assert sections and sections <= covered
+
+
+@pytest.mark.parametrize("stage_type", schema.STAGE_CLASSES)
+def test_the_table_of_stages_is_the_schema(stage_type):
+    groups = {stage_type, ALL} | ({TRAINING} if stage_type != "evaluate" else set())
+    rows = table("keys by type")
+    unknown = {name for row in rows for name in row[2].split(", ")} - {ALL, TRAINING, *schema.STAGE_CLASSES}
+    assert not unknown
+    shown = {key_of(row[0]): row[1] for row in rows if groups & set(row[2].split(", "))}
+    expected = fields_of(schema.STAGE_CLASSES[stage_type])
+    assert shown == expected | {key: default for key, default in SEEN_DEFAULTS.items() if key in expected}
+
+
+def test_the_table_of_our_defaults_is_the_code():
+    shown = {(row[0], key_of(row[1]), key_of(row[2])) for row in table("defaults")}
+    expected = {
+        (stage, key, in_yaml(value)) for stage, section in options.DEFAULTS.items() for key, value in section.items()
+    }
+    assert shown == expected
+
+
+def test_the_table_of_owned_options_is_the_code():
+    shown: dict[str, list[str]] = {}
+    for section, names, _ in table("owned"):
+        shown.setdefault(section, []).extend(in_backticks(names))
+    expected = {TRAINING: options.OWNED}
+    for kind in (*schema.STAGE_CLASSES, "lora", "quantization"):
+        # A stage type's own, without those that every `training:` section has.
+        own = {key: reason for key, reason in options.owned_by(kind).items() if options.OWNED.get(key) != reason}
+        expected |= {kind: own} if own else {}
+    assert {section: sorted(names) for section, names in shown.items()} == {
+        section: sorted(names) for section, names in expected.items()
+    }
+
+
+def test_example_configs_load(tmp_path):
+    examples = fences("config")
+    assert examples
+    for number, text in enumerate(examples):
+        path = tmp_path / f"example{number}.yaml"
+        path.write_text(text, encoding="utf-8")
+        assert load(path).stages
+
+
+def test_example_rows_have_the_format_they_show():
+    rows = table("rows")
+    formats = set(schema.Data.model_fields["format"].annotation.__args__) - {"auto"}
+    assert {key_of(row[0]) for row in rows} == formats
+    for cell, example, fits in rows:
+        shape, row = key_of(cell), json.loads(key_of(example))
+        source = data.Source("example", schema.Data(path="example.jsonl"), ())
+        assert data.detect(source, list(row)) == shape
+        converted = data.to_messages(row, shape)
+        wants = {data.WANTED_BY[stage] for stage in schema.STAGE_CLASSES}
+        able = {want for want in wants if any(need in converted for need in data.NEEDS[want])}
+        shown = {want if want in wants else data.WANTED_BY[want] for want in fits.split(", ")}
+        assert shown == able
+
+
+def test_both_marked_commands_exist():
+    (quickstart,) = fences("command: quickstart")
+    (tests,) = fences("command: tests")
+    for command in (quickstart, tests):
+        assert len(command.splitlines()) == 1
+        assert command.startswith("python3 -m venv .venv && .venv/bin/pip install -e ")
+    assert quickstart.strip().endswith("&& .venv/bin/rlhf run configs/quickstart.yaml")
+    assert tests.strip().endswith("&& .venv/bin/pytest")
+
+
+def test_ci_installs_as_readme_says():
+    (tests,) = fences("command: tests")
+    (install,) = [part.strip() for part in tests.split("&&") if "pip install" in part]
+    unquoted = (REPO / ".ci" / "run").read_text(encoding="utf-8").replace("'", "").replace('"', "")
+    assert install.removeprefix(".venv/bin/").replace("'", "") in unquoted
+
+
+def test_the_quickstart_output_is_that_of_its_config():
+    (output,) = fences("output: quickstart")
+    config = load(REPO / "configs" / "quickstart.yaml")
+    (evaluate,) = [stage for stage in config.stages.values() if stage.type == "evaluate"]
+    shown = [line.split("│")[1].strip() for line in output.splitlines() if line.startswith("│")]
+    assert shown == ["base", evaluate.baseline, *evaluate.policies]
+    assert f"on {evaluate.num_prompts} held-out prompts" in output
+
+
+def _shell_lines() -> list[list[str]]:
+    blocks = re.findall(r"^```bash\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    parts = [part for block in blocks for line in block.splitlines() for part in line.split("&&")]
+    return [shlex.split(part, comments=True) for part in parts]
+
+
+def test_every_rlhf_command_is_valid(monkeypatch):
+    from pipeline.cli import cli
+
+    monkeypatch.chdir(REPO)
+    commands = [words[1:] for words in _shell_lines() if words[0].endswith("rlhf")]
+    assert {words[0] for words in commands} == set(cli.commands)
+    for name, *arguments in commands:
+        given = cli.commands[name].make_context(name, arguments).params
+        if "config" in given:
+            config = load(given["config"], given["overrides"])
+            stages = {given.get("until"), given.get("only"), *given.get("redo", ())} - {None}
+            assert stages <= config.stages.keys()
+
+
+def test_the_command_by_hand_names_what_exists():
+    commands = [words for words in _shell_lines() if words[0] == "accelerate"]
+    assert commands
+    for words in commands:
+        *_, file, dash_m, module, config, stage = words
+        assert (dash_m, module) == ("-m", "pipeline.stage")
+        assert (REPO / file).is_file()
+        assert stage in load(REPO / config).stages
+
+
+def test_every_shipped_file_is_named():
+    shipped = [f"configs/{path.name}" for path in sorted((REPO / "configs").glob("*.yaml"))]
+    shipped += [path.name for path in sorted((REPO / "accelerate_configs").glob("*.yaml"))]
+    assert len(shipped) > 8
+    assert [name for name in shipped if f"`{name}`" not in README] == []
+    templates = [path.stem for path in (REPO / "pipeline" / "templates").glob("*.jinja")]
+    assert templates and all(f"`{name}`" in README for name in templates)
