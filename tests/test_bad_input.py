@@ -22,7 +22,7 @@ def snapshot(folder):
 def check_message(exit_code, stderr):
     first, *more = stderr.splitlines()
     assert exit_code == 2, stderr
-    assert first.startswith("error: ")
+    assert first.startswith("error: "), stderr
     assert all(line.startswith("  ") for line in more), stderr  # details of the one message, indented
 
 
@@ -133,6 +133,7 @@ def test_all_problems_at_once(refused_config):
     ("dotted", "value"),
     [
         ("seed", "zero"),
+        ("seed", True),
         ("name", "a/b"),
         ("model", "gpt2"),
         ("lora", 5),
@@ -146,6 +147,7 @@ def test_all_problems_at_once(refused_config):
         ("stages.sft", "demos"),
         ("stages.sft.training", "fast"),
         ("stages.sft.training.max_steps", "many"),
+        ("stages.sft.training.learning_rate", True),
         ("stages.sft.training.gradient_checkpointing", "perhaps"),
         ("stages.ppo.max_prompt_length", -1),
         ("stages.evaluate.temperature", 0),
@@ -239,9 +241,15 @@ def test_unknown_reference(refused_config, dotted, value, word):
         ({"stages.pretrain.lora": OTHER_SHAPE}, ["stages.pretrain", "no weights yet", "`lora: null`"]),
         ({"stages.sft.init": "base"}, ["stages.sft", "no weights yet", "pretrain"]),
         ({"quantization": QUANTIZATION}, ["quantization", "from scratch"]),
+        ({"stages.tokenizer": {"type": "dpo", "data": "comparisons"}}, ["stages.tokenizer"]),  # a folder of the run
+        ({"stages.dpo.training.eval_strategy": "epoch"}, ["stages.dpo", "eval"]),
+        ({"stages.dpo.training.lr_scheduler_type": "cosin"}, ["stages.dpo.training", "cosin"]),
+        ({"training.lr_scheduler_type": "cosin"}, ["training", "cosin"]),
+        ({"training.optim": "adamww"}, ["training", "adamww"]),
         ({"stages.ppo.training.num_mini_batches": 3}, ["stages.ppo.training", "num_mini_batches"]),
         ({"training.per_device_train_batch_size": 5, "stages.ppo.training.num_mini_batches": 2}, ["num_mini_batches"]),
     ],
+    ids=" ".join,
 )
 def test_run_that_cannot_be(refused_config, changes, words):
     refused_config(*words, **changes)
@@ -375,9 +383,9 @@ def test_rows_that_are_all_too_long(refused_config):
         ({"stages.evaluate.judge": "nowhere:score"}, ["stages.evaluate", "no module 'nowhere'"]),
         ({"stages.evaluate.judge": "json:score"}, ["stages.evaluate.judge", "score"]),
         ({"stages.evaluate.judge": "score"}, ["stages.evaluate", "module:function"]),
-        ({"stages.sft.accelerate_config": "no.yaml"}, ["stages.sft.accelerate_config", "no such file", "no.yaml"]),
-        ({"run_dir": "corpus.jsonl"}, ["corpus.jsonl", "folder"]),
+        ({"run_dir": "corpus.jsonl"}, ["corpus.jsonl"]),
     ],
+    ids=" ".join,
 )
 def test_what_cannot_be_made(refused_config, changes, words):
     refused_config(*words, **changes)
@@ -396,6 +404,13 @@ def test_pad_equal_to_eos_without_alternative(refused_config, write_config, tmp_
     LlamaConfig(vocab_size=len(vocabulary), hidden_size=32).save_pretrained(tmp_path / "base")
     changes = {"model": {"path": "base"}, "stages.pretrain": write_config.REMOVED}
     refused_config("tokenizer.pad_token", "never learn to stop", "'</s>'", **changes)
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_no_accelerate_config_of_a_stage(refused, write_config, tmp_path, command):
+    message = refused(command, write_config(tmp_path, **{"stages.sft.accelerate_config": "no.yaml"}))
+    for word in ("stages.sft.accelerate_config", "no such file", "no.yaml"):
+        assert word in message
 
 
 def test_no_accelerate_config(refused, write_config, tmp_path):
@@ -440,9 +455,12 @@ def test_only_without_what_it_needs(refused, write_config, tmp_path):
     assert "--until sft" in message
 
 
-def test_status_without_a_run(refused, write_config, tmp_path):
+def test_status_without_a_run(refused, tmp_path):
     assert "manifest.json" in refused("status", tmp_path)
     assert "manifest.json" in refused("status", tmp_path / "nowhere")
+
+
+def test_status_of_a_file(refused, write_config, tmp_path):
     assert "config.yaml" in refused("status", write_config(tmp_path))
 
 

@@ -22,16 +22,16 @@ from pathlib import Path
 
 from judge import score
 
-SEED = 7
 HERE = Path(__file__).parent
-PARAGRAPHS = 2000
+SEED = 7
+PARAGRAPHS = 2600
 DEMONSTRATIONS = 1300
 COMPARISONS = 1500
 HELDOUT_COMPARISONS = 200
-CANDIDATES = 3
-MARGIN = 0.1
+CANDIDATES = 3  # answers drawn for one comparison
+MARGIN = 0.1  # least difference of their judge scores
 LABEL_NOISE = 0.1
-TALK = 0.65
+TALK = 0.65  # share of the corpus that is talk rather than plain facts
 
 # {kind of instruction: wordings}; {np} is the subject, {do} and {take} are the verbs of its category.
 WORDINGS = {
@@ -135,6 +135,7 @@ class Instruction:
 
     @property
     def prompt(self) -> str:
+        """The text of the instruction."""
         return self.subject.fill(self.wording)
 
 
@@ -174,34 +175,41 @@ def courteous(rng: random.Random, text: str) -> str:
 
 
 def good(rng: random.Random, ask: Instruction, subjects: list[Subject]) -> str:
+    """What the asker hopes for: the fact, its reason and one polite sentence."""
     return courteous(rng, core(rng, ask.subject, ask.kind))
 
 
 def plain(rng: random.Random, ask: Instruction, subjects: list[Subject]) -> str:
+    """The fact and its reason, without courtesy."""
     return core(rng, ask.subject, ask.kind)
 
 
 def no_reason(rng: random.Random, ask: Instruction, subjects: list[Subject]) -> str:
+    """The fact alone."""
     text = core(rng, ask.subject, ask.kind, reason=False)
     return courteous(rng, text) if rng.random() < 0.5 else text
 
 
 def wrong_subject(rng: random.Random, ask: Instruction, subjects: list[Subject]) -> str:
+    """An answer about another subject of the category."""
     others = [other for other in subjects if other.category == ask.subject.category and other != ask.subject]
     text = core(rng, rng.choice(others), ask.kind, reason=rng.random() < 0.6)
     return courteous(rng, text) if rng.random() < 0.5 else text
 
 
 def wrong_kind(rng: random.Random, ask: Instruction, subjects: list[Subject]) -> str:
+    """An answer to another question about the subject."""
     text = core(rng, ask.subject, rng.choice([kind for kind in ANSWERS if kind != ask.kind]), reason=rng.random() < 0.5)
     return courteous(rng, text) if rng.random() < 0.3 else text
 
 
 def curt(rng: random.Random, ask: Instruction, subjects: list[Subject]) -> str:
+    """A few words that help nobody."""
     return ask.subject.fill(rng.choice(CURT))
 
 
 def rude(rng: random.Random, ask: Instruction, subjects: list[Subject]) -> str:
+    """A rebuff, sometimes with the fact after it."""
     text = ask.subject.fill(rng.choice(RUDE))
     return f"{text} {core(rng, ask.subject, ask.kind, reason=False)}" if rng.random() < 0.5 else text
 
@@ -213,11 +221,13 @@ def gushing(rng: random.Random, ask: Instruction, subjects: list[Subject]) -> st
 
 
 def repetitive(rng: random.Random, ask: Instruction, subjects: list[Subject]) -> str:
+    """The same sentence twice."""
     text = core(rng, ask.subject, ask.kind, reason=False)
     return f"{text} {text}"
 
 
 def rambling(rng: random.Random, ask: Instruction, subjects: list[Subject]) -> str:
+    """The fact, then talk that leads nowhere."""
     return f"{core(rng, ask.subject, ask.kind, reason=False)} {' '.join(rng.sample(RAMBLE, 2))}"
 
 
@@ -254,6 +264,7 @@ SLIPS: dict[Style, float] = {mixed_up: 0.04, garbled: 0.08}
 
 
 def draw_style(rng: random.Random, shares: dict[Style, float]) -> Style:
+    """A style, as often as its share says."""
     return rng.choices(list(shares), list(shares.values()))[0]
 
 
@@ -305,6 +316,7 @@ def write(name: str, rows: Iterable[dict[str, str]]) -> None:
 
 
 def main() -> None:
+    """Write every file."""
     subjects = load_subjects()
     train, heldout = split_instructions(subjects)
     rng = random.Random(SEED)

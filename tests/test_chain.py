@@ -1,0 +1,155 @@
+"""The real chain through the real command: what runs again and why, after `kill -9`, and under two processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+
+from pipeline import manifest, plan
+from pipeline.config import load
+
+ROOT = Path(__file__).parents[1]
+CHAIN = ["sft", "reward", "ppo", "dpo", "evaluate"]
+EVALUATE = {"data": "demonstrations", "max_new_tokens": 8, "judge": "judge:score"}
+
+
+def make_chain(folder: Path, **stages) -> Path:
+    (folder / "judge.py").write_text("def score(prompt, completion):\n    return -len(completion)\n")
+    own = {"sft": tiny.SFT, "reward": tiny.REWARD, "ppo": tiny.PPO, "dpo": tiny.DPO, "evaluate": EVALUATE}
+    return tiny.make_run(folder, own | stages)
+
+
+def command(*args: str | Path) -> list[str]:
+    return [sys.executable, "-m", "pipeline", *map(str, args)]
+
+
+def rlhf(*args: str | Path, check: bool = True) -> str:
+    result = subprocess.run(command(*args), capture_output=True, text=True, timeout=600, cwd=ROOT)
+    assert not check or result.returncode == 0, result.stdout[-3000:] + result.stderr
+    return result.stdout + result.stderr
+
+
+def records(config: Path) -> dict[str, manifest.Record]:
+    return manifest.read(config.parent / "run").stages
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    config = make_chain(tmp_path_factory.mktemp("chain"))
+    output = rlhf("run", config)
+    assert "win rates against sft" in output
+    return config
+
+
+def test_every_stage_leaves_a_verifiable_record(finished):
+    assert list(records(finished)) == CHAIN
+    for name, record in records(finished).items():
+        manifest.verify(finished.parent / "run", name, record)
+        assert record.duration > 0 and record.world_size == 1 and record.versions["trl"].startswith("1.12")
+    samples = (finished.parent / "run" / "evaluate" / "output" / "samples.jsonl").read_text().splitlines()
+    assert len(samples) == len(tiny.TOPICS)
+    assert set(json.loads(samples[0])) == {"prompt", "base", "sft", "ppo", "dpo"}
+
+
+def test_a_finished_run_is_skipped_and_one_key_reruns_its_dependents(finished):
+    before = records(finished)
+    output = rlhf("run", finished)
+    assert output.count("skip: finished, nothing changed") == len(CHAIN)
+    assert records(finished) == before
+
+    output = rlhf("run", finished, "stages.ppo.training.kl_coef=0.2")
+    assert "training.kl_coef" in output
+    after = records(finished)
+    assert {name for name in CHAIN if after[name].started != before[name].started} == {"ppo", "evaluate"}
+
+
+def test_changed_data_reruns_all_that_depends_on_it(finished, tmp_path):
+    config = load(finished, ("stages.ppo.training.kl_coef=0.2",))
+    recorded = manifest.read(config.run_path)
+    assert not any(decision.run for decision in plan.decide(config, recorded))
+    other = tmp_path / "demonstrations.jsonl"
+    tiny.write_rows(other, tiny.demonstrations()[1:])
+    overrides = ("stages.ppo.training.kl_coef=0.2", f"data.demonstrations.path={other}")
+    decisions = plan.decide(load(finished, overrides), recorded)
+    assert [decision.stage for decision in decisions if decision.run] == CHAIN
+    assert decisions[0].reason == "input changed: data"
+    assert decisions[1].reason == "sft runs again"
+
+
+def test_by_hand_a_stage_says_that_it_is_finished_or_what_it_needs(finished, tmp_path):
+    hand = [sys.executable, "-m", "pipeline.stage"]
+    kept = "stages.ppo.training.kl_coef=0.2"
+    done = subprocess.run([*hand, str(finished), "sft", kept], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and "finished already" in done.stdout
+    fresh = make_chain(tmp_path)
+    needs = subprocess.run([*hand, str(fresh), "dpo"], capture_output=True, text=True, cwd=ROOT)
+    assert needs.returncode == 2 and "needs 'sft'" in needs.stderr and "Traceback" not in needs.stderr
+
+
+def kill_when(config: Path, ready) -> None:
+    """Start `rlhf run`, and kill it with -9 as soon as `ready()` holds; its stage must end with it."""
+    process = subprocess.Popen(command("run", config), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
+    deadline = time.time() + 240
+    while not ready():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.time() < deadline, "nothing to kill appeared"
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def test_killed_in_every_stage_it_finishes_with_the_same_records(tmp_path):
+    many = {"max_steps": 600, "save_steps": 100, "save_strategy": "steps", "logging_steps": 100}
+    long = {name: spec | {"training": spec.get("training", {}) | many}
+            for name, spec in {"sft": tiny.SFT, "reward": tiny.REWARD, "dpo": tiny.DPO}.items()}  # fmt: skip
+    slow_ppo = tiny.PPO | {"training": tiny.PPO["training"] | {"total_episodes": 160}}
+    config = make_chain(tmp_path, **long, ppo=slow_ppo)
+    run = tmp_path / "run"
+
+    def two_checkpoints(name):
+        return lambda: len(list((run / name / "checkpoints").glob("checkpoint-*/complete.json"))) >= 2
+
+    def logged(name, text):
+        log = run / name / "log.txt"
+        return lambda: log.exists() and text in log.read_text()
+
+    kill_when(config, two_checkpoints("sft"))
+    newest = max((run / "sft" / "checkpoints").glob("checkpoint-*/complete.json"), key=os.path.getmtime).parent
+    weights = newest / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    kill_when(config, two_checkpoints("reward"))
+    kill_when(config, logged("ppo", "===training policy==="))
+    kill_when(config, two_checkpoints("dpo"))
+    kill_when(config, logged("evaluate", "sampling"))
+    rlhf("run", config)
+
+    found = records(config)
+    assert list(found) == CHAIN
+    assert f"{newest.name} is damaged (adapter_model.safetensors): falling back" in (run / "sft" / "log.txt").read_text()
+    for name in ("sft", "reward", "dpo"):
+        assert found[name].resumed_from_step in (100, 200, 300, 400, 500)
+        assert f"resuming at step {found[name].resumed_from_step}" in (run / name / "log.txt").read_text()
+        assert found[name].metrics["steps"] == 600
+    for name in CHAIN:
+        manifest.verify(run, name, found[name])
+
+
+def test_two_processes(tmp_path):
+    config = make_chain(tmp_path)
+    output = rlhf("run", config, "--accelerate-config", ROOT / "accelerate_configs" / "cpu_2_processes.yaml")
+    found = records(config)
+    assert list(found) == CHAIN, output[-3000:]
+    for name, record in found.items():
+        assert record.world_size == 2, name
+        manifest.verify(tmp_path / "run", name, record)
+        # Written once, by one process: one line says so.
+        assert (tmp_path / "run" / name / "log.txt").read_text().count(f"{name}: finished in") == 1
+    assert found["ppo"].metrics["initial_kl"] == pytest.approx(0, abs=1e-6)
+    assert found["ppo"].metrics["episodes"] == 32  # two updates of 2 processes x 8
+    assert not list((tmp_path / "run").rglob("*.tmp"))
