@@ -54,10 +54,16 @@ def newest_complete(folder: Path) -> tuple[Path | None, list[str]]:
     return None, messages
 
 
-def open_folder(folder: Path, identity: str) -> None:
-    """Make the checkpoint folder ready for a stage with this identity; another's checkpoints are removed."""
+def open_folder(folder: Path, identity: str) -> bool:
+    """Make the checkpoint folder ready for a stage with this identity.
+
+    Checkpoints of another config or other inputs are removed; returns whether there were any.
+    """
     stamp = folder / IDENTITY
-    if folder.exists() and (not stamp.exists() or stamp.read_text() != identity):
+    foreign = folder.exists() and (not stamp.exists() or stamp.read_text() != identity)
+    removed = foreign and any(folder.glob("checkpoint-*"))
+    if foreign:
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     stamp.write_text(identity)
+    return removed

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 from pipeline import options
 from pipeline.document import Document, Problem
 from pipeline.errors import UserError, nearest
-from pipeline.schema import BASE, STAGE_CLASSES, Options, RunConfig
+from pipeline.schema import RESERVED, STAGE_CLASSES, Options, RunConfig
 from pipeline.wiring import wire
 
 
@@ -106,8 +106,9 @@ def _parse(raw: dict[str, Any], source: Path, problems: list[Problem]) -> RunCon
         problems.append(
             Problem(("model",), "give either `path` (a hub id or folder) or `scratch` (a new architecture)")
         )
-    if BASE in config.stages:
-        problems.append(Problem(("stages", BASE), f"{BASE!r} stands for the base model; choose another name"))
+    problems += [Problem(("stages", n), "this name is taken by the base model or by the run folder; choose another") for n in RESERVED if n in config.stages]
+    if "source" in raw:
+        problems.append(Problem(("source",), "unknown key; " + nearest("source", RunConfig.model_fields)))
     return config
 
 
@@ -130,6 +131,12 @@ def _check_options(raw: dict[str, Any]) -> list[Problem]:
     for loc, kind, section in _sections(raw):
         coerced, found = options.check_section(kind, section)
         problems += [Problem((*loc, key), message) for key, message in found]
-        if not found and kind != "training" and (message := options.rehearse(kind, coerced)):
+        if not found and kind in ("lora", "quantization") and (message := options.rehearse(kind, coerced)):
             problems.append(Problem(loc, message))
+    at = ("model", "scratch", "architecture")
+    architecture: Any = raw
+    for key in at:
+        architecture = architecture.get(key) if isinstance(architecture, dict) else None
+    if isinstance(architecture, dict):
+        problems += [Problem((*at, key), message) for key, message in options.check_architecture(architecture)]
     return problems

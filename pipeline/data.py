@@ -99,6 +99,7 @@ def load(source: Source) -> Dataset:
         UserError: if the files cannot be read, a mapped column is not there, or no rows are left.
     """
     spec = source.spec
+    disable_progress_bars()
     if source.files:
         kinds = {LOADERS[file.suffix] for file in source.files}
         if len(kinds) > 1:
@@ -107,9 +108,12 @@ def load(source: Source) -> Dataset:
             raise UserError(f"{source.label}: is empty; expected at least one row")
         options = {"sep": "\t"} if source.files[0].suffix == ".tsv" else {}
         try:
-            rows = load_dataset(kinds.pop(), data_files=[str(file) for file in source.files], split="train", **options)
+            files = [str(file) for file in source.files]
+            rows = load_dataset(kinds.pop(), data_files=files, split=spec.split, **options)
         except (DatasetGenerationError, ValueError) as error:
             reason = str(error.__cause__ or error).strip().splitlines()[-1]
+            if "corresponds to no data" in reason or "No columns to parse" in reason:
+                raise UserError(f"{source.label}: is empty; expected at least one row") from None
             raise UserError(f"{source.label}: cannot be read: {reason}") from None
     else:
         rows = _online(source, lambda: load_dataset(**_hub(spec), split=spec.split))
@@ -268,7 +272,6 @@ def rows_for(source: Source, want: str) -> Dataset:
             f"{source.label}: holds {shape} rows (columns {', '.join(raw.column_names)}), expected {want}; "
             "name another dataset, or map its columns with `columns:`"
         )
-    disable_progress_bars()
     return raw.map(
         convert,
         with_indices=True,

@@ -44,7 +44,7 @@ class Document:
         key, equals, text = override.partition("=")
         if not equals or not all(key.split(".")):
             raise UserError(f"override {override!r}: expected KEY=VALUE, e.g. stages.sft.training.learning_rate=1e-4")
-        keys = tuple(key.split("."))
+        keys = self._keys(key.split("."))
         node = self.raw
         for part in keys[:-1]:
             if node.get(part) is None:
@@ -58,6 +58,18 @@ class Document:
             raise UserError(f"override {override!r}: {text!r} is not a valid YAML value") from None
         self.overridden[keys] = override
 
+    def _keys(self, parts: list[str]) -> tuple[str, ...]:
+        """The keys a dotted name means; a key with dots of its own is found where it exists in the file."""
+        keys, node = [], self.raw
+        while parts:
+            lengths = range(len(parts), 0, -1)
+            known = [n for n in lengths if isinstance(node, dict) and ".".join(parts[:n]) in node]
+            length = known[0] if known else 1
+            keys.append(".".join(parts[:length]))
+            parts = parts[length:]
+            node = node.get(keys[-1]) if isinstance(node, dict) else None
+        return tuple(keys)
+
     def where(self, loc: tuple[str | int, ...]) -> str:
         """`FILE:LINE` of the key at `loc`, or of the nearest key above it; the override where that set it."""
         for keys, override in self.overridden.items():
@@ -69,6 +81,10 @@ class Document:
                 line = (node.lc.key(key) if isinstance(node, dict) else node.lc.item(key))[0] + 1
                 node = node[key]
             except (AttributeError, KeyError, IndexError, TypeError):
+                # Not in the file: a section that an override made, or a key that is missing.
+                made = [override for keys, override in self.overridden.items() if keys[: len(loc)] == loc]
+                if made:
+                    return f"override {made[0]!r}"
                 break
         return f"{self.path}:{line}" if line else str(self.path)
 

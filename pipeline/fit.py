@@ -61,8 +61,8 @@ def fit(ctx: StageContext, trainer: Any, datasets: dict[str, dict[str, Any]], **
 
 def _newest(ctx: StageContext) -> Path | None:
     folder = ctx.folder / "checkpoints"
-    if PartialState().is_main_process:
-        checkpoints.open_folder(folder, ctx.identity)
+    if PartialState().is_main_process and checkpoints.open_folder(folder, ctx.identity):
+        ctx.say(f"{ctx.name}: config or inputs changed since its checkpoints were made; starting from the beginning")
     PartialState().wait_for_everyone()
     checkpoint, messages = checkpoints.newest_complete(folder)
     for message in messages:

@@ -34,6 +34,8 @@ def show_plan(config: RunConfig, console: Console) -> None:
     recorded = plan.open_run(config)
     decisions = plan.decide(config, recorded)
     _verify_finished(config, recorded, decisions)
+    for name in config.stages:
+        _accelerate_file(config, name, None)
     facts = _preflight(config, recorded, [decision.stage for decision in decisions])
     report.plan_table(config, decisions, facts, console)
 
@@ -156,9 +158,11 @@ def _run_stage(
     finished = manifest.read(config.run_path)
     if exit_code == 0 and finished is not None and name in finished.stages:
         return
-    tail = [line.rstrip() for line in log.read_text(encoding="utf-8").splitlines()[-NUM_LOG_LINES:]]
-    errors = [line for line in tail if line.startswith("error: ")]
-    if exit_code == 2 and errors:
+    lines = [line.rstrip() for line in log.read_text(encoding="utf-8").splitlines()]
+    lines = lines[max(i for i, line in enumerate(lines) if line.startswith("$ ")) + 1 :]
+    tail, errors = lines[-NUM_LOG_LINES:], [line for line in lines if line.startswith("error: ")]
+    # Under several processes the launcher reports a stage's exit code in its text.
+    if errors and (exit_code == 2 or any(re.search(r"exitcode\s*: 2 ", line) for line in lines)):
         raise StageFailed(f"stage {name!r} stopped: {errors[-1].removeprefix('error: ')}", 2)
     what = f"ended with exit code {exit_code}" if exit_code else "ended without a record in the manifest"
     raise StageFailed(

@@ -106,6 +106,8 @@ def read(run_dir: Path) -> Manifest | None:
         version = raw["schema_version"]
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise UserError(f"{run_dir}: cannot be read as a run folder: {error.strerror}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged: expected a manifest in JSON, got {error}. {mend}") from None
     if version != SCHEMA_VERSION:

@@ -47,6 +47,7 @@ _REASONS = {
 _PPO_REASONS = {
     "PPOTrainer samples outside autocast, so mixed precision would make the first ratio differ from 1; PPO computes in "
     "`model.dtype`": "bf16 fp16",
+    "PPO's length is `total_episodes`": "max_steps",
     "PPOTrainer cannot resume from a checkpoint; a stopped PPO stage starts anew": "save_strategy save_steps",
 }
 _LORA_REASONS = {
@@ -107,13 +108,21 @@ def _field_types(kind: str) -> dict[str, Any]:
     }
 
 
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("a truth value is none")
+    return value
+
+
 @functools.cache
 def _adapter(kind: str, key: str) -> TypeAdapter:
     hint = _field_types(kind)[key]
     if dataclasses.is_dataclass(hint):
         hint = Any  # pydantic would build the dataclass from a mapping; PEFT does that itself
-    if hint is list:  # TRL takes one loss type or several
-        hint = typing.Annotated[list, BeforeValidator(lambda value: value if isinstance(value, list) else [value])]
+    if hint is list or typing.get_origin(hint) is list:  # TRL takes one loss type or several
+        hint = typing.Annotated[hint, BeforeValidator(lambda value: value if isinstance(value, list) else [value])]
+    if hint is not bool and bool not in typing.get_args(hint):
+        hint = typing.Annotated[hint, BeforeValidator(_no_bool)]  # pydantic takes `true` for 1
     return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
 
 
@@ -139,6 +148,21 @@ def check_section(kind: str, values: dict[str, Any]) -> tuple[dict[str, Any], li
                 expected = getattr(types[key], "__name__", None) or str(types[key])
                 problems.append((key, f"expected {expected}, got {value!r}: {error.errors()[0]['msg']}"))
     return coerced, problems
+
+
+def check_architecture(values: dict[str, Any]) -> list[tuple[str, str]]:
+    """Check the fields of a new model's architecture against the config class of its `model_type`."""
+    from transformers import CONFIG_MAPPING
+
+    model_type = values.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        known = list(CONFIG_MAPPING.keys())
+        return [("model_type", f"is required, got {model_type!r}; {nearest(str(model_type), known)}")]
+    known = set(CONFIG_MAPPING[model_type]().to_dict())
+    return [
+        (key, f"unknown field of {CONFIG_MAPPING[model_type].__name__}; {nearest(key, known)}")
+        for key in values.keys() - known - {"model_type"}
+    ]
 
 
 def with_defaults(stage_type: str, training: dict[str, Any]) -> dict[str, Any]:

@@ -184,6 +184,9 @@ def open_run(config: RunConfig) -> Manifest | None:
             f"{config.run_path} holds the run {recorded.name!r}, this config is {config.name!r}; "
             "give another `run_dir`, or the name of that run"
         )
+    if recorded is not None and recorded.stages and recorded.tokenizer is None:
+        path = config.run_path / manifest.FILE
+        raise UserError(f"{path}: damaged: it has finished stages but no tokenizer. Restore it from a copy")
     return recorded
 
 
@@ -234,8 +237,12 @@ def prepare_run(config: RunConfig) -> Manifest:
     """Make sure that the run folder has its manifest and tokenizer; the first write to a run folder."""
     recorded = open_run(config)
     tokenizer, made = tokenizer_of(config, recorded)
-    if recorded is not None and recorded.tokenizer == made:
+    saved = config.run_path / "tokenizer"
+    if recorded is not None and recorded.tokenizer == made and saved.is_dir():
         return recorded
-    tokenizer.save_pretrained(config.run_path / "tokenizer")
+    try:
+        tokenizer.save_pretrained(saved)
+    except OSError as error:
+        raise UserError(f"run_dir: cannot write to {config.run_path}: {error.strerror}") from None
     model = config.model.model_dump(mode="json", exclude={"scratch"}) | {"quantization": config.quantization}
     return manifest.update(config.run_path, config.name, tokenizer=made, model=model)

@@ -73,14 +73,24 @@ def _facts(config: RunConfig, name: str, tokenizer: Any, key: str) -> Facts:
             scoring.function(reference, folder, f"stages.{name}.{field}")
     if not isinstance(stage, TrainingStage):
         return Facts(rows, dropped, tokens, None, {})
+    if stage.type == "ppo":
+        options = _options(stage)
+        batch = options["per_device_train_batch_size"] * options["gradient_accumulation_steps"]
+        if rows[stage.data] < batch:
+            raise UserError(f"{rows[stage.data]} prompts are fewer than one batch of {batch}; lower the batch sizes")
     steps = _steps(stage, rows[stage.data], tokens[stage.data])
     return Facts(rows, dropped, tokens, steps, _parameters(config, name, tokenizer))
 
 
+def _options(stage: TrainingStage) -> dict[str, Any]:
+    """The stage's TRL options with TRL's defaults."""
+    fields = config_class(stage.type).__dataclass_fields__
+    return {key: field.default for key, field in fields.items()} | with_defaults(stage.type, stage.training)
+
+
 def _steps(stage: TrainingStage, num_rows: int, num_tokens: int) -> int:
     """Optimizer steps in one process (PPO: updates of the policy); fewer under several processes."""
-    fields = config_class(stage.type).__dataclass_fields__
-    options = {key: field.default for key, field in fields.items()} | with_defaults(stage.type, stage.training)
+    options = _options(stage)
     if options["max_steps"] > 0:
         return int(options["max_steps"])
     batch = options["per_device_train_batch_size"] * options["gradient_accumulation_steps"]

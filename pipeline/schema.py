@@ -5,14 +5,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
-BASE = "base"  # what `init:` says for the run's base model; no stage may have this name
+BASE = "base"  # what `init:` says for the run's base model
+RESERVED = (BASE, "tokenizer", "manifest.json")  # names in the run folder or in the config that no stage may have
 Options = dict[str, Any]
 Format = Literal["auto", "text", "prompt", "prompt_completion", "messages", "alpaca", "comparison", "sharegpt"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class ScratchTokenizer(Strict):
@@ -72,15 +73,15 @@ class TrainingStage(Stage):
     """A stage that trains from the output of another (`init`) by the rows of `data`."""
 
     init: str | None = None
-    eval_data: str | None = None
     lora: Options | None = None
     training: Options = {}
 
 
 class Offline(TrainingStage):
-    """A stage that learns from the rows alone."""
+    """A stage that learns from the rows alone; `eval_data` gives it a held-out loss."""
 
     type: Literal["pretrain", "sft", "reward", "dpo"]
+    eval_data: str | None = None
 
 
 class Ppo(TrainingStage):

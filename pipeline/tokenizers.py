@@ -118,6 +118,10 @@ def build(config: RunConfig) -> Any:
 
 def open_saved(folder: Path) -> Any:
     """The tokenizer of a run folder or of an output."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{folder}: holds no tokenizer that can be read ({reason}); restore it") from None
     tokenizer.padding_side = "left"  # not kept by every tokenizer class; policies generate from the right end
     return tokenizer

@@ -5,8 +5,6 @@ Everything is imported when asked for: importing TRL costs several seconds, and 
 
 from typing import Any
 
-import pipeline.quiet  # noqa: F401
-
 
 def config_class(stage_type: str) -> type:
     """The TRL config class that a stage's `training:` section is passed to."""

@@ -30,7 +30,11 @@ def wire(config: RunConfig) -> tuple[RunConfig, list[Problem]]:
         if isinstance(stage, TrainingStage):
             # What is shared by all stages goes to those that may set it (PPO takes neither bf16 nor save_steps).
             kept = {key: value for key, value in shared.items() if key not in options.owned_by(stage.type)}
-            changes["training"] = kept | options.check_section(stage.type, stage.training)[0]
+            changes["training"] = training = kept | options.check_section(stage.type, stage.training)[0]
+            if message := options.rehearse(stage.type, training):
+                problems.append(Problem(("stages", name, "training"), message))
+            if training.get("eval_strategy", "no") != "no" and not getattr(stage, "eval_data", None):
+                problems.append(Problem(("stages", name, "training"), "`eval_strategy` needs `eval_data`"))
             changes["lora"] = stage.lora and options.check_section("lora", stage.lora)[0]
         stages[name] = stage.model_copy(update=changes)
     if problems:

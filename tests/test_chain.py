@@ -131,7 +131,9 @@ def test_killed_in_every_stage_it_finishes_with_the_same_records(tmp_path):
 
     found = records(config)
     assert list(found) == CHAIN
-    assert f"{newest.name} is damaged (adapter_model.safetensors): falling back" in (run / "sft" / "log.txt").read_text()
+    assert (
+        f"{newest.name} is damaged (adapter_model.safetensors): falling back" in (run / "sft" / "log.txt").read_text()
+    )
     for name in ("sft", "reward", "dpo"):
         assert found[name].resumed_from_step in (100, 200, 300, 400, 500)
         assert f"resuming at step {found[name].resumed_from_step}" in (run / name / "log.txt").read_text()
@@ -141,7 +143,8 @@ def test_killed_in_every_stage_it_finishes_with_the_same_records(tmp_path):
 
 
 def test_two_processes(tmp_path):
-    config = make_chain(tmp_path)
+    small = tiny.PPO | {"training": tiny.PPO["training"] | {"per_device_train_batch_size": 2}}
+    config = make_chain(tmp_path, ppo=small)
     output = rlhf("run", config, "--accelerate-config", ROOT / "accelerate_configs" / "cpu_2_processes.yaml")
     found = records(config)
     assert list(found) == CHAIN, output[-3000:]
@@ -151,5 +154,5 @@ def test_two_processes(tmp_path):
         # Written once, by one process: one line says so.
         assert (tmp_path / "run" / name / "log.txt").read_text().count(f"{name}: finished in") == 1
     assert found["ppo"].metrics["initial_kl"] == pytest.approx(0, abs=1e-6)
-    assert found["ppo"].metrics["episodes"] == 32  # two updates of 2 processes x 8
+    assert found["ppo"].metrics["episodes"] == 24  # three updates of 2 processes x 4
     assert not list((tmp_path / "run").rglob("*.tmp"))

@@ -204,7 +204,9 @@ def four_separate_models(base: Path, parent: Path, reward: Path) -> ppo.Models:
 
 
 def ppo_metrics(models: ppo.Models, tokenizer, folder: Path, gradient_checkpointing: bool) -> list[dict[str, float]]:
-    options = tiny.TRAINING | tiny.PPO["training"] | {"gradient_checkpointing": gradient_checkpointing}
+    options = (
+        tiny.TRAINING | {"max_steps": -1} | tiny.PPO["training"] | {"gradient_checkpointing": gradient_checkpointing}
+    )
     args = config_class("ppo")(
         output_dir=str(folder), report_to="none", seed=0, stop_token="eos", save_strategy="no",
         num_sample_generations=0, missing_eos_penalty=1.0, **options,

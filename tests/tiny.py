@@ -107,7 +107,6 @@ DPO = {"data": "comparisons", "training": {"max_length": 64, "beta": 0.1}}
 PPO = {
     "data": "demonstrations",
     "training": {
-        "max_steps": -1,
         "total_episodes": 24,
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 2,

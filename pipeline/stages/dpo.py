@@ -28,6 +28,8 @@ def run(ctx: StageContext) -> Result:
         processing_class=ctx.tokenizer,
     )
     match_reference_dtype(trainer.model)
+    if trainer.precompute_ref_logps:  # TRL computes the reference's log-probabilities when training begins
+        return fit(ctx, trainer, datasets)
     return fit(ctx, trainer, datasets, initial_loss=_initial_loss(ctx, trainer))
 
 
@@ -36,8 +38,6 @@ def _initial_loss(ctx: StageContext, trainer: Any) -> float:
     size = min(len(trainer.train_dataset), trainer.args.per_device_train_batch_size)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(size)])
     batch = {k: v.to(trainer.args.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-    if trainer.precompute_ref_logps:
-        return float("nan")  # TRL computes the reference's log-probabilities when training begins
     trainer.model.eval()
     with torch.no_grad(), trainer.compute_loss_context_manager():
         loss = trainer.compute_loss(trainer.model, batch).item()
