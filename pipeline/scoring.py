@@ -36,9 +36,8 @@ def _split(reference: str, folder: Path, key: str) -> tuple[str, str]:
     module, colon, function = reference.partition(":")
     if not colon or not module or not function:
         raise UserError(f"{key}: expected `module:function`, got {reference!r}")
-    for path in (str(folder), str(Path.cwd())):
-        if path not in sys.path:
-            sys.path.insert(0, path)
+    for path in (str(Path.cwd()), str(folder)):  # the config's folder comes first, in every process alike
+        sys.path[:] = [path, *(other for other in sys.path if other != path)]
     return module, function
 
 
