@@ -42,11 +42,15 @@ def _fault(folder: Path) -> str | None:
     return f"is damaged ({damaged[0]})" if damaged else None
 
 
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
 def newest_complete(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that can be resumed from, and a message for each newer one that cannot."""
     messages = []
-    steps = {int(path.name.split("-")[1]): path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()}
-    for _, path in sorted(steps.items(), reverse=True):
+    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    for path in sorted(found, key=step_of, reverse=True):
         fault = _fault(path)
         if fault is None:
             return path, messages

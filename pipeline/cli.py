@@ -73,17 +73,11 @@ def main() -> None:
     """Run the command; a user's error is one message and exit code 2, a bug keeps its traceback."""
     try:
         cli(standalone_mode=False)
-    except UserError as error:
-        _fail(str(error), 2)
+    except (UserError, StageFailed) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
     except click.ClickException as error:
         error.show()
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
-    except StageFailed as error:
-        _fail(str(error), error.exit_code)
-
-
-def _fail(message: str, exit_code: int) -> None:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(exit_code)

@@ -7,8 +7,8 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from pipeline import options
-from pipeline.document import Document, Problem
-from pipeline.errors import UserError, nearest
+from pipeline.document import Document, Problems, plain
+from pipeline.errors import all_of, nearest
 from pipeline.schema import RESERVED, STAGE_CLASSES, Options, RunConfig
 from pipeline.wiring import wire
 
@@ -20,17 +20,15 @@ def load(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
         UserError: with one line for every problem in the file and in the overrides.
     """
     document = Document(Path(path), overrides)
-    raw = document.plain()
-    problems: list[Problem] = []
+    raw = plain(document.raw)
+    problems = Problems()
     config = _parse(raw, document.path.resolve(), problems)
-    problems += _check_options(raw)
+    _check_options(raw, problems)
     if config is not None and not problems:
-        config, found = wire(config)
-        problems += found
-    if problems or config is None:
+        config = wire(config, problems)
+    if problems:
         lines = sorted({document.describe(problem) for problem in problems}, key=_by_line)
-        count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
-        raise UserError(f"{document.path}: {count} in the config\n" + "\n".join(f"  {line}" for line in lines))
+        raise all_of(document.path, "problem", "in the config", lines)
     return config
 
 
@@ -39,104 +37,85 @@ def _by_line(text: str) -> tuple[int, str]:
     return (int(line) if line.isdigit() else 0, text)
 
 
-def _messages(error: ValidationError, model: type[BaseModel], loc: tuple[str, ...]) -> Iterator[Problem]:
-    """pydantic's errors in our words; an unknown key gets the nearest name of the level it stands at."""
-    for item in error.errors():
-        at = loc + item["loc"]
-        if item["type"] == "extra_forbidden":
+def _parse(raw: dict[str, Any], source: Path, problems: Problems) -> RunConfig | None:
+    """Our own schema. Stages are checked one by one, so that every stage's errors are found."""
+    stages = raw.get("stages")
+    if not isinstance(stages, dict) or not stages:
+        problems.add("is required: a mapping of stage names, e.g. `sft: {data: demos}`", "stages")
+        stages = {}
+    parsed = {}
+    for name, section in stages.items():
+        stage_type = str(section.get("type", name)) if isinstance(section, dict) else name
+        if not isinstance(section, dict):
+            problems.add(f"expected a section, got {section!r}", "stages", name)
+        elif stage_type not in STAGE_CLASSES:
+            hint = f"{stage_type!r} is none; {nearest(stage_type, STAGE_CLASSES)}"
+            problems.add(f"its type is its name unless `type:` is given, and {hint}", "stages", name)
+        else:
+            inherited = {} if stage_type == "evaluate" else {"lora": raw.get("lora")}
+            values = inherited | {"type": stage_type} | section
+            parsed[name] = _validated(STAGE_CLASSES[stage_type], values, problems, "stages", name)
+    config = _validated(RunConfig, raw | {"stages": parsed, "source": source}, problems)
+    if config is not None and (config.model.path is None) == (config.model.scratch is None):
+        problems.add("give either `path` (a hub id or folder) or `scratch` (a new architecture)", "model")
+    for name in stages.keys() & RESERVED:
+        problems.add("this name is taken by the base model or by the run folder; choose another", "stages", name)
+    if "source" in raw:
+        problems.add(f"unknown key; {nearest('source', RunConfig.model_fields)}", "source")
+    return config
+
+
+def _validated(model: type[BaseModel], values: dict[str, Any], problems: Problems, *loc: str) -> Any:
+    """An instance of the model, or None. pydantic's errors in our words; an unknown key gets its level's nearest."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        found = error.errors()
+    for item in found:
+        message = f"{item['msg'][0].lower()}{item['msg'][1:]}"
+        if item["type"] == "missing":
+            message = "is required"
+        elif item["type"] == "extra_forbidden":
             level = model
             for part in item["loc"][:-1]:
                 level = _model_at(level, part)
-            names = [name for name in level.model_fields if name != "source"]
-            yield Problem(at, f"unknown key; {nearest(str(item['loc'][-1]), names)}")
-        elif item["type"] == "missing":
-            yield Problem(at, "is required")
-        else:
-            got = f", got {item['input']!r}" if not isinstance(item["input"], (dict, list)) else ""
-            yield Problem(at, f"{item['msg'][0].lower()}{item['msg'][1:]}{got}")
+            message = f"unknown key; {nearest(str(item['loc'][-1]), level.model_fields.keys() - {'source'})}"
+        elif not isinstance(item["input"], (dict, list)):
+            message += f", got {item['input']!r}"
+        problems.add(message, *loc, *item["loc"])
+    return None
 
 
 def _model_at(model: type[BaseModel], part: str | int) -> type[BaseModel]:
     """The model behind a field, looked up through `X | None`, `dict[str, X]` and the name of a dict's entry."""
     field = model.model_fields.get(str(part))
-    if field is None:
-        return model
-    found = [
-        kind
-        for kind in (field.annotation, *getattr(field.annotation, "__args__", ()))
-        if isinstance(kind, type) and issubclass(kind, BaseModel)
-    ]
-    return found[0] if found else model
-
-
-def _parse(raw: dict[str, Any], source: Path, problems: list[Problem]) -> RunConfig | None:
-    """Our own schema. Stages are checked one by one, so that every stage's errors are found."""
-    raw = dict(raw)
-    stages = raw.get("stages")
-    if not isinstance(stages, dict) or not stages:
-        problems.append(Problem(("stages",), "is required: a mapping of stage names, e.g. `sft: {data: demos}`"))
-        stages = {}
-    parsed = {}
-    for name, section in stages.items():
-        loc = ("stages", name)
-        if not isinstance(section, dict):
-            problems.append(Problem(loc, f"expected a section, got {section!r}"))
-            continue
-        stage_type = section.get("type", name)
-        if stage_type not in STAGE_CLASSES:
-            hint = nearest(str(stage_type), STAGE_CLASSES)
-            problems.append(
-                Problem(loc, f"its type is its name unless `type:` is given, and {stage_type!r} is none; {hint}")
-            )
-            continue
-        inherited = {}
-        if stage_type != "evaluate":
-            inherited = {"lora": raw.get("lora")} if "lora" not in section else {}
-        model = STAGE_CLASSES[stage_type]
-        try:
-            parsed[name] = model.model_validate({"type": stage_type} | section | inherited)
-        except ValidationError as error:
-            problems += _messages(error, model, loc)
-    try:
-        config = RunConfig.model_validate(raw | {"stages": parsed, "source": source})
-    except ValidationError as error:
-        problems += _messages(error, RunConfig, ())
-        return None
-    if (config.model.path is None) == (config.model.scratch is None):
-        problems.append(
-            Problem(("model",), "give either `path` (a hub id or folder) or `scratch` (a new architecture)")
-        )
-    problems += [Problem(("stages", n), "this name is taken by the base model or by the run folder; choose another") for n in RESERVED if n in config.stages]
-    if "source" in raw:
-        problems.append(Problem(("source",), "unknown key; " + nearest("source", RunConfig.model_fields)))
-    return config
+    kinds = (field.annotation, *getattr(field.annotation, "__args__", ())) if field else ()
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), model)
 
 
 def _sections(raw: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str, Options]]:
     """Every section that belongs to a library: (location, kind, options)."""
-    for key in ("training", "lora", "quantization"):
-        if isinstance(raw.get(key), dict):
-            yield (key,), key, raw[key]
-    for name, stage in (raw.get("stages") or {}).items() if isinstance(raw.get("stages"), dict) else ():
-        if not isinstance(stage, dict) or stage.get("type", name) not in STAGE_CLASSES:
-            continue
-        if isinstance(stage.get("lora"), dict):
-            yield ("stages", name, "lora"), "lora", stage["lora"]
-        if isinstance(stage.get("training"), dict) and stage.get("type", name) != "evaluate":
-            yield ("stages", name, "training"), stage.get("type", name), stage["training"]
+    places = {(key,): key for key in ("training", "lora", "quantization")}
+    places["model", "scratch", "architecture"] = "architecture"
+    for name in stages if isinstance(stages := raw.get("stages"), dict) else ():
+        stage_type = str(_at(raw, "stages", name, "type") or name)
+        if stage_type in STAGE_CLASSES and stage_type != "evaluate":
+            places |= {("stages", name, "lora"): "lora", ("stages", name, "training"): stage_type}
+    for loc, kind in places.items():
+        if isinstance(section := _at(raw, *loc), dict):
+            yield loc, kind, section
 
 
-def _check_options(raw: dict[str, Any]) -> list[Problem]:
-    problems = []
+def _at(node: Any, *keys: str) -> Any:
+    for key in keys:
+        node = node.get(key) if isinstance(node, dict) else None
+    return node
+
+
+def _check_options(raw: dict[str, Any], problems: Problems) -> None:
     for loc, kind, section in _sections(raw):
         coerced, found = options.check_section(kind, section)
-        problems += [Problem((*loc, key), message) for key, message in found]
+        for key, message in found:
+            problems.add(message, *loc, key)
         if not found and kind in ("lora", "quantization") and (message := options.rehearse(kind, coerced)):
-            problems.append(Problem(loc, message))
-    at = ("model", "scratch", "architecture")
-    architecture: Any = raw
-    for key in at:
-        architecture = architecture.get(key) if isinstance(architecture, dict) else None
-    if isinstance(architecture, dict):
-        problems += [Problem((*at, key), message) for key, message in options.check_architecture(architecture)]
-    return problems
+            problems.add(message, *loc)

@@ -10,8 +10,8 @@ from accelerate import PartialState
 from pipeline import data
 from pipeline.lineage import Place, place_of, root, start_of
 from pipeline.models import Loader, Weights, merge
-from pipeline.options import with_defaults
-from pipeline.schema import RunConfig
+from pipeline.options import length_limit, with_defaults
+from pipeline.schema import RunConfig, datasets
 from pipeline.trainers import config_class
 
 
@@ -31,7 +31,6 @@ class StageContext:
 
     config: RunConfig
     name: str
-    run_dir: Path
     tokenizer: Any
     tokenizer_key: str
     loader: Loader
@@ -44,6 +43,10 @@ class StageContext:
     @property
     def seed(self) -> int:
         return self.config.seed_of(self.name)
+
+    @property
+    def run_dir(self) -> Path:
+        return self.config.run_path
 
     @property
     def folder(self) -> Path:
@@ -86,29 +89,20 @@ class StageContext:
         fixed = {"output_dir": str(self.folder / "checkpoints"), "seed": self.seed}
         return config_class(self.stage.type)(**(options | fixed | ours))
 
-    def train_and_eval_rows(
-        self, max_length: int | None = None, limit_name: str = ""
-    ) -> tuple[Any, Any, dict[str, Any]]:
-        """The stage's rows, those of `eval_data` (or None), and what to record about both."""
-        rows, stats = self.rows(self.stage.data, max_length, limit_name)
-        if self.stage.eval_data is None:
-            return rows, None, {self.stage.data: stats}
-        eval_rows, eval_stats = self.rows(self.stage.eval_data, max_length, limit_name)
-        return rows, eval_rows, {self.stage.data: stats, self.stage.eval_data: eval_stats}
-
-    def rows(self, name: str, max_length: int | None = None, limit_name: str = "") -> tuple[Any, dict[str, Any]]:
-        """Tokenised rows of a dataset in the shape this stage wants, and what to record about them."""
-        want = data.WANTED_BY[self.stage.type]
-        source = data.find(name, self.config.data[name], self.config.source.parent)
-        with PartialState().main_process_first():
-            rows = data.tokenise(data.rows_for(source, want), want, self.tokenizer, self.tokenizer_key)
-            kept = data.within(rows, max_length, source, limit_name)
-        dropped = len(rows) - len(kept)
-        if dropped:
-            self.say(
-                f"{self.name}: dropped {dropped} of {len(rows)} rows of {name} longer than {limit_name} = {max_length}"
-            )
-        return kept, {"rows": len(kept), "dropped": dropped, "fingerprint": data.fingerprint(source)}
+    def rows(self) -> tuple[Any, Any, dict[str, dict[str, Any]]]:
+        """The stage's tokenised rows, those of `eval_data` (or None), and what to record about each dataset."""
+        rows, recorded = {}, {}
+        for role, name in datasets(self.stage).items():
+            with PartialState().main_process_first():
+                rows[role], dropped = data.prepare(self.config, self.name, name, self.tokenizer, self.tokenizer_key)
+            if dropped:
+                limit = " = ".join(map(str, length_limit(self.stage)))
+                self.say(
+                    f"{self.name}: dropped {dropped} rows of {name} longer than {limit}, {len(rows[role])} are left"
+                )
+            digest = data.fingerprint(data.find(self.config, name))
+            recorded[name] = {"rows": len(rows[role]), "dropped": dropped, "fingerprint": digest}
+        return rows["data"], rows.get("eval_data"), recorded
 
 
 def write_json(path: Path, value: Any) -> None:

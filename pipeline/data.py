@@ -15,23 +15,29 @@ from typing import Any
 from datasets import Dataset, disable_progress_bars, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetGenerationError
 
-from pipeline.errors import UserError, nearest
+from pipeline.errors import UserError, nearest, reason_of
 from pipeline.manifest import digest, file_digest
-from pipeline.schema import Data
+from pipeline.options import length_limit
+from pipeline.schema import Data, RunConfig
 
 # Prepared rows are cached by this too: another version of this file may prepare them otherwise.
 _CODE = file_digest(Path(__file__))
 Messages = list[dict[str, str]]
 Row = dict[str, Any]
-LOADERS = {
-    ".json": "json",
-    ".jsonl": "json",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".txt": "text",
+_SUFFIXES = {"json": ".json .jsonl", "csv": ".csv .tsv", "parquet": ".parquet", "arrow": ".arrow", "text": ".txt"}
+LOADERS = {suffix: loader for loader, suffixes in _SUFFIXES.items() for suffix in suffixes.split()}
+# The columns that tell a format; the first that is there decides.
+COLUMNS = {"sharegpt": "conversations", "comparison": "chosen rejected", "messages": "messages"}
+COLUMNS |= {
+    "alpaca": "instruction output",
+    "prompt_completion": "prompt completion",
+    "prompt": "prompt",
+    "text": "text",
 }
+# What a stage takes, and the fields one of which its rows must have.
+WANTED_BY = {"pretrain": "text", "sft": "demonstrations", "reward": "comparisons", "dpo": "comparisons"}
+WANTED_BY |= dict.fromkeys(("ppo", "rloo", "grpo", "evaluate"), "prompts")
+NEEDS = {"text": ["text"], "demonstrations": ["completion", "chosen"], "comparisons": ["chosen"], "prompts": ["prompt"]}
 _SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
@@ -48,13 +54,14 @@ class Source:
         return str(self.files[0]) if len(self.files) == 1 else f"dataset {self.name!r} ({self.spec.path})"
 
 
-def find(name: str, spec: Data, folder: Path) -> Source:
+def find(config: RunConfig, name: str) -> Source:
     """Resolve a dataset's path against the config's folder.
 
     Raises:
         UserError: if the path looks like a file and is not there, or is of a kind that cannot be read.
     """
-    pattern = str(folder / Path(spec.path).expanduser())
+    spec = config.data[name]
+    pattern = str(config.folder / Path(spec.path).expanduser())
     matches = [Path(match) for match in sorted(glob.glob(pattern))]  # noqa: PTH207
     files = [file for match in matches for file in (sorted(match.iterdir()) if match.is_dir() else [match])]
     if not files:
@@ -74,22 +81,17 @@ def fingerprint(source: Source) -> str:
     if source.files:
         content: Any = [file_digest(file) for file in source.files]
     else:
-        content = [spec.path, spec.name, spec.split, _online(source, lambda: load_dataset_builder(**_hub(spec)).hash)]
+        content = [spec.path, spec.name, spec.split, _from_hub(source, load_dataset_builder).hash]
     return digest([content, spec.format, spec.columns, spec.limit])
 
 
-def _hub(spec: Data) -> dict[str, Any]:
-    return {"path": spec.path, "name": spec.name, "revision": spec.revision}
-
-
-def _online(source: Source, load: Callable[[], Any]) -> Any:
+def _from_hub(source: Source, load: Callable[..., Any], **options: Any) -> Any:
+    spec = source.spec
     try:
-        return load()
+        return load(spec.path, name=spec.name, revision=spec.revision, **options)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"data.{source.name}: cannot load {source.spec.path!r} from the hub, nor is it a file: {reason}"
-        ) from None
+        what = f"cannot load {spec.path!r} from the hub, nor is it a file"
+        raise UserError(f"data.{source.name}: {what}: {reason_of(error)}") from None
 
 
 def load(source: Source) -> Dataset:
@@ -100,23 +102,23 @@ def load(source: Source) -> Dataset:
     """
     spec = source.spec
     disable_progress_bars()
+    empty = UserError(f"{source.label}: is empty; expected at least one row")
     if source.files:
         kinds = {LOADERS[file.suffix] for file in source.files}
         if len(kinds) > 1:
             raise UserError(f"data.{source.name}: files of different kinds in one dataset: {', '.join(sorted(kinds))}")
         if not any(file.stat().st_size for file in source.files):
-            raise UserError(f"{source.label}: is empty; expected at least one row")
+            raise empty
         options = {"sep": "\t"} if source.files[0].suffix == ".tsv" else {}
         try:
-            files = [str(file) for file in source.files]
-            rows = load_dataset(kinds.pop(), data_files=files, split=spec.split, **options)
+            rows = load_dataset(kinds.pop(), data_files=list(map(str, source.files)), split=spec.split, **options)
         except (DatasetGenerationError, ValueError) as error:
             reason = str(error.__cause__ or error).strip().splitlines()[-1]
             if "corresponds to no data" in reason or "No columns to parse" in reason:
-                raise UserError(f"{source.label}: is empty; expected at least one row") from None
+                raise empty from None
             raise UserError(f"{source.label}: cannot be read: {reason}") from None
     else:
-        rows = _online(source, lambda: load_dataset(**_hub(spec), split=spec.split))
+        rows = _from_hub(source, load_dataset, split=spec.split)
     for theirs, ours in spec.columns.items():
         if theirs not in rows.column_names:
             hint = nearest(theirs, rows.column_names)
@@ -126,7 +128,7 @@ def load(source: Source) -> Dataset:
     if spec.limit is not None:
         rows = rows.select(range(min(spec.limit, len(rows))))
     if not len(rows):
-        raise UserError(f"{source.label}: is empty; expected at least one row")
+        raise empty
     return rows
 
 
@@ -134,17 +136,8 @@ def detect(source: Source, columns: list[str]) -> str:
     """The format of a dataset: the one named in the config, or the one its columns tell."""
     if source.spec.format != "auto":
         return source.spec.format
-    have = set(columns)
-    for name, needed in (
-        ("sharegpt", {"conversations"}),
-        ("comparison", {"chosen", "rejected"}),
-        ("messages", {"messages"}),
-        ("alpaca", {"instruction", "output"}),
-        ("prompt_completion", {"prompt", "completion"}),
-        ("prompt", {"prompt"}),
-        ("text", {"text"}),
-    ):
-        if needed <= have:
+    for name, needed in COLUMNS.items():
+        if set(needed.split()) <= set(columns):
             return name
     raise UserError(
         f"{source.label}: has the columns {', '.join(columns)}; expected text, prompt + completion, messages, "
@@ -175,11 +168,14 @@ def _messages(row: Row, field: str, role: str | None = None) -> Messages:
         raise _RowError(f"{field}: expected {'text or ' if role else ''}a list of messages, got {value!r}")
     messages = []
     for turn in turns:
-        speaker = turn.get("role") or _SHAREGPT_ROLES.get(turn.get("from")) if isinstance(turn, dict) else None
-        content = (turn.get("content") or turn.get("value")) if isinstance(turn, dict) else None
-        if speaker not in ("system", "user", "assistant") or not isinstance(content, str) or not content.strip():
+        said = turn if isinstance(turn, dict) else {}
+        role, content = (
+            said.get("role") or _SHAREGPT_ROLES.get(said.get("from")),
+            said.get("content") or said.get("value"),
+        )
+        if role not in ("system", "user", "assistant") or not isinstance(content, str) or not content.strip():
             raise _RowError(f"{field}: expected messages with a role and text, got {turn!r}")
-        messages.append({"role": speaker, "content": content})
+        messages.append({"role": role, "content": content})
     return messages
 
 
@@ -228,24 +224,6 @@ def to_messages(row: Row, shape: str) -> Row:
     return _comparison(row, "conversations") if row.get("chosen") else _conversation(_messages(row, "conversations"))
 
 
-NEEDS = {
-    "text": ("text",),
-    "demonstrations": ("completion", "chosen"),
-    "comparisons": ("chosen",),
-    "prompts": ("prompt",),
-}
-WANTED_BY = {
-    "pretrain": "text",
-    "sft": "demonstrations",
-    "reward": "comparisons",
-    "dpo": "comparisons",
-    "ppo": "prompts",
-    "rloo": "prompts",
-    "grpo": "prompts",
-    "evaluate": "prompts",
-}
-
-
 def rows_for(source: Source, want: str) -> Dataset:
     """A dataset's rows in the shape a stage wants: `text`, `demonstrations`, `comparisons` or `prompts`.
 
@@ -272,17 +250,21 @@ def rows_for(source: Source, want: str) -> Dataset:
             f"{source.label}: holds {shape} rows (columns {', '.join(raw.column_names)}), expected {want}; "
             "name another dataset, or map its columns with `columns:`"
         )
-    return raw.map(
-        convert,
-        with_indices=True,
-        remove_columns=raw.column_names,
-        new_fingerprint=digest([raw._fingerprint, shape, want, _CODE])[:16],
-    )
+    key = digest([raw._fingerprint, shape, want, _CODE])[:16]
+    return raw.map(convert, with_indices=True, remove_columns=raw.column_names, new_fingerprint=key)
 
 
 def prompt_text(tokenizer: Any, prompt: Messages) -> str:
     """A prompt as the model sees it, up to and including the assistant's header."""
     return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def prompt_ids(tokenizer: Any, prompt: Messages) -> list[int]:
+    return _encode(tokenizer, prompt_text(tokenizer, prompt))
 
 
 def encode_turns(tokenizer: Any, messages: Messages, first: int = 0) -> tuple[list[int], list[int]]:
@@ -297,9 +279,8 @@ def encode_turns(tokenizer: Any, messages: Messages, first: int = 0) -> tuple[li
     done = ""
 
     def append(text: str, bit: int) -> None:
-        tokens = tokenizer.encode(text, add_special_tokens=False)
-        ids.extend(tokens)
-        mask.extend([bit] * len(tokens))
+        ids.extend(_encode(tokenizer, text))
+        mask.extend([bit] * (len(ids) - len(mask)))
 
     for i, message in enumerate(messages):
         if message["role"] != "assistant" or i < first:
@@ -327,17 +308,18 @@ def tokenise(rows: Dataset, want: str, tokenizer: Any, key: str) -> Dataset:
     (comparisons), `prompt_ids` beside the messages (prompts). `key` is the tokenizer's fingerprint, for the cache.
     """
 
+    def turns(row: Row, side: str, first: int) -> tuple[list[int], list[int]]:
+        return encode_turns(tokenizer, [*row["prompt"], {"role": "assistant", "content": row[side]}], first)
+
     def ids_of(row: Row) -> Row:
         if want == "text":
-            return {"input_ids": [*tokenizer.encode(row["text"], add_special_tokens=False), tokenizer.eos_token_id]}
+            return {"input_ids": [*_encode(tokenizer, row["text"]), tokenizer.eos_token_id]}
         if want == "demonstrations":
-            messages = [*row["prompt"], {"role": "assistant", "content": row["completion"]}]
-            ids, mask = encode_turns(tokenizer, messages)
+            ids, mask = turns(row, "completion", 0)
             return {"input_ids": ids, "completion_mask": mask}
-        encoded = {"prompt_ids": tokenizer.encode(prompt_text(tokenizer, row["prompt"]), add_special_tokens=False)}
+        encoded = {"prompt_ids": prompt_ids(tokenizer, row["prompt"])}
         for side in ("chosen", "rejected") if want == "comparisons" else ():
-            messages = [*row["prompt"], {"role": "assistant", "content": row[side]}]
-            ids, _ = encode_turns(tokenizer, messages, first=len(row["prompt"]))
+            ids, _ = turns(row, side, len(row["prompt"]))
             encoded[f"{side}_ids"] = ids[len(encoded["prompt_ids"]) :]
         return encoded
 
@@ -345,7 +327,15 @@ def tokenise(rows: Dataset, want: str, tokenizer: Any, key: str) -> Dataset:
     return rows.map(ids_of, remove_columns=remove, new_fingerprint=digest([rows._fingerprint, key, want, _CODE])[:16])
 
 
-def within(rows: Dataset, max_length: int | None, source: Source, limit_name: str) -> Dataset:
+def prepare(config: RunConfig, stage: str, dataset: str, tokenizer: Any, key: str) -> tuple[Dataset, int]:
+    """The token ids of a dataset in the shape a stage wants, and the number of rows dropped since they are too long."""
+    want, source = WANTED_BY[config.stages[stage].type], find(config, dataset)
+    rows = tokenise(rows_for(source, want), want, tokenizer, key)
+    kept = within(rows, *length_limit(config.stages[stage]), source)
+    return kept, len(rows) - len(kept)
+
+
+def within(rows: Dataset, limit_name: str, max_length: int | None, source: Source) -> Dataset:
     """The rows whose prompt with its longest side fits `max_length` tokens; the caller reports the difference.
 
     Raises:

@@ -16,6 +16,13 @@ class Problem:
     message: str
 
 
+class Problems(list[Problem]):
+    """What is wrong with a config, in all its places."""
+
+    def add(self, message: str, *loc: str | int) -> None:
+        self.append(Problem(loc, message))
+
+
 class Document:
     """The raw file, with the line of every key, and the overrides of the command line laid over it."""
 
@@ -26,17 +33,14 @@ class Document:
             self.raw = YAML().load(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UserError(f"{path}: no such file; expected a run's config in YAML") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: cannot be read: {error}") from None
         except MarkedYAMLError as error:
             line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
             raise UserError(f"{path}{line}: not valid YAML: {error.problem}") from None
-        except YAMLError as error:
-            raise UserError(f"{path}: not valid YAML: {error}") from None
+        except (OSError, UnicodeDecodeError, YAMLError) as error:
+            raise UserError(f"{path}: cannot be read as YAML: {error}") from None
         if not isinstance(self.raw, dict):
-            raise UserError(
-                f"{path}: expected a mapping with name, model, data and stages, got {type(self.raw).__name__}"
-            )
+            kind = type(self.raw).__name__
+            raise UserError(f"{path}: expected a mapping with name, model, data and stages, got {kind}")
         for override in overrides:
             self._override(override)
 
@@ -62,12 +66,11 @@ class Document:
         """The keys a dotted name means; a key with dots of its own is found where it exists in the file."""
         keys, node = [], self.raw
         while parts:
-            lengths = range(len(parts), 0, -1)
-            known = [n for n in lengths if isinstance(node, dict) and ".".join(parts[:n]) in node]
-            length = known[0] if known else 1
+            node = node if isinstance(node, dict) else {}
+            length = next((n for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in node), 1)
             keys.append(".".join(parts[:length]))
             parts = parts[length:]
-            node = node.get(keys[-1]) if isinstance(node, dict) else None
+            node = node.get(keys[-1])
         return tuple(keys)
 
     def where(self, loc: tuple[str | int, ...]) -> str:
@@ -75,36 +78,28 @@ class Document:
         for keys, override in self.overridden.items():
             if loc[: len(keys)] == keys:
                 return f"override {override!r}"
-        node, line = self.raw, None
+        node, at = self.raw, str(self.path)
         for key in loc:
             try:
-                line = (node.lc.key(key) if isinstance(node, dict) else node.lc.item(key))[0] + 1
+                line, _ = node.lc.key(key) if isinstance(node, dict) else node.lc.item(key)
                 node = node[key]
             except (AttributeError, KeyError, IndexError, TypeError):
                 # Not in the file: a section that an override made, or a key that is missing.
                 made = [override for keys, override in self.overridden.items() if keys[: len(loc)] == loc]
-                if made:
-                    return f"override {made[0]!r}"
-                break
-        return f"{self.path}:{line}" if line else str(self.path)
+                return f"override {made[0]!r}" if made else at
+            at = f"{self.path}:{line + 1}"
+        return at
 
     def describe(self, problem: Problem) -> str:
-        dotted = ".".join(str(part) for part in problem.loc)
-        return (
-            f"{self.where(problem.loc)}: {dotted}: {problem.message}" if dotted else f"{self.path}: {problem.message}"
-        )
-
-    def plain(self) -> dict[str, Any]:
-        """The content as plain dicts and lists."""
-        return _plain(self.raw)
+        return f"{self.where(problem.loc)}: {'.'.join(map(str, problem.loc))}: {problem.message}"
 
 
-def _plain(node: Any) -> Any:
+def plain(node: Any) -> Any:
     """ruamel's node types as plain dicts and lists."""
     if isinstance(node, dict):
-        return {str(key): _plain(value) for key, value in node.items()}
+        return {str(key): plain(value) for key, value in node.items()}
     if isinstance(node, list):
-        return [_plain(value) for value in node]
+        return [plain(value) for value in node]
     for kind in (bool, int, float, str):
         if isinstance(node, kind):
             return kind(node)

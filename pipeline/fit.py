@@ -11,16 +11,8 @@ from pipeline.context import Result, StageContext, write_json
 from pipeline.lineage import place_of
 from pipeline.models import num_parameters
 
-LAST_METRICS = (
-    "loss",
-    "accuracy",
-    "margin",
-    "rewards/accuracies",
-    "rewards/margins",
-    "reward",
-    "kl",
-    "mean_token_accuracy",
-)
+# What of the trainer's log goes into the record.
+METRICS = ("loss", "accuracy", "margin", "rewards/accuracies", "rewards/margins", "reward", "kl", "mean_token_accuracy")
 
 
 def adapter_only(name: str) -> bool:
@@ -48,15 +40,14 @@ def fit(ctx: StageContext, trainer: Any, datasets: dict[str, dict[str, Any]], **
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if checkpoint is None:
         checks.has_trained(before, trainable, ctx.name)
-    metrics |= _summary(trainer.state.log_history)
+    metrics |= first_and_last(trainer.state.log_history, {name: name for name in METRICS})
     if trainer.eval_dataset is not None:
         metrics |= {k: v for k, v in trainer.evaluate().items() if not k.endswith(("_runtime", "_per_second", "epoch"))}
     metrics["steps"] = trainer.state.global_step
-    save_model(trainer, ctx.new_output, base_name(ctx))
+    _save(ctx, trainer)
     if PartialState().is_main_process:
         write_json(ctx.folder / "log_history.json", trainer.state.log_history)
-    resumed = int(checkpoint.name.split("-")[1]) if checkpoint else None
-    return Result(metrics, counts, datasets, resumed)
+    return Result(metrics, counts, datasets, checkpoints.step_of(checkpoint) if checkpoint else None)
 
 
 def _newest(ctx: StageContext) -> Path | None:
@@ -69,43 +60,38 @@ def _newest(ctx: StageContext) -> Path | None:
         ctx.say(f"{ctx.name}: {message}")
     PartialState().wait_for_everyone()
     if checkpoint is not None:
-        ctx.say(f"{ctx.name}: resuming at step {int(checkpoint.name.split('-')[1])} from {checkpoint}")
+        ctx.say(f"{ctx.name}: resuming at step {checkpoints.step_of(checkpoint)} from {checkpoint}")
     elif messages:
         ctx.say(f"{ctx.name}: no complete checkpoint is left, starting from the beginning")
     return checkpoint
 
 
-def _summary(history: list[dict[str, Any]]) -> dict[str, Any]:
-    """First and last value of the trainer's main metrics."""
+def first_and_last(history: list[dict[str, Any]], names: dict[str, str]) -> dict[str, Any]:
+    """First and last value of what a trainer logged; `names` maps the trainer's names to the record's."""
     summary: dict[str, Any] = {}
-    for name in LAST_METRICS:
-        values = [entry[name] for entry in history if name in entry]
-        if values:
-            summary |= {f"first_{name}": values[0], name: values[-1]}
+    for theirs, ours in names.items():
+        values = [entry[theirs] for entry in history if theirs in entry]
+        summary |= {f"first_{ours}": values[0], ours: values[-1]} if values else {}
     return summary
 
 
-def base_name(ctx: StageContext) -> str:
-    """What an adapter's config says its base is: a hub id, or the folder of full weights relative to the adapter."""
-    full = place_of(ctx.config, ctx.name).full
-    return ctx.config.model.path if full is None else f"../../{full}"
-
-
-def save_model(trainer: Any, folder: Path, base: str) -> None:
+def _save(ctx: StageContext, trainer: Any) -> None:
     """Save what a stage hands on: one adapter (never the reference's copy), or the full weights."""
     model = trainer.accelerator.unwrap_model(trainer.model)
-    if not hasattr(model, "peft_config"):
-        trainer.save_model(str(folder))
-        (folder / "training_args.bin").unlink(missing_ok=True)
+    if ctx.stage.lora is None:
+        trainer.save_model(str(ctx.new_output))
+        (ctx.new_output / "training_args.bin").unlink(missing_ok=True)
         return
     # Sharded weights must be gathered by all processes before one of them writes.
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     state = trainer.accelerator.get_state_dict(trainer.model) if sharded else None
     if PartialState().is_main_process:
-        save_adapter(model, folder, base, state)
+        save_adapter(ctx, model, state)
 
 
-def save_adapter(model: Any, folder: Path, base: str, state: dict[str, Any] | None = None) -> None:
-    model.peft_config["default"].base_model_name_or_path = base
-    model.save_pretrained(folder, selected_adapters=["default"], state_dict=state, save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card template, to be filled in by hand
+def save_adapter(ctx: StageContext, model: Any, state: dict[str, Any] | None = None) -> None:
+    """Save the adapter alone; its config names its base: a hub id, or the full weights' folder relative to it."""
+    full = place_of(ctx.config, ctx.name).full
+    model.peft_config["default"].base_model_name_or_path = f"../../{full}" if full else ctx.config.model.path
+    model.save_pretrained(ctx.new_output, selected_adapters=["default"], state_dict=state, save_embedding_layers=False)
+    (ctx.new_output / "README.md").unlink(missing_ok=True)  # PEFT's model card template, to be filled in by hand

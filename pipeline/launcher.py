@@ -1,8 +1,8 @@
 """`rlhf run` and `rlhf plan`: decide, check everything, then one process per stage that is not current."""
 
+import contextlib
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,18 +12,18 @@ from rich.console import Console
 from rich.rule import Rule
 
 from pipeline import manifest, plan, report
-from pipeline.errors import StageFailed, UserError, nearest
+from pipeline.errors import StageFailed, UserError, unknown
 from pipeline.schema import RunConfig, parents
 
 LAUNCHER = "RLHF_LAUNCHER_PID"  # stages watch this process and end with it
 NUM_LOG_LINES = 20
 
 
-def select(config: RunConfig, until: str | None, only: str | None) -> list[str]:
+def select(config: RunConfig, until: str | None, only: str | None, redo: tuple[str, ...]) -> list[str]:
     """The stages a command is about, in order."""
-    for option, name in (("--until", until), ("--only", only)):
+    for option, name in [("--until", until), ("--only", only), *(("--redo", name) for name in redo)]:
         if name is not None and name not in config.stages:
-            raise UserError(f"{option}: there is no stage {name!r}; {nearest(name, config.stages)}")
+            raise UserError(f"{option}: {unknown('stage', name, config.stages)}")
     if only:
         return [only]
     return [*plan.ancestors(config, until), until] if until else list(config.stages)
@@ -31,13 +31,10 @@ def select(config: RunConfig, until: str | None, only: str | None) -> list[str]:
 
 def show_plan(config: RunConfig, console: Console) -> None:
     """Check and print what a run would do, without writing to the run folder."""
-    recorded = plan.open_run(config)
-    decisions = plan.decide(config, recorded)
-    _verify_finished(config, recorded, decisions)
+    recorded, decisions = _decide(config)
     for name in config.stages:
         _accelerate_file(config, name, None)
-    facts = _preflight(config, recorded, [decision.stage for decision in decisions])
-    report.plan_table(config, decisions, facts, console)
+    report.plan_table(config, decisions, _preflight(config, recorded, list(config.stages)), console)
 
 
 def run(
@@ -55,25 +52,20 @@ def run(
         UserError: if anything is wrong with config, data or run folder; nothing was trained then.
         StageFailed: if a stage's process failed.
     """
-    selected = select(config, until, only)
-    for name in redo:
-        if name not in config.stages:
-            raise UserError(f"--redo: there is no stage {name!r}; {nearest(name, config.stages)}")
-    recorded = plan.open_run(config)
-    decisions = plan.decide(config, recorded, redo)
-    _verify_finished(config, recorded, decisions)
+    selected = select(config, until, only, redo)
+    recorded, decisions = _decide(config, redo)
     pending = [decision.stage for decision in decisions if decision.run and decision.stage in selected]
     _check_parents(config, decisions, selected)
     launch_files = {name: _accelerate_file(config, name, accelerate_config) for name in pending}
-    # Redone stages are forgotten before the tokenizer is looked at: with all of them gone it may change.
-    if redo and recorded is not None:
-        gone = {name for stage in redo for name in (stage, *plan.descendants(config, stage))}
-        left = {name: record for name, record in recorded.stages.items() if name not in gone}
-        recorded = recorded.model_copy(update={"stages": left})
+    gone = {name for stage in redo for name in (stage, *plan.descendants(config, stage))}
+    if (
+        recorded is not None
+    ):  # redone stages are forgotten before the tokenizer is looked at: it may change without them
+        recorded = recorded.without(gone)
     facts = _preflight(config, recorded, pending) if pending else {}
     report.plan_table(config, [d for d in decisions if d.stage in selected], facts, console)
-    if redo:
-        manifest.drop(config.run_path, gone if recorded is not None else ())
+    if gone and recorded is not None:
+        manifest.drop(config.run_path, gone)
     for number, name in enumerate(pending, 1):
         kind = config.stages[name].type
         title = f"{number}/{len(pending)}  {name}" + (f" ({kind})" if kind != name else "")
@@ -85,10 +77,14 @@ def run(
         console.print(f"Everything is in {config.run_path}; `rlhf status {config.run_path}` shows how to load it.")
 
 
-def _verify_finished(config: RunConfig, recorded: manifest.Manifest | None, decisions: list[plan.Decision]) -> None:
+def _decide(config: RunConfig, redo: tuple[str, ...] = ()) -> tuple[manifest.Manifest | None, list[plan.Decision]]:
+    """The run's manifest and what happens to each stage; the files of finished stages are as recorded."""
+    recorded = plan.open_run(config)
+    decisions = plan.decide(config, recorded, redo)
     for decision in decisions:
         if not decision.run:
             manifest.verify(config.run_path, decision.stage, recorded.stages[decision.stage])
+    return recorded, decisions
 
 
 def _check_parents(config: RunConfig, decisions: list[plan.Decision], selected: list[str]) -> None:
@@ -109,11 +105,13 @@ def _preflight(config: RunConfig, recorded: manifest.Manifest | None, names: lis
 def _accelerate_file(config: RunConfig, name: str, given: str | None) -> Path | None:
     """The accelerate config of a stage: its own (relative to the config), or the command line's."""
     own = config.stages[name].accelerate_config
-    path = Path(config.resolve(own)) if own else Path(given) if given else None
-    if path is not None and not path.is_file():
+    path = config.resolve(own) if own else given
+    if path is None:
+        return None
+    if not Path(path).is_file():
         where = f"stages.{name}.accelerate_config" if own else "--accelerate-config"
         raise UserError(f"{where}: no such file: {path}")
-    return path
+    return Path(path)
 
 
 def command(config: RunConfig, name: str, overrides: tuple[str, ...], accelerate_file: Path | None) -> list[str]:
@@ -139,15 +137,10 @@ def _run_stage(
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "log.txt"
     argv = command(config, name, overrides, accelerate_file)
-    process = subprocess.Popen(
-        argv,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        stdin=subprocess.DEVNULL,
-        env=_environment(accelerate_file),
-    )
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process = subprocess.Popen(argv, env=_environment(accelerate_file), **streams)
     try:
-        with log.open("a", encoding="utf-8") as file:
+        with log.open("a", buffering=1, encoding="utf-8") as file:
             file.write(f"$ {' '.join(argv)}\n")
             _relay(process.stdout, file, console)
         exit_code = process.wait()
@@ -158,46 +151,31 @@ def _run_stage(
     finished = manifest.read(config.run_path)
     if exit_code == 0 and finished is not None and name in finished.stages:
         return
-    lines = [line.rstrip() for line in log.read_text(encoding="utf-8").splitlines()]
-    lines = lines[max(i for i, line in enumerate(lines) if line.startswith("$ ")) + 1 :]
+    lines = log.read_text(encoding="utf-8").rpartition(f"$ {' '.join(argv)}\n")[2].splitlines()
     tail, errors = lines[-NUM_LOG_LINES:], [line for line in lines if line.startswith("error: ")]
     # Under several processes the launcher reports a stage's exit code in its text.
     if errors and (exit_code == 2 or any(re.search(r"exitcode\s*: 2 ", line) for line in lines)):
         raise StageFailed(f"stage {name!r} stopped: {errors[-1].removeprefix('error: ')}", 2)
     what = f"ended with exit code {exit_code}" if exit_code else "ended without a record in the manifest"
-    raise StageFailed(
-        "\n".join([f"stage {name!r} {what}. The last lines of {log}:", *(f"  {line}" for line in tail)]), 1
-    )
+    raise StageFailed("\n  ".join([f"stage {name!r} {what}. The last lines of {log}:", *tail]), 1)
 
 
 def _stop(process: subprocess.Popen) -> None:
-    """Let the stage end by the interrupt that the terminal sent to it too; insist after a while."""
-    for send in (None, signal.SIGTERM, signal.SIGKILL):
-        if send is not None:
-            process.send_signal(send)
-        try:
+    """Let the stage end by the interrupt that the terminal sent to it too; insist after a while or another one."""
+    for insist in (process.poll, process.terminate, process.kill):  # they do nothing to a process that has ended
+        with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+            insist()
             process.wait(timeout=15)
-            return
-        except subprocess.TimeoutExpired:
-            continue
-        except KeyboardInterrupt:
-            process.kill()
 
 
 def _relay(stream: IO[bytes], log: IO[str], console: Console) -> None:
     """Show a stage's output as it comes, progress bars redrawn in place on a terminal; log its finished lines."""
     pending = b""
     while chunk := os.read(stream.fileno(), 65536):
-        if console.is_terminal:
-            console.file.write(chunk.decode(errors="replace"))
-            console.file.flush()
         *lines, pending = (pending + chunk).split(b"\n")
-        for line in lines:
-            text = re.split(r"\r", line.decode(errors="replace").rstrip("\r"))[-1]
-            log.write(text + "\n")
-            log.flush()
-            if not console.is_terminal:
-                console.file.write(text + "\n")
-                console.file.flush()
+        finished = "".join(line.decode(errors="replace").rstrip("\r").split("\r")[-1] + "\n" for line in lines)
+        log.write(finished)
+        console.file.write(chunk.decode(errors="replace") if console.is_terminal else finished)
+        console.file.flush()
     if pending:
         log.write(pending.decode(errors="replace").split("\r")[-1] + "\n")

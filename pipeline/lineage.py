@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from pipeline.options import effective
 from pipeline.schema import BASE, RunConfig, Stage, TrainingStage, same_shape
-from pipeline.trainers import config_class
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,6 @@ def describe_reference(config: RunConfig, name: str) -> str:
         return f"{stage.baseline} (win rate, KL)"
     if stage.type not in ("ppo", "rloo", "grpo", "dpo"):
         return "-"
-    if stage.type in ("rloo", "grpo"):
-        default = config_class(stage.type).__dataclass_fields__["beta"].default
-        if not stage.training.get("beta", default):
-            return "none (beta: 0)"
+    if stage.type in ("rloo", "grpo") and not effective(stage.type, stage.training)["beta"]:
+        return "none (beta: 0)"
     return "frozen copy of " + ("base model" if stage.init == BASE else stage.init)

@@ -76,6 +76,11 @@ class Manifest(Frozen):
     tokenizer: TokenizerRecord | None = None
     stages: dict[str, Record] = {}
 
+    def without(self, stages: Iterable[str]) -> "Manifest":
+        """The manifest with these stages forgotten."""
+        kept = {name: record for name, record in self.stages.items() if name not in stages}
+        return self.model_copy(update={"stages": kept})
+
 
 def digest(value: Any) -> str:
     """SHA-256 of a JSON-like value, independent of the order of its keys."""
@@ -116,8 +121,7 @@ def read(run_dir: Path) -> Manifest | None:
         return Manifest.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
-        at = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{path}: damaged at {at}: {first['msg']}. {mend}") from None
+        raise UserError(f"{path}: damaged at {'.'.join(map(str, first['loc']))}: {first['msg']}. {mend}") from None
 
 
 def write(run_dir: Path, manifest: Manifest) -> None:
@@ -150,12 +154,10 @@ def commit(run_dir: Path, stage: str, record: Record) -> None:
 
 def drop(run_dir: Path, stages: Iterable[str]) -> None:
     """Forget stages that will run again. Their files stay until the new output replaces them."""
-    gone = set(stages)
     with FileLock(run_dir / ".manifest.lock"):
         manifest = read(run_dir)
-        if manifest is not None and gone & set(manifest.stages):
-            kept = {name: record for name, record in manifest.stages.items() if name not in gone}
-            write(run_dir, manifest.model_copy(update={"stages": kept}))
+        if manifest is not None:
+            write(run_dir, manifest.without(stages))
 
 
 def verify(run_dir: Path, stage: str, record: Record) -> None:
@@ -165,11 +167,8 @@ def verify(run_dir: Path, stage: str, record: Record) -> None:
         UserError: naming the first file that is gone or changed.
     """
     for name, expected in record.output.files.items():
-        path = run_dir / name
+        path, mend = run_dir / name, f"Restore the file, or make it again with `--redo {stage}`"
         if not path.is_file():
-            problem = "is missing"
-        elif file_digest(path) != expected:
-            problem = "has changed since the stage finished (its checksum differs)"
-        else:
-            continue
-        raise UserError(f"{path} {problem}. Restore the file, or make it again with `--redo {stage}`")
+            raise UserError(f"{path} is missing. {mend}")
+        if file_digest(path) != expected:
+            raise UserError(f"{path} has changed since the stage finished (its checksum differs). {mend}")

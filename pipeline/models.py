@@ -12,13 +12,8 @@ import torch
 from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import load_peft_weights
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    BitsAndBytesConfig,
-    set_seed,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
+from transformers.trainer_utils import set_seed
 from transformers.utils import logging as transformers_logging
 
 Options = dict[str, Any]
@@ -58,6 +53,11 @@ class Loader:
         if self.attn_implementation:
             options["attn_implementation"] = self.attn_implementation
         model = auto_class.from_pretrained(full, **options)
+        for module in model.modules():
+            # bitsandbytes packs 4-bit weights for CPU inference at the first forward in eval mode, and never unpacks
+            # them for training: whatever trains after that gets no gradient, in silence.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
         model.config.pad_token_id = self.pad_token_id
         model.config.eos_token_id = self.eos_token_id
         return model
@@ -79,14 +79,11 @@ class Loader:
             transformers_logging.set_verbosity(verbosity)
 
 
-def from_scratch(
-    architecture: Options, vocab_size: int, pad_token_id: int, eos_token_id: int, dtype: str, seed: int
-) -> Any:
-    """A new causal language model with random weights."""
+def from_scratch(architecture: Options, tokenizer: Any, dtype: str, seed: int) -> Any:
+    """A new causal language model with random weights, for this tokenizer."""
     set_seed(seed)
-    options = {k: v for k, v in architecture.items() if k != "model_type"}
-    ids = {"vocab_size": vocab_size, "pad_token_id": pad_token_id, "eos_token_id": eos_token_id, "bos_token_id": None}
-    config = AutoConfig.for_model(architecture["model_type"], **(options | ids))
+    ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "eos_token_id")}
+    config = AutoConfig.for_model(**(architecture | ids | {"vocab_size": len(tokenizer), "bos_token_id": None}))
     return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
 
 
@@ -96,13 +93,12 @@ def lora_config(options: Options, task_type: str) -> LoraConfig:
 
 def load_policy(loader: Loader, weights: Weights, trainable: bool = False) -> Any:
     """A policy as some stage left it: a PeftModel where it is an adapter, else the plain model."""
-    model = loader.causal(weights.full)
+    return _with_adapter(loader.causal(weights.full), weights, trainable)
+
+
+def _with_adapter(model: Any, weights: Weights, trainable: bool) -> Any:
     if weights.adapter is None:
         return model
-    return _with_adapter(model, weights, trainable)
-
-
-def _with_adapter(model: Any, weights: Weights, trainable: bool) -> PeftModel:
     model = PeftModel.from_pretrained(model, weights.adapter, is_trainable=trainable)
     # As saved it is relative to the adapter's folder; PEFT looks it up from the working directory.
     model.peft_config["default"].base_model_name_or_path = weights.full
@@ -114,25 +110,17 @@ def continue_policy(loader: Loader, parent: Weights, lora: Options | None, seed:
     set_seed(seed)
     if lora is None or parent.adapter is not None:
         model = load_policy(loader, parent, trainable=True)
-        if lora is not None:  # the stage's own dropout, on the parent's adapter
-            _set_dropout(model, lora.get("lora_dropout", 0.0))
+        for module in model.modules() if lora is not None else ():
+            if hasattr(module, "lora_dropout"):  # the stage's own dropout, on the parent's adapter
+                module.lora_dropout["default"] = torch.nn.Dropout(lora.get("lora_dropout", 0.0))
         return model
     return get_peft_model(loader.causal(parent.full), lora_config(lora, "CAUSAL_LM"))
 
 
-def _set_dropout(model: Any, dropout: float) -> None:
-    for module in model.modules():
-        for layer in getattr(module, "lora_dropout", {}).values() if hasattr(module, "lora_dropout") else ():
-            if isinstance(layer, torch.nn.Dropout):
-                layer.p = dropout
-
-
 def load_reward(loader: Loader, weights: Weights, trainable: bool = False) -> Any:
     """A trained reward model, head included."""
-    model = loader.score(weights.full)
-    if weights.adapter is None:
-        return model.requires_grad_(trainable)
-    return _with_adapter(model, weights, trainable)
+    model = _with_adapter(loader.score(weights.full), weights, trainable)
+    return model if weights.adapter else model.requires_grad_(trainable)
 
 
 def new_reward(loader: Loader, parent: Weights, lora: Options | None, seed: int) -> Any:
@@ -157,9 +145,8 @@ def new_reward(loader: Loader, parent: Weights, lora: Options | None, seed: int)
 
 def merge(loader: Loader, weights: Weights, folder: Path, tokenizer: Any) -> Weights:
     """Write a policy's adapter merged into its base as a full folder. Never done on a quantised base."""
-    assert not (loader.quantization and weights.full == loader.base), (
-        "the config refuses merging into quantised weights"
-    )
+    quantised = loader.quantization and weights.full == loader.base
+    assert not quantised, "the config refuses merging into quantised weights"
     model = load_policy(loader, weights).merge_and_unload()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -178,10 +165,10 @@ def match_reference_dtype(model: Any) -> None:
             parameter.data = parameter.data.to(parameters[name.replace(".ref.", ".default.")].dtype)
 
 
-def num_parameters(model: Any) -> dict[str, int]:
-    """Trainable and total parameters. 4-bit weights are packed two to a byte, and counted as two."""
+def num_parameters(*models: torch.nn.Module) -> dict[str, int]:
+    """Trainable and total parameters; what models share counts once, 4-bit weights (two packed to a byte) as two."""
     counts = {"trainable": 0, "total": 0}
-    for parameter in model.parameters():
+    for parameter in {id(p): p for model in models for p in model.parameters()}.values():
         count = parameter.numel() * (2 if type(parameter).__name__ == "Params4bit" else 1)
         counts["total"] += count
         counts["trainable"] += count if parameter.requires_grad else 0

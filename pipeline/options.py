@@ -5,14 +5,14 @@ coerced to its field's type (YAML's `1e-5` is a string to many parsers), and fie
 refused with the reason.
 """
 
-import contextlib
 import dataclasses
 import functools
 import inspect
 import os
+import pkgutil
 import tempfile
 import typing
-from collections.abc import Iterator
+import unittest.mock
 from typing import Any
 
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
@@ -27,33 +27,33 @@ _REASONS = {
     "a stage resumes from its newest complete checkpoint by itself": "resume_from_checkpoint ignore_data_skip",
     "a checkpoint without optimizer state cannot be resumed": "save_only_model",
     "a stage's output is its last state": "load_best_model_at_end",
-    "rows are tokenised by the pipeline, the same way in every stage": (
-        "remove_unused_columns dataset_text_field dataset_kwargs assistant_only_loss"
-    ),
+    "the pipeline tokenises rows": "remove_unused_columns dataset_text_field dataset_kwargs assistant_only_loss",
     "the run has one tokenizer; set it under `tokenizer:`": "chat_template_path eos_token pad_token",
     "generation stops at the run's eos token": "stop_token stop_token_id",
-    "the pipeline wires the stages' models itself": (
-        "sft_model_path reward_model_path model_adapter_name ref_adapter_name do_train do_predict"
-    ),
+    "the pipeline gives a stage its models": "sft_model_path reward_model_path model_adapter_name ref_adapter_name",
+    "the pipeline decides what a stage does": "do_train do_predict",
     "the reference of a stage is its parent, always": "sync_ref_model",
-    "the pipeline never uploads; push a finished output with huggingface_hub": (
-        "push_to_hub hub_model_id hub_strategy hub_token hub_private_repo"
-    ),
+    "it never uploads; use huggingface_hub": "push_to_hub hub_model_id hub_strategy hub_token hub_private_repo",
     "give the stage `eval_data`": "do_eval",
-    "TRL computes it from the other sizes": (
-        "world_size num_total_batches micro_batch_size local_batch_size batch_size mini_batch_size local_mini_batch_size"
-    ),
+    "TRL computes it from other sizes": "world_size batch_size micro_batch_size mini_batch_size local_batch_size",
+    "TRL computes it from other options": "num_total_batches local_mini_batch_size",
 }
 _PPO_REASONS = {
-    "PPOTrainer samples outside autocast, so mixed precision would make the first ratio differ from 1; PPO computes in "
-    "`model.dtype`": "bf16 fp16",
+    "PPO computes in `model.dtype`: PPOTrainer samples outside autocast, its first ratio would not be 1": "bf16 fp16",
     "PPO's length is `total_episodes`": "max_steps",
     "PPOTrainer cannot resume from a checkpoint; a stopped PPO stage starts anew": "save_strategy save_steps",
 }
 _LORA_REASONS = {
     "the stage's type decides it": "task_type",
-    "a reward model's score head is saved by the pipeline; adapters of one base share all other modules": "modules_to_save",
+    "the pipeline saves a reward model's score head, and adapters of one base share the rest": "modules_to_save",
     "the pipeline decides which adapter trains": "inference_mode",
+}
+
+
+_CLASSES = {
+    "training": "transformers:TrainingArguments",
+    "lora": "peft:LoraConfig",
+    "quantization": "transformers:BitsAndBytesConfig",
 }
 
 
@@ -73,26 +73,13 @@ DEFAULTS = {
 
 def owned_by(kind: str) -> dict[str, str]:
     """The options of a section that the pipeline sets itself, with the reasons."""
-    if kind in ("lora", "quantization"):
-        return _by_option(_LORA_REASONS) if kind == "lora" else {}
-    return OWNED | (_by_option(_PPO_REASONS) if kind == "ppo" else {})
+    own = {"lora": _by_option(_LORA_REASONS), "quantization": {}, "ppo": OWNED | _by_option(_PPO_REASONS)}
+    return own.get(kind, OWNED)
 
 
 def _target(kind: str) -> type:
     """The class that takes the section `kind`: a stage type, `training`, `lora` or `quantization`."""
-    if kind == "lora":
-        from peft import LoraConfig
-
-        return LoraConfig
-    if kind == "quantization":
-        from transformers import BitsAndBytesConfig
-
-        return BitsAndBytesConfig
-    if kind == "training":
-        from transformers import TrainingArguments
-
-        return TrainingArguments
-    return config_class(kind)
+    return pkgutil.resolve_name(_CLASSES[kind]) if kind in _CLASSES else config_class(kind)
 
 
 @functools.cache
@@ -103,9 +90,8 @@ def _field_types(kind: str) -> dict[str, Any]:
         return {field.name: hints[field.name] for field in dataclasses.fields(target) if field.init}
     # BitsAndBytesConfig takes its options as arguments and annotates none of them: types come from the defaults.
     parameters = inspect.signature(target.__init__).parameters.values()
-    return {
-        p.name: Any if p.default is None else type(p.default) for p in parameters if p.name not in ("self", "kwargs")
-    }
+    defaults = {p.name: p.default for p in parameters if p.name not in ("self", "kwargs")}
+    return {name: Any if default is None else type(default) for name, default in defaults.items()}
 
 
 def _no_bool(value: Any) -> Any:
@@ -131,16 +117,16 @@ def check_section(kind: str, values: dict[str, Any]) -> tuple[dict[str, Any], li
 
     Returns the coerced options and the problems found, as (key, message) pairs.
     """
-    types = _field_types(kind)
-    owned = owned_by(kind)
+    if kind == "architecture":
+        return values, _check_architecture(values)
+    types, owned = _field_types(kind), owned_by(kind)
     coerced, problems = {}, []
     for key, value in values.items():
         if key in owned:
             problems.append((key, f"is set by the pipeline: {owned[key]}"))
         elif key not in types:
-            problems.append(
-                (key, f"unknown option of {_target(kind).__name__}; {nearest(key, set(types) - set(owned))}")
-            )
+            hint = nearest(key, types.keys() - owned.keys())
+            problems.append((key, f"unknown option of {_target(kind).__name__}; {hint}"))
         else:
             try:
                 coerced[key] = _adapter(kind, key).validate_python(value)
@@ -150,19 +136,16 @@ def check_section(kind: str, values: dict[str, Any]) -> tuple[dict[str, Any], li
     return coerced, problems
 
 
-def check_architecture(values: dict[str, Any]) -> list[tuple[str, str]]:
+def _check_architecture(values: dict[str, Any]) -> list[tuple[str, str]]:
     """Check the fields of a new model's architecture against the config class of its `model_type`."""
     from transformers import CONFIG_MAPPING
 
     model_type = values.get("model_type")
     if model_type not in CONFIG_MAPPING:
-        known = list(CONFIG_MAPPING.keys())
-        return [("model_type", f"is required, got {model_type!r}; {nearest(str(model_type), known)}")]
-    known = set(CONFIG_MAPPING[model_type]().to_dict())
-    return [
-        (key, f"unknown field of {CONFIG_MAPPING[model_type].__name__}; {nearest(key, known)}")
-        for key in values.keys() - known - {"model_type"}
-    ]
+        return [("model_type", f"is required, got {model_type!r}; {nearest(str(model_type), CONFIG_MAPPING.keys())}")]
+    config_class = CONFIG_MAPPING[model_type]
+    known = config_class().to_dict().keys() | {"model_type"}
+    return [(key, f"unknown field of {config_class.__name__}; {nearest(key, known)}") for key in values.keys() - known]
 
 
 def with_defaults(stage_type: str, training: dict[str, Any]) -> dict[str, Any]:
@@ -170,15 +153,17 @@ def with_defaults(stage_type: str, training: dict[str, Any]) -> dict[str, Any]:
     return DEFAULTS["all"] | DEFAULTS.get(stage_type, {}) | training
 
 
-@contextlib.contextmanager
-def _environ_kept() -> Iterator[None]:
-    # TrainingArguments writes ACCELERATE_* variables, which every stage's process would inherit.
-    before = dict(os.environ)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+def effective(stage_type: str, training: dict[str, Any]) -> dict[str, Any]:
+    """All options of a stage's `training:` section: the given ones, ours, and TRL's defaults."""
+    fields = config_class(stage_type).__dataclass_fields__
+    return {key: field.default for key, field in fields.items()} | with_defaults(stage_type, training)
+
+
+def length_limit(stage: Any) -> tuple[str, int | None]:
+    """The option that limits a row's length, and the limit. SFT and pretraining truncate instead: None."""
+    if stage.type in ("reward", "dpo"):
+        return "training.max_length", effective(stage.type, stage.training)["max_length"]
+    return "max_prompt_length", getattr(stage, "max_prompt_length", None)
 
 
 def rehearse(kind: str, values: dict[str, Any]) -> str | None:
@@ -189,19 +174,15 @@ def rehearse(kind: str, values: dict[str, Any]) -> str | None:
     Returns the error's message, or None.
     """
     try:
-        if kind in ("lora", "quantization"):
+        if kind in _CLASSES:
             _target(kind)(**values)
-        else:
-            device = {"use_cpu": True, "tf32": None, "output_dir": tempfile.gettempdir()}
-            with _environ_kept():
-                args = config_class(kind)(**with_defaults(kind, values) | device)
-            if (
-                kind == "ppo"
-                and args.gradient_accumulation_steps * args.per_device_train_batch_size % args.num_mini_batches
-            ):
-                return (
-                    "gradient_accumulation_steps * per_device_train_batch_size must be a multiple of num_mini_batches"
-                )
+            return None
+        device = {"use_cpu": True, "tf32": None, "output_dir": tempfile.gettempdir()}
+        # TrainingArguments writes ACCELERATE_* variables, which every stage's process would inherit.
+        with unittest.mock.patch.dict(os.environ):
+            args = config_class(kind)(**with_defaults(kind, values) | device)
     except (ValueError, TypeError, ImportError) as error:
         return " ".join(str(error).split())
+    if kind == "ppo" and args.gradient_accumulation_steps * args.per_device_train_batch_size % args.num_mini_batches:
+        return "gradient_accumulation_steps * per_device_train_batch_size must be a multiple of num_mini_batches"
     return None

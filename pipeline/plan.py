@@ -12,21 +12,11 @@ from typing import Any
 from pipeline import data, manifest, scoring
 from pipeline.errors import UserError
 from pipeline.manifest import Manifest, TokenizerRecord, digest
-from pipeline.schema import RunConfig, TrainingStage, parents
+from pipeline.schema import RunConfig, TrainingStage, datasets, functions, parents
 
 # Options of `training:` that change what is shown or kept, not what is learned.
-NEUTRAL = (
-    "logging_",
-    "log_",
-    "save_",
-    "report_to",
-    "run_name",
-    "disable_tqdm",
-    "dataloader_num_workers",
-    "dataloader_pin_memory",
-    "dataloader_persistent_workers",
-    "dataset_num_proc",
-)
+_LOADING = ("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataset_num_proc")
+NEUTRAL = ("logging_", "log_", "save_", "report_to", "run_name", "disable_tqdm", *_LOADING)
 _WIRING = {"init", "reward", "baseline", "policies", "data", "eval_data", "accelerate_config"}
 
 
@@ -52,10 +42,8 @@ class Decision:
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
-        return {prefix: value}
-    return {
-        k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}" if prefix else str(key)).items()
-    }
+        return {prefix.removesuffix("."): value}
+    return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}{key}.").items()}
 
 
 def _config_of(config: RunConfig, name: str) -> dict[str, Any]:
@@ -65,8 +53,7 @@ def _config_of(config: RunConfig, name: str) -> dict[str, Any]:
     if isinstance(stage, TrainingStage):
         own["training"] = {key: value for key, value in stage.training.items() if not key.startswith(NEUTRAL)}
     own["seed"] = config.seed_of(name)
-    model = config.model.model_dump(mode="json")
-    model.pop("path")
+    model = config.model.model_dump(mode="json", exclude={"path"})
     if model["scratch"]:
         model["scratch"] = model["scratch"]["architecture"]
     return _flat(own | {"model": model, "quantization": config.quantization})
@@ -91,15 +78,10 @@ def base_digest(config: RunConfig) -> str:
 
 
 def _data_inputs(config: RunConfig, name: str) -> dict[str, str]:
-    stage, folder = config.stages[name], config.source.parent
-    inputs = {}
-    for role in ("data", "eval_data"):
-        dataset = getattr(stage, role, None)
-        if dataset is not None:
-            inputs[role] = data.fingerprint(data.find(dataset, config.data[dataset], folder))
-    functions = [*getattr(stage, "reward_functions", []), *([stage.judge] if getattr(stage, "judge", None) else [])]
-    for reference in functions:
-        file = scoring.source_of(reference, folder, f"stages.{name}")
+    stage = config.stages[name]
+    inputs = {role: data.fingerprint(data.find(config, dataset)) for role, dataset in datasets(stage).items()}
+    for field, reference in functions(stage):
+        file = scoring.source_of(reference, config.folder, f"stages.{name}.{field}")
         if file is not None:
             inputs[f"function {reference}"] = manifest.file_digest(file)
     return inputs
@@ -116,26 +98,24 @@ def identify(config: RunConfig, name: str, recorded: Manifest | None) -> Identit
     return Identity(_config_of(config, name), inputs)
 
 
-def _changes(old: dict[str, Any], new: dict[str, Any]) -> str | None:
-    """The keys in which two flat mappings differ, with both values where they are short."""
-    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    shown = []
-    for key in changed[:3]:
-        values = [repr(mapping.get(key, "unset")) for mapping in (old, new)]
-        shown.append(f"{key} ({values[0]} -> {values[1]})" if all(len(value) < 40 for value in values) else key)
-    more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-    return ", ".join(shown) + more if changed else None
+def _changed(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """The keys in which two flat mappings differ."""
+    return sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
 
 
 def _stale(identity: Identity, record: manifest.Record | None) -> str | None:
     """Why a record is no longer what the stage would give, or None."""
     if record is None:
         return "not finished yet"
-    if change := _changes(record.config, identity.config):
-        return f"config changed: {change}"
-    changed = [role for role in record.inputs.keys() | identity.inputs.keys()
-               if record.inputs.get(role) != identity.inputs.get(role)]  # fmt: skip
-    return f"input changed: {', '.join(sorted(changed))}" if changed else None
+    if changed := _changed(record.config, identity.config):
+        shown = []
+        for key in changed[:3]:
+            old, new = (repr(values.get(key, "unset")) for values in (record.config, identity.config))
+            shown.append(f"{key} ({old} -> {new})" if max(len(old), len(new)) < 40 else key)
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        return f"config changed: {', '.join(shown)}{more}"
+    changed = _changed(record.inputs, identity.inputs)
+    return f"input changed: {', '.join(changed)}" if changed else None
 
 
 def decide(config: RunConfig, recorded: Manifest | None, redo: tuple[str, ...] = ()) -> list[Decision]:
@@ -154,15 +134,6 @@ def decide(config: RunConfig, recorded: Manifest | None, redo: tuple[str, ...] =
     return list(decisions.values())
 
 
-def descendants(config: RunConfig, name: str) -> list[str]:
-    """The stages that take something from `name`, at any distance."""
-    found: list[str] = []
-    for other, stage in config.stages.items():
-        if any(parent == name or parent in found for parent in parents(stage).values()):
-            found.append(other)
-    return found
-
-
 def ancestors(config: RunConfig, name: str) -> list[str]:
     """The stages `name` takes something from, at any distance, in order."""
     needed = {name}
@@ -170,6 +141,11 @@ def ancestors(config: RunConfig, name: str) -> list[str]:
         if other in needed:
             needed |= set(parents(config.stages[other]).values())
     return [other for other in config.stages if other in needed and other != name]
+
+
+def descendants(config: RunConfig, name: str) -> list[str]:
+    """The stages that take something from `name`, at any distance."""
+    return [other for other in config.stages if name in ancestors(config, other)]
 
 
 def open_run(config: RunConfig) -> Manifest | None:
@@ -180,10 +156,8 @@ def open_run(config: RunConfig) -> Manifest | None:
     """
     recorded = manifest.read(config.run_path)
     if recorded is not None and recorded.name != config.name:
-        raise UserError(
-            f"{config.run_path} holds the run {recorded.name!r}, this config is {config.name!r}; "
-            "give another `run_dir`, or the name of that run"
-        )
+        seen = f"holds the run {recorded.name!r}, this config is {config.name!r}"
+        raise UserError(f"{config.run_path} {seen}; give another `run_dir`, or the name of that run")
     if recorded is not None and recorded.stages and recorded.tokenizer is None:
         path = config.run_path / manifest.FILE
         raise UserError(f"{path}: damaged: it has finished stages but no tokenizer. Restore it from a copy")
@@ -192,13 +166,14 @@ def open_run(config: RunConfig) -> Manifest | None:
 
 def _tokenizer_source(config: RunConfig) -> str:
     """Digest of everything the run's tokenizer is made from."""
-    settings, folder = config.tokenizer.model_dump(), config.source.parent
-    if settings["chat_template"] and (folder / settings["chat_template"]).is_file():
-        settings["chat_template"] = manifest.file_digest(folder / settings["chat_template"])
+    settings = config.tokenizer.model_dump()
+    template = config.folder / (settings["chat_template"] or "")
+    if template.is_file():
+        settings["chat_template"] = manifest.file_digest(template)
     if config.model.path:
         return digest([settings, base_digest(config)])
     scratch = config.model.scratch.tokenizer
-    sources = [data.fingerprint(data.find(name, config.data[name], folder)) for name in scratch.data]
+    sources = [data.fingerprint(data.find(config, name)) for name in scratch.data]
     return digest([settings, scratch.vocab_size, sources])
 
 
@@ -222,13 +197,12 @@ def tokenizer_of(config: RunConfig, recorded: Manifest | None) -> tuple[Any, Tok
         eos_token=tokenizer.eos_token,
         template=digest(tokenizer.chat_template),
     )
-    finished = list(recorded.stages) if recorded else []
-    if finished and recorded.tokenizer.fingerprint != made.fingerprint:
+    if recorded and recorded.stages and (old := recorded.tokenizer).fingerprint != made.fingerprint:
+        template = "unchanged" if old.template == made.template else "changed"
         raise UserError(
-            f"{', '.join(finished)} {'was' if len(finished) == 1 else 'were'} finished with another tokenizer than the config "
-            f"now gives (pad {recorded.tokenizer.pad_token!r} -> {made.pad_token!r}, eos {recorded.tokenizer.eos_token!r} -> "
-            f"{made.eos_token!r}, chat template {'changed' if recorded.tokenizer.template != made.template else 'unchanged'}). "
-            "Undo the change, give a new `run_dir`, or run everything again with `--redo` of the first stages"
+            f"finished with another tokenizer than the config now gives: {', '.join(recorded.stages)} (pad "
+            f"{old.pad_token!r} -> {made.pad_token!r}, eos {old.eos_token!r} -> {made.eos_token!r}, chat template "
+            f"{template}). Undo the change, give a new `run_dir`, or give `--redo` of the first stages"
         )
     return tokenizer, made
 

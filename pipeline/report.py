@@ -1,5 +1,6 @@
 """What people read: the plan, the chain so far, the result. Nothing here imports torch."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +26,26 @@ HEADLINES = {
     "grpo": ("initial_kl", "kl", "first_reward", "reward"),
 }
 
+MEASURES = {"judge": "judge", "score": "reward model"}
 
-def _number(value: float) -> str:
-    return f"{value:.3g}" if abs(value) < 1e-2 and value else f"{value:.3f}"
+
+def _number(value: float | None, digits: int = 3) -> str:
+    """A metric as people read it. The manifest holds NaN as null."""
+    if value is None:
+        return "nan"
+    return f"{value:.3g}" if 0 < abs(value) < 1e-2 and digits == 3 else f"{value:.{digits}f}"
+
+
+def _interval(values: list[float | None]) -> str:
+    rate, low, high = (_number(value, 2) for value in values)
+    return f"{rate} [{low}, {high}]"
+
+
+def _table(title: str, columns: Iterable[str], right: bool = False) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for number, column in enumerate(columns):
+        table.add_column(column, overflow="fold", justify="right" if right and number else "left")
+    return table
 
 
 def _count(value: int) -> str:
@@ -39,32 +57,21 @@ def _count(value: int) -> str:
 
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
-    return (
-        f"{minutes // 60}h {minutes % 60:02d}m"
-        if minutes >= 60
-        else f"{minutes}m {rest:02d}s"
-        if minutes
-        else f"{rest}s"
-    )
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h {minutes:02d}m" if hours else f"{minutes}m {rest:02d}s" if minutes else f"{rest}s"
 
 
 def plan_table(config: "RunConfig", decisions: list["Decision"], facts: dict[str, "Facts"], console: Console) -> None:
     """The stages in order: start, reference, rows, tokens, steps, parameters, and what happens to each."""
     from pipeline.lineage import describe_reference, describe_start
 
-    table = Table(title=f"{config.name}: plan", title_justify="left", title_style="bold")
-    for column in ("stage", "type", "starts from", "reference", "data: rows, tokens", "steps", "trains", "will"):
-        table.add_column(column, overflow="fold")
+    columns = ("stage", "type", "starts from", "reference", "data: rows, tokens", "steps", "trains", "will")
+    table = _table(f"{config.name}: plan", columns)
     for decision in decisions:
         stage, fact = config.stages[decision.stage], facts.get(decision.stage)
         rows, steps, trains = stage.data, "", ""
         if fact is not None:
-            rows = "\n".join(
-                f"{name}: {_count(fact.rows[name])}, {_count(fact.tokens[name])}"
-                + (f" ({fact.dropped[name]} too long)" if fact.dropped[name] else "")
-                for name in fact.rows
-            )
-            steps = str(fact.steps or "")
+            rows, steps = "\n".join(map(_rows, fact.datasets.items())), str(fact.steps or "")
             if fact.parameters:
                 trains = f"{_count(fact.parameters['trainable'])} of {_count(fact.parameters['total'])}"
         will = f"[yellow]run[/]: {decision.reason}" if decision.run else f"[green]skip[/]: {decision.reason}"
@@ -73,23 +80,27 @@ def plan_table(config: "RunConfig", decisions: list["Decision"], facts: dict[str
     console.print(table)
 
 
+def _rows(dataset: tuple[str, dict[str, int]]) -> str:
+    name, counts = dataset
+    dropped = f" ({counts['dropped']} too long)" if counts["dropped"] else ""
+    return f"{name}: {_count(counts['rows'])}, {_count(counts['tokens'])}{dropped}"
+
+
 def _headline(record: Record) -> str:
+    metrics = record.metrics
     if record.type == "evaluate":
-        baseline = record.metrics["baseline"]
-        policies = record.metrics["policies"].items()
-        return "\n".join(f"{name}: {_wins(summary)}" for name, summary in policies if name not in ("base", baseline))
-    found = [(key, record.metrics[key]) for key in HEADLINES[record.type] if key in record.metrics]
-    text = ", ".join(f"{key.replace('_', ' ')} {_number(value)}" for key, value in found)
+        policies = metrics["policies"].items()
+        return "\n".join(f"{name}: {_wins(s)}" for name, s in policies if name not in ("base", metrics["baseline"]))
+    found = {key.replace("_", " "): metrics[key] for key in HEADLINES[record.type] if key in metrics}
     resumed = f" (resumed at step {record.resumed_from_step})" if record.resumed_from_step else ""
-    return text + resumed
+    return ", ".join(f"{key} {_number(value)}" for key, value in found.items()) + resumed
 
 
 def _wins(summary: dict[str, Any]) -> str:
     measure = "judge" if "judge_win_rate" in summary else "score"
     if f"{measure}_win_rate" not in summary:
-        return f"length {summary['length']:.1f}"
-    rate, low, high = summary[f"{measure}_win_rate"]
-    return f"win rate {rate:.2f} [{low:.2f}, {high:.2f}]"
+        return f"length {_number(summary['length'], 1)}"
+    return f"win rate {_interval(summary[f'{measure}_win_rate'])}"
 
 
 def result_table(finished: Manifest, console: Console) -> None:
@@ -98,25 +109,18 @@ def result_table(finished: Manifest, console: Console) -> None:
         if record.type != "evaluate":
             continue
         baseline, policies = record.metrics["baseline"], record.metrics["policies"]
-        judged = any("judge" in summary for summary in policies.values())
-        scored = any("score" in summary for summary in policies.values())
-        prompts = policies[baseline]["prompts"]
-        title = (
-            f"{finished.name}: {name} on {prompts} held-out prompts, win rates against {baseline} with 95 % intervals"
-        )
-        table = Table(title=title, title_justify="left", title_style="bold")
-        columns = ["policy", *(["judge", "win rate (judge)"] if judged else [])]
-        columns += [*(["reward model", "win rate (reward model)"] if scored else []), "KL (nats)", "length", "ended"]
-        for column in columns:
-            table.add_column(column, justify="left" if column == "policy" else "right")
+        measures = {measure: label for measure, label in MEASURES.items() if measure in policies[baseline]}
+        prompts = f"{policies[baseline]['prompts']} held-out prompts"
+        title = f"{finished.name}: {name} on {prompts}, win rates against {baseline} with 95 % intervals"
+        scores = [column for label in measures.values() for column in (label, f"win rate ({label})")]
+        table = _table(title, ["policy", *scores, "KL (nats)", "length", "ended"], right=True)
         for policy, summary in policies.items():
             cells = [policy]
-            for measure in (("judge",) if judged else ()) + (("score",) if scored else ()):
-                rate, low, high = summary[f"{measure}_win_rate"]
-                wins = "-" if policy == baseline else f"{rate:.2f} [{low:.2f}, {high:.2f}]"
-                cells += [f"{summary[measure]:.3f}", wins]
-            ended = f"{100 * summary['ended']:.0f} %"
-            table.add_row(*cells, f"{summary['kl']:.2f}", f"{summary['length']:.1f}", ended)
+            for measure in measures:
+                wins = "-" if policy == baseline else _interval(summary[f"{measure}_win_rate"])
+                cells += [_number(summary[measure]), wins]
+            cells += [_number(summary["kl"], 2), _number(summary["length"], 1), f"{100 * summary['ended']:.0f} %"]
+            table.add_row(*cells)
         console.print(table)
 
 
@@ -125,16 +129,15 @@ def snippet(run_dir: Path, recorded: Manifest, record: Record) -> str:
     folder = run_dir / record.output.path
     if record.output.kind == "report":
         return f"# {folder}/samples.jsonl: all completions side by side; {folder}/table.json: the table"
-    score = record.type == "reward"
-    auto = "AutoModelForSequenceClassification" if score else "AutoModelForCausalLM"
-    options = ", num_labels=1" if score else ""
+    auto, options = "AutoModelForCausalLM", ""
+    if record.type == "reward":
+        auto, options = "AutoModelForSequenceClassification", ", num_labels=1"
     tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{folder}")'
     imports = f"from transformers import AutoTokenizer, {auto}"
     if record.output.kind == "full":
         return f'{imports}\nmodel = {auto}.from_pretrained("{folder}"{options})\n{tokenizer}'
-    full = record.output.full
-    base = recorded.model["path"] if full is None else str(run_dir / full)
-    dtype = recorded.model["dtype"]
+    full, dtype = record.output.full, recorded.model["dtype"]
+    base = recorded.model["path"] if full is None else run_dir / full
     return (
         f'{imports}\nfrom peft import PeftModel\nbase = {auto}.from_pretrained("{base}", dtype="{dtype}"{options})\n'
         f'model = PeftModel.from_pretrained(base, "{folder}")\n{tokenizer}'
@@ -145,12 +148,9 @@ def status(run_dir: Path, console: Console) -> None:
     """The chain so far: stage, parents, duration, headline metrics, output, and how to load it."""
     recorded = manifest.read(run_dir)
     if recorded is None:
-        raise UserError(
-            f"{run_dir}: no {manifest.FILE} here; expected a run folder, as `rlhf run` prints it at its end"
-        )
-    table = Table(title=f"{recorded.name}: {run_dir}", title_justify="left", title_style="bold")
-    for column in ("stage", "type", "from", "took", "metrics", "output"):
-        table.add_column(column, overflow="fold")
+        expected = "expected a run folder, as `rlhf run` prints it at its end"
+        raise UserError(f"{run_dir}: no {manifest.FILE} here; {expected}")
+    table = _table(f"{recorded.name}: {run_dir}", ("stage", "type", "from", "took", "metrics", "output"))
     for name, record in recorded.stages.items():
         parents = ", ".join(dict.fromkeys(record.parents.values())) or "-"
         took = _duration(record.duration)

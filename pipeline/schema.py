@@ -116,14 +116,10 @@ class Evaluate(Stage):
     batch_size: PositiveInt = 16
 
 
-STAGE_CLASSES: dict[str, type[Stage]] = {
-    "pretrain": Offline,
-    "sft": Offline,
-    "reward": Offline,
+STAGE_CLASSES: dict[str, type[Stage]] = dict.fromkeys(("pretrain", "sft", "reward", "dpo"), Offline) | {
     "ppo": Ppo,
     "rloo": Online,
     "grpo": Online,
-    "dpo": Offline,
     "evaluate": Evaluate,
 }
 FINAL_TYPES = ("ppo", "rloo", "grpo", "dpo")
@@ -134,7 +130,8 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 class RunConfig(Strict):
     """A whole run, resolved: every reference names a stage, every section has its defaults from the top level.
 
-    `stages` is in an order in which they can run. `source` is the file it came from; relative paths start there.
+    `stages` is in an order in which they can run. `source` is the file it came from. Relative paths start at its
+    folder, but for `run_dir`, which starts at the working directory.
     """
 
     name: Name
@@ -149,9 +146,13 @@ class RunConfig(Strict):
     stages: dict[Name, Any]
     source: Path
 
+    @property
+    def folder(self) -> Path:
+        return self.source.parent
+
     def resolve(self, path: str) -> str:
         """A local path of the config as an absolute one; anything else (a hub id) as it is."""
-        candidate = self.source.parent / Path(path).expanduser()
+        candidate = self.folder / Path(path).expanduser()
         return str(candidate.resolve()) if candidate.exists() else path
 
     @property
@@ -165,10 +166,24 @@ class RunConfig(Strict):
 
 def parents(stage: Stage) -> dict[str, str]:
     """The stages a stage takes its inputs from, by role."""
-    roles = {"init": getattr(stage, "init", None), "reward": getattr(stage, "reward", None)}
-    if isinstance(stage, Evaluate):
-        roles |= {"baseline": stage.baseline} | {f"policies.{policy}": policy for policy in stage.policies or ()}
-    return {role: name for role, name in roles.items() if name not in (None, BASE)}
+    roles = _named(stage, "init", "reward", "baseline")
+    roles |= {f"policies.{policy}": policy for policy in getattr(stage, "policies", None) or ()}
+    return {role: name for role, name in roles.items() if name != BASE}
+
+
+def datasets(stage: Stage) -> dict[str, str]:
+    """The datasets a stage reads, by role."""
+    return _named(stage, "data", "eval_data")
+
+
+def functions(stage: Stage) -> list[tuple[str, str]]:
+    """The functions a stage calls, as (field, `module:function`)."""
+    rewards = [("reward_functions", reference) for reference in getattr(stage, "reward_functions", ())]
+    return rewards + list(_named(stage, "judge").items())
+
+
+def _named(stage: Stage, *fields: str) -> dict[str, str]:
+    return {field: value for field in fields if (value := getattr(stage, field, None)) is not None}
 
 
 def same_shape(a: Options, b: Options) -> bool:

@@ -1,5 +1,7 @@
 """Scores of sequences by a reward model, and functions named in the config."""
 
+import contextlib
+import functools
 import importlib
 import importlib.util
 import sys
@@ -8,10 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from pipeline.errors import UserError
 
 Judge = Callable[[str, str], float]
+
+
+def padded(rows: Sequence[list[int]], pad_token_id: int, device: torch.device, side: str) -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask` of token ids, shape (rows, longest), padded on the `left` or `right` side."""
+    pad = functools.partial(pad_sequence, batch_first=True, padding_side=side)
+    ids = pad([torch.tensor(row) for row in rows], padding_value=pad_token_id)
+    mask = pad([torch.ones(len(row), dtype=torch.long) for row in rows])
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
 @torch.no_grad()
@@ -19,15 +30,10 @@ def score(model: Any, sequences: Sequence[list[int]], pad_token_id: int, batch_s
     """The reward model's score of each sequence (prompt and completion ids), read at its last token."""
     was_training = model.training
     model.eval()
-    device = next(model.parameters()).device
     scores: list[float] = []
     for start in range(0, len(sequences), batch_size):
-        batch = sequences[start : start + batch_size]
-        longest = max(map(len, batch))
-        ids = torch.tensor([row + [pad_token_id] * (longest - len(row)) for row in batch], device=device)
-        lengths = torch.tensor([len(row) for row in batch], device=device)
-        mask = torch.arange(longest, device=device)[None, :] < lengths[:, None]
-        scores += model(input_ids=ids, attention_mask=mask.long()).logits[:, 0].float().tolist()
+        inputs = padded(sequences[start : start + batch_size], pad_token_id, next(model.parameters()).device, "right")
+        scores += model(**inputs).logits[:, 0].float().tolist()
     model.train(was_training)
     return scores
 
@@ -48,14 +54,12 @@ def source_of(reference: str, folder: Path, key: str) -> Path | None:
         UserError: if there is no such module.
     """
     module, _ = _split(reference, folder, key)
-    try:
+    spec = None
+    with contextlib.suppress(ModuleNotFoundError):
         spec = importlib.util.find_spec(module)
-    except ModuleNotFoundError:
-        spec = None
     if spec is None:
-        raise UserError(
-            f"{key}: there is no module {module!r} beside the config, in the working directory or installed"
-        )
+        places = "beside the config, in the working directory or installed"
+        raise UserError(f"{key}: there is no module {module!r} {places}")
     return Path(spec.origin) if spec.origin and Path(spec.origin).is_file() else None
 
 
@@ -67,7 +71,6 @@ def function(reference: str, folder: Path, key: str) -> Judge:
     """
     module, name = _split(reference, folder, key)
     try:
-        found = getattr(importlib.import_module(module), name)
+        return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise UserError(f"{key}: cannot import {reference!r}: {error}") from None
-    return found

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +29,12 @@ from pipeline import manifest, plan, tokenizers
 from pipeline.config import load
 from pipeline.context import Result, StageContext
 from pipeline.errors import UserError
+from pipeline.launcher import LAUNCHER
 from pipeline.lineage import output_folder, place_of
-from pipeline.manifest import Manifest, Output, Record
+from pipeline.manifest import Output, Record
 from pipeline.models import Loader
-from pipeline.schema import RunConfig, TrainingStage, parents
+from pipeline.schema import RunConfig, parents
 
-LAUNCHER = "RLHF_LAUNCHER_PID"
 PACKAGES = ("rlhf-pipeline", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
 MODULES = {"rloo": "online", "grpo": "online"}
 
@@ -45,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if argv is None else argv
     if len(arguments) < 2:
         raise SystemExit("usage: accelerate launch -m pipeline.stage CONFIG STAGE [KEY=VALUE ...]")
-    _end_with_launcher()
+    threading.Thread(target=_end_with_launcher, daemon=True).start()
     try:
         run(load(arguments[0], tuple(arguments[2:])), arguments[1])
     except UserError as error:
@@ -65,20 +64,18 @@ def run(config: RunConfig, name: str) -> None:
     """
     if name not in config.stages:
         raise UserError(f"there is no stage {name!r} in {config.source}; it has {', '.join(config.stages)}")
-    stage, run_dir = config.stages[name], config.run_path
-    training = stage.training if isinstance(stage, TrainingStage) else config.training
+    training = getattr(config.stages[name], "training", config.training)
     state = _join_processes(bool(training.get("use_cpu")))
-    with _locked(run_dir, name, state):
+    with _locked(config.run_path / name) if state.is_main_process else contextlib.nullcontext():
         # One process looks and decides; the others follow, so that all do the same even while files change.
         decided = [_prepare(config, name) if state.is_main_process else None]
         broadcast_object_list(decided)
         if isinstance(decided[0], UserError):
             raise decided[0]
-        if decided[0] is None:
-            if state.is_main_process:
-                print(f"{name}: finished already, and nothing changed", flush=True)
-            return
-        _execute(config, name, decided[0], state)
+        if decided[0] is not None:
+            _execute(config, name, decided[0], state)
+        elif state.is_main_process:
+            print(f"{name}: finished already, and nothing changed", flush=True)
 
 
 def _join_processes(use_cpu: bool) -> PartialState:
@@ -104,10 +101,8 @@ def _prepare(config: RunConfig, name: str) -> plan.Identity | UserError | None:
             return None
         for role, parent in parents(config.stages[name]).items():
             if decisions[parent].run:
-                why = decisions[parent].reason
-                return UserError(
-                    f"stage {name!r} needs {parent!r} ({role}), which is not finished: {why}. Run it first"
-                )
+                why = f"which is not finished: {decisions[parent].reason}"
+                return UserError(f"stage {name!r} needs {parent!r} ({role}), {why}. Run it first")
             manifest.verify(config.run_path, parent, recorded.stages[parent])
         manifest.drop(config.run_path, [name, *plan.descendants(config, name)])
         return plan.identify(config, name, recorded)
@@ -117,21 +112,18 @@ def _prepare(config: RunConfig, name: str) -> plan.Identity | UserError | None:
 
 def _execute(config: RunConfig, name: str, identity: plan.Identity, state: PartialState) -> None:
     started = time.time()
-    run_dir = config.run_path
-    recorded = manifest.read(run_dir)
-    tokenizer = tokenizers.open_saved(run_dir / "tokenizer")
+    tokenizer = tokenizers.open_saved(config.run_path / "tokenizer")
     key = tokenizers.fingerprint(tokenizer)
-    _same_tokenizer(config, name, recorded, key)
-    ctx = StageContext(config, name, run_dir, tokenizer, key, _loader(config, tokenizer), identity.digest())
+    _same_tokenizer(config, name, key)
+    ctx = StageContext(config, name, tokenizer, key, _loader(config, tokenizer), identity.digest())
     if state.is_main_process:
         shutil.rmtree(ctx.new_output, ignore_errors=True)
         ctx.new_output.mkdir(parents=True)
     state.wait_for_everyone()
     quieten_transformers()
     transformers.set_seed(ctx.seed)
-    stage_type = ctx.stage.type
-    module = importlib.import_module(f"pipeline.stages.{MODULES.get(stage_type, stage_type)}")
-    result: Result = module.run(ctx)
+    module = MODULES.get(ctx.stage.type, ctx.stage.type)
+    result: Result = importlib.import_module(f"pipeline.stages.{module}").run(ctx)
     state.wait_for_everyone()
     if state.is_main_process:
         _finish(ctx, identity, result, started, state.num_processes)
@@ -141,39 +133,31 @@ def _execute(config: RunConfig, name: str, identity: plan.Identity, state: Parti
 def _finish(ctx: StageContext, identity: plan.Identity, result: Result, started: float, world_size: int) -> None:
     """Put the new output in the old one's place, and commit the record last."""
     output = ctx.run_dir / output_folder(ctx.name)
+    kind, full = "report", None
     if ctx.stage.type != "evaluate":
         ctx.tokenizer.save_pretrained(ctx.new_output)
-    shutil.rmtree(output, ignore_errors=True)
-    ctx.new_output.rename(output)
-    folders = [output]
-    if ctx.stage.type == "evaluate":
-        kind, full = "report", None
-    else:
         place = place_of(ctx.config, ctx.name)
         kind, full = ("adapter", place.full) if place.adapter else ("full", None)
-        if full == f"{ctx.name}/merged":
-            folders.append(ctx.run_dir / full)
-        else:
-            shutil.rmtree(ctx.folder / "merged", ignore_errors=True)
-    files = manifest.checksums(ctx.run_dir, folders)
+    shutil.rmtree(output, ignore_errors=True)
+    ctx.new_output.rename(output)
+    merged = ctx.folder / "merged"
+    if full != f"{ctx.name}/merged":
+        shutil.rmtree(merged, ignore_errors=True)
+    files = manifest.checksums(ctx.run_dir, [output, merged])
     record = Record(
+        **vars(identity),  # config, inputs
+        **vars(result),  # metrics, parameters, datasets, resumed_from_step
         type=ctx.stage.type,
         parents=parents(ctx.stage),
-        config=identity.config,
         config_digest=manifest.digest(identity.config),
-        inputs=identity.inputs,
-        datasets=result.datasets,
         output=Output(kind=kind, path=output_folder(ctx.name), full=full, files=files),
         tokenizer=ctx.tokenizer_key,
-        metrics=result.metrics,
-        parameters=result.parameters,
         seed=ctx.seed,
         versions=_versions(),
         world_size=world_size,
         started=datetime.datetime.fromtimestamp(started, datetime.UTC).isoformat(timespec="seconds"),
         duration=round(time.time() - started, 2),
-        resumed_from_step=result.resumed_from_step,
-        git_revision=_git_revision(ctx.config.source.parent),
+        git_revision=_git_revision(ctx.config.folder),
     )
     manifest.commit(ctx.run_dir, ctx.name, record)
     shutil.rmtree(ctx.folder / "checkpoints", ignore_errors=True)
@@ -181,61 +165,39 @@ def _finish(ctx: StageContext, identity: plan.Identity, result: Result, started:
 
 
 def _loader(config: RunConfig, tokenizer: Any) -> Loader:
-    model = config.model
-    return Loader(
-        base=config.resolve(model.path) if model.path else "",
-        dtype=model.dtype,
-        revision=model.revision,
-        attn_implementation=model.attn_implementation,
-        trust_remote_code=model.trust_remote_code,
-        quantization=config.quantization,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+    base = config.resolve(config.model.path) if config.model.path else ""
+    options = config.model.model_dump(exclude={"path", "scratch"}) | {"quantization": config.quantization}
+    return Loader(base, **options, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
 
 
-def _same_tokenizer(config: RunConfig, name: str, recorded: Manifest, key: str) -> None:
+def _same_tokenizer(config: RunConfig, name: str, key: str) -> None:
     """The run's tokenizer is the one on record, and every parent's output carries it."""
     mend = "Start a new run folder, or restore the tokenizer"
-    if key != recorded.tokenizer.fingerprint:
+    if key != manifest.read(config.run_path).tokenizer.fingerprint:
         raise UserError(f"{config.run_path / 'tokenizer'} is not the tokenizer this run was started with. {mend}")
     for parent in parents(config.stages[name]).values():
         folder = config.run_path / output_folder(parent)
         if tokenizers.fingerprint(tokenizers.open_saved(folder)) != key:
-            raise UserError(
-                f"{folder} holds another tokenizer than the run's, so {name!r} cannot start from it. {mend}"
-            )
+            raise UserError(f"{folder} holds another tokenizer than the run's; {name!r} cannot use it. {mend}")
 
 
-@contextlib.contextmanager
-def _locked(run_dir: Path, name: str, state: PartialState) -> Iterator[None]:
+def _locked(folder: Path) -> contextlib.AbstractContextManager:
     """One process group at a time works on a stage. The lock dies with its holder, also under `kill -9`."""
-    if not state.is_main_process:
-        yield
-        return
-    (run_dir / name).mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(run_dir / name / ".lock", timeout=15):
-            yield
+        return FileLock(folder / ".lock").acquire(timeout=15)
     except Timeout:
-        raise UserError(f"stage {name!r} is being run by another process; wait for it or stop it") from None
+        raise UserError(f"stage {folder.name!r} is being run by another process; wait for it or stop it") from None
 
 
 def _end_with_launcher() -> None:
     """End this process when the `rlhf run` that started it is gone, so that a killed run leaves nothing training."""
-    launcher = os.environ.get(LAUNCHER)
-    if launcher is None:
-        return
-
-    def watch() -> None:
-        while True:
-            try:
-                os.kill(int(launcher), 0)
-            except OSError:
-                os._exit(1)
-            time.sleep(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    while LAUNCHER in os.environ:
+        try:
+            os.kill(int(os.environ[LAUNCHER]), 0)
+        except OSError:
+            os._exit(1)
+        time.sleep(1)
 
 
 def _versions() -> dict[str, str]:
@@ -247,11 +209,11 @@ def _versions() -> dict[str, str]:
 
 
 def _git_revision(folder: Path) -> str | None:
-    try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found.stdout.strip()
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.check_output(
+            ["git", "-C", folder, "rev-parse", "HEAD"], text=True, stderr=subprocess.DEVNULL
+        ).strip()
+    return None
 
 
 if __name__ == "__main__":

@@ -10,25 +10,16 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pipeline.data import find, load
-from pipeline.errors import UserError
+from pipeline.errors import UserError, reason_of
 from pipeline.manifest import digest
 from pipeline.schema import RunConfig
 
 TEMPLATES = Path(__file__).parent / "templates"
 # Tokens that pretrained vocabularies keep for padding, or hold without using them in text, best first.
-PAD_CANDIDATES = (
-    "<|finetune_right_pad_id|>",
-    "<pad>",
-    "<|pad|>",
-    "[PAD]",
-    "<|padding|>",
-    "<|endoftext|>",
-    "<|reserved_special_token_0|>",
-    "<|vision_pad|>",
-    "<unk>",
-    "[UNK]",
-)
-SCRATCH_TOKENS = ("<pad>", "<eos>", "<user>", "<assistant>", "<system>")
+_PADDING = "<|finetune_right_pad_id|> <pad> <|pad|> [PAD] <|padding|>"
+_UNUSED = "<|endoftext|> <|reserved_special_token_0|> <|vision_pad|> <unk> [UNK]"
+PAD_CANDIDATES = [*_PADDING.split(), *_UNUSED.split()]
+SCRATCH_TOKENS = ["<pad>", "<eos>", "<user>", "<assistant>", "<system>"]
 
 
 def fingerprint(tokenizer: Any) -> str:
@@ -41,7 +32,7 @@ def fingerprint(tokenizer: Any) -> str:
 
 def _texts(config: RunConfig) -> Iterator[str]:
     for name in config.model.scratch.tokenizer.data:
-        for row in load(find(name, config.data[name], config.source.parent)):
+        for row in load(find(config, name)):
             yield from (value for value in row.values() if isinstance(value, str))
 
 
@@ -52,7 +43,7 @@ def _train(config: RunConfig) -> PreTrainedTokenizerFast:
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=config.model.scratch.tokenizer.vocab_size,
-        special_tokens=list(SCRATCH_TOKENS),
+        special_tokens=SCRATCH_TOKENS,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -66,9 +57,8 @@ def _template(name: str, folder: Path) -> str:
         if path.is_file():
             return path.read_text(encoding="utf-8").rstrip("\n")
     known = ", ".join(sorted(path.stem for path in TEMPLATES.glob("*.jinja")))
-    raise UserError(
-        f"tokenizer.chat_template: {name!r} is neither a built-in template ({known}) nor a file beside the config"
-    )
+    what = f"{name!r} is neither a built-in template ({known}) nor a file beside the config"
+    raise UserError(f"tokenizer.chat_template: {what}")
 
 
 def build(config: RunConfig) -> Any:
@@ -77,41 +67,34 @@ def build(config: RunConfig) -> Any:
     Raises:
         UserError: if it cannot be loaded, or no pad token other than eos can be had.
     """
-    settings = config.tokenizer
-    if config.model.scratch:
+    settings, base = config.tokenizer, config.model
+    if base.scratch:
         tokenizer = _train(config)
     else:
-        where = config.resolve(config.model.path)
+        options = {"revision": base.revision, "trust_remote_code": base.trust_remote_code}
         try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                where, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code
-            )
+            tokenizer = AutoTokenizer.from_pretrained(config.resolve(base.path), **options)
         except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"model.path: no tokenizer at {config.model.path!r}: {reason}") from None
+            raise UserError(f"model.path: no tokenizer at {base.path!r}: {reason_of(error)}") from None
     vocabulary = tokenizer.get_vocab()
-    for field in ("eos_token", "pad_token"):
-        token = getattr(settings, field)
-        if token is not None and token not in vocabulary:
-            raise UserError(
-                f"tokenizer.{field}: {token!r} is not in the vocabulary of {config.model.path or 'the new tokenizer'}"
-            )
-        if token is not None:
-            setattr(tokenizer, field, token)
+    for field, token in settings.model_dump(include={"eos_token", "pad_token"}, exclude_none=True).items():
+        if token not in vocabulary:
+            where = base.path or "the new tokenizer"
+            raise UserError(f"tokenizer.{field}: {token!r} is not in the vocabulary of {where}")
+        setattr(tokenizer, field, token)
     if tokenizer.eos_token is None:
-        raise UserError(f"tokenizer.eos_token: {config.model.path!r} has none; name the token that ends a completion")
+        raise UserError(f"tokenizer.eos_token: {base.path!r} has none; name the token that ends a completion")
     if settings.pad_token is None and tokenizer.pad_token in (None, tokenizer.eos_token):
         free = [token for token in PAD_CANDIDATES if token in vocabulary and token != tokenizer.eos_token]
         tokenizer.pad_token = free[0] if free else tokenizer.eos_token
     if tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise UserError(
-            f"tokenizer.pad_token: would be the same as eos ({tokenizer.eos_token!r}), so a policy could never learn to stop; "
-            "name another token of the vocabulary that does not occur in your texts"
+            f"tokenizer.pad_token: would be the same as eos ({tokenizer.eos_token!r}), so a policy could never learn "
+            "to stop; name another token of the vocabulary that does not occur in your texts"
         )
-    if settings.chat_template is not None:
-        tokenizer.chat_template = _template(settings.chat_template, config.source.parent)
-    elif tokenizer.chat_template is None:
-        tokenizer.chat_template = _template("scratch" if config.model.scratch else "plain", config.source.parent)
+    if settings.chat_template is not None or tokenizer.chat_template is None:
+        name = settings.chat_template or ("scratch" if base.scratch else "plain")
+        tokenizer.chat_template = _template(name, config.folder)
     tokenizer.padding_side = "left"
     return tokenizer
 
@@ -121,7 +104,6 @@ def open_saved(folder: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{folder}: holds no tokenizer that can be read ({reason}); restore it") from None
+        raise UserError(f"{folder}: holds no tokenizer that can be read ({reason_of(error)}); restore it") from None
     tokenizer.padding_side = "left"  # not kept by every tokenizer class; policies generate from the right end
     return tokenizer

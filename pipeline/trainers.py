@@ -3,34 +3,18 @@
 Everything is imported when asked for: importing TRL costs several seconds, and `rlhf --help` must not pay them.
 """
 
+import pkgutil
 from typing import Any
 
 
 def config_class(stage_type: str) -> type:
     """The TRL config class that a stage's `training:` section is passed to."""
-    if stage_type in ("pretrain", "sft"):
-        from trl import SFTConfig
+    if stage_type == "ppo":
+        from trl.experimental.ppo import PPOConfig
 
-        return SFTConfig
-    if stage_type == "reward":
-        from trl import RewardConfig
-
-        return RewardConfig
-    if stage_type == "dpo":
-        from trl import DPOConfig
-
-        return DPOConfig
-    if stage_type == "rloo":
-        from trl import RLOOConfig
-
-        return RLOOConfig
-    if stage_type == "grpo":
-        from trl import GRPOConfig
-
-        return GRPOConfig
-    from trl.experimental.ppo import PPOConfig
-
-    return PPOConfig
+        return PPOConfig
+    method = {"pretrain": "SFT", "sft": "SFT", "reward": "Reward"}.get(stage_type, stage_type.upper())
+    return pkgutil.resolve_name(f"trl:{method}Config")
 
 
 def ppo_trainer_class() -> type:

@@ -14,15 +14,13 @@ from pipeline.trainers import dpo_trainer_class
 
 
 def run(ctx: StageContext) -> Result:
-    stage = ctx.stage
-    args = ctx.training_args()
-    rows, eval_rows, datasets = ctx.train_and_eval_rows(args.max_length, "training.max_length")
-    parent = ctx.start()
+    rows, eval_rows, datasets = ctx.rows()
+    parent, lora = ctx.start(), ctx.stage.lora
     trainer = dpo_trainer_class()(
-        model=continue_policy(ctx.loader, parent, stage.lora, ctx.seed),
+        model=continue_policy(ctx.loader, parent, lora, ctx.seed),
         # With adapters TRL copies the policy's into a second one, "ref"; in full mode the parent is loaded again.
-        ref_model=load_policy(ctx.loader, parent) if stage.lora is None else None,
-        args=args,
+        ref_model=load_policy(ctx.loader, parent) if lora is None else None,
+        args=ctx.training_args(),
         train_dataset=rows,
         eval_dataset=eval_rows,
         processing_class=ctx.tokenizer,
@@ -42,8 +40,7 @@ def _initial_loss(ctx: StageContext, trainer: Any) -> float:
     with torch.no_grad(), trainer.compute_loss_context_manager():
         loss = trainer.compute_loss(trainer.model, batch).item()
     trainer.model.train()
-    margins = trainer._metrics["eval"].get("rewards/margins", [0.0])
-    margin = max(abs(value) for value in margins)
+    margin = max(map(abs, trainer._metrics["eval"].get("rewards/margins", [0.0])))
     for metrics in trainer._metrics.values():
         metrics.clear()
     if margin > 1e-4:

@@ -8,7 +8,7 @@ from trl import GRPOTrainer, RLOOTrainer
 
 from pipeline import checks, scoring
 from pipeline.context import Result, StageContext
-from pipeline.data import prompt_text
+from pipeline.data import prompt_ids
 from pipeline.fit import fit
 from pipeline.models import continue_policy, load_reward, match_reference_dtype
 from pipeline.views import Backbone, ReferenceView
@@ -20,8 +20,7 @@ def reward_model_function(ctx: StageContext, model: Any) -> RewardFunction:
     """TRL's form of a reward, from the ids that were sampled; nothing is rendered or tokenised a second time."""
 
     def reward_model(prompts: list[Any], completion_ids: list[list[int]], **_: Any) -> list[float]:
-        heads = [ctx.tokenizer.encode(prompt_text(ctx.tokenizer, p), add_special_tokens=False) for p in prompts]
-        sequences = [head + ids for head, ids in zip(heads, completion_ids, strict=True)]
+        sequences = [prompt_ids(ctx.tokenizer, p) + ids for p, ids in zip(prompts, completion_ids, strict=True)]
         return scoring.score(model, sequences, ctx.tokenizer.pad_token_id)
 
     return reward_model
@@ -38,18 +37,15 @@ def judge_function(judge: scoring.Judge, name: str) -> RewardFunction:
 
 
 def run(ctx: StageContext) -> Result:
-    stage = ctx.stage
-    rows, stats = ctx.rows(stage.data, stage.max_prompt_length, "max_prompt_length")
-    args = ctx.training_args()
-    rewards = []
+    stage, args, rewards = ctx.stage, ctx.training_args(), []
+    rows, _, datasets = ctx.rows()
     if stage.reward:
         reward_model = load_reward(ctx.loader, ctx.weights_of(stage.reward)).to(args.device)
         rewards.append(reward_model_function(ctx, reward_model.eval()))
     for reference in stage.reward_functions:
-        judge = scoring.function(reference, ctx.config.source.parent, f"stages.{ctx.name}.reward_functions")
+        judge = scoring.function(reference, ctx.config.folder, f"stages.{ctx.name}.reward_functions")
         rewards.append(judge_function(judge, reference))
-    trainer_class = GRPOTrainer if stage.type == "grpo" else RLOOTrainer
-    trainer = trainer_class(
+    trainer = (GRPOTrainer if stage.type == "grpo" else RLOOTrainer)(
         model=continue_policy(ctx.loader, ctx.start(), stage.lora, ctx.seed),
         reward_funcs=rewards,
         args=args,
@@ -57,8 +53,7 @@ def run(ctx: StageContext) -> Result:
         processing_class=ctx.tokenizer,
     )
     match_reference_dtype(trainer.model)
-    kl = _initial_kl(trainer, rows["prompt_ids"][:4])
-    return fit(ctx, trainer, {stage.data: stats}, initial_kl=kl)
+    return fit(ctx, trainer, datasets, initial_kl=_initial_kl(trainer, rows["prompt_ids"][:4]))
 
 
 def _initial_kl(trainer: Any, prompts: list[list[int]]) -> float:
@@ -66,9 +61,7 @@ def _initial_kl(trainer: Any, prompts: list[list[int]]) -> float:
     if trainer.beta == 0:
         return 0.0
     model = trainer.accelerator.unwrap_model(trainer.model)
-    reference = trainer.ref_model
-    if isinstance(model, PeftModel):
-        reference = ReferenceView(Backbone(model))
+    reference = ReferenceView(Backbone(model)) if isinstance(model, PeftModel) else trainer.ref_model
     model.eval()
     kl = checks.reference_is_parent(model, reference, prompts, trainer.args.device)
     model.train()

@@ -15,9 +15,9 @@ from torch import nn
 from pipeline import checks
 from pipeline.context import Result, StageContext, write_json
 from pipeline.errors import UserError
-from pipeline.fit import base_name, expected_of, save_adapter
+from pipeline.fit import expected_of, first_and_last, save_adapter
 from pipeline.lineage import shares_backbone
-from pipeline.models import Loader, Weights, continue_policy, load_policy, load_reward
+from pipeline.models import Loader, Weights, continue_policy, load_policy, load_reward, num_parameters
 from pipeline.trainers import ppo_trainer_class
 from pipeline.views import POLICY, REFERENCE, REWARD, VALUE, Backbone, ReferenceView, ScoreView
 
@@ -39,10 +39,6 @@ class Models:
     reference: nn.Module
     reward: nn.Module
     value: nn.Module
-
-    @property
-    def trained(self) -> list[nn.Module]:
-        return [self.policy, self.value]
 
 
 def shared_models(loader: Loader, parent: Weights, reward: Weights, lora: dict[str, Any], seed: int) -> Models:
@@ -91,21 +87,23 @@ def separate_models(loader: Loader, parent: Weights, reward: Weights, lora: dict
 
 def run(ctx: StageContext) -> Result:
     stage = ctx.stage
-    _refuse_sharding()
-    rows, stats = ctx.rows(stage.data, stage.max_prompt_length, "max_prompt_length")
+    if PartialState().distributed_type.value == "FSDP":
+        # PPOTrainer computes rewards and reference outside the wrapped model, where sharded weights are not gathered.
+        mend = "use accelerate_configs/multi_gpu.yaml (or zero2.yaml) for this stage"
+        raise UserError(f"PPO does not run under FSDP; {mend}")
+    rows, _, datasets = ctx.rows()
     args = ctx.training_args(bf16=False, fp16=False, stop_token="eos", save_strategy="no")
-    smallest = args.per_device_train_batch_size * args.gradient_accumulation_steps * PartialState().num_processes
-    if len(rows) < smallest:
-        raise UserError(
-            f"stages.{ctx.name}: {len(rows)} prompts are fewer than one batch of {smallest}; lower the batch sizes"
-        )
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * PartialState().num_processes
+    if len(rows) < batch:
+        fault = f"{len(rows)} prompts are fewer than one batch of {batch}"
+        raise UserError(f"stages.{ctx.name}: {fault}; lower the batch sizes")
     shared = shares_backbone(ctx.config, ctx.name)
     ctx.say(f"{ctx.name}: PPO starts from its first update (a run that was stopped in it starts it anew)")
     ctx.say(f"{ctx.name}: " + ("four views of one backbone" if shared else "four separate models"))
     make = shared_models if shared else separate_models
     models = make(ctx.loader, ctx.start(), ctx.weights_of(stage.reward), stage.lora, ctx.seed)
     if args.gradient_checkpointing:  # PPOTrainer's own loop never enables it
-        for model in [models.policy] if shared else models.trained:
+        for model in [models.policy] if shared else [models.policy, models.value]:
             model.gradient_checkpointing_enable()
     prompts = rows.map(lambda row: {"input_ids": row["prompt_ids"]}, remove_columns=rows.column_names)
     trainer = ppo_trainer_class()(
@@ -119,7 +117,16 @@ def run(ctx: StageContext) -> Result:
         eval_dataset=prompts.select(range(min(len(prompts), args.per_device_eval_batch_size))),
     )
     one_step_per_accumulation(trainer)
-    return _train(ctx, trainer, models, prompts, {stage.data: stats})
+    metrics = {"initial_kl": _train(ctx, trainer, models, prompts["input_ids"][:4])}
+    state = trainer.state
+    if PartialState().is_main_process:
+        if stage.lora is not None:
+            save_adapter(ctx, models.policy)
+        else:
+            models.policy.save_pretrained(ctx.new_output)
+        write_json(ctx.folder / "log_history.json", state.log_history)
+    metrics |= {"updates": state.global_step, "episodes": state.episode} | first_and_last(state.log_history, METRICS)
+    return Result(metrics, num_parameters(models.policy, models.value), datasets)
 
 
 def one_step_per_accumulation(trainer: Any) -> None:
@@ -131,13 +138,10 @@ def one_step_per_accumulation(trainer: Any) -> None:
     trainer.accelerator.gradient_state.plugin_kwargs["sync_with_dataloader"] = False
 
 
-def _train(ctx: StageContext, trainer: Any, models: Models, prompts: Any, datasets: dict[str, Any]) -> Result:
-    adapter = expected_of(ctx)
-
-    def expected(name: str) -> bool:
-        return adapter(name) or f".{VALUE}." in name
-
-    checks.trains_exactly([models.policy], expected)
+def _train(ctx: StageContext, trainer: Any, models: Models, prompts: list[list[int]]) -> float:
+    """Train, with the checks before and after; returns the KL to the reference on `prompts` before any update."""
+    in_policy = expected_of(ctx)
+    checks.trains_exactly([models.policy], lambda name: in_policy(name) or f".{VALUE}." in name)
     groups = {"policy": [], "value model": [p for p in models.value.parameters() if p.requires_grad]}
     for name, parameter in models.policy.named_parameters():
         if parameter.requires_grad:
@@ -146,46 +150,8 @@ def _train(ctx: StageContext, trainer: Any, models: Models, prompts: Any, datase
     if not before["value model"]:
         raise checks.CheckFailed("the value model has no trainable parameter, so the critic would never learn")
     models.policy.eval()
-    kl = checks.reference_is_parent(
-        models.policy, models.reference, prompts["input_ids"][:4], trainer.accelerator.device
-    )
+    kl = checks.reference_is_parent(models.policy, models.reference, prompts, trainer.accelerator.device)
     trainer.train()
     for what, parameters in groups.items():
         checks.has_trained(before[what], parameters, f"{ctx.name}: {what}")
-    if PartialState().is_main_process:
-        if ctx.stage.lora is not None:
-            save_adapter(models.policy, ctx.new_output, base_name(ctx))
-        else:
-            models.policy.save_pretrained(ctx.new_output)
-        write_json(ctx.folder / "log_history.json", trainer.state.log_history)
-    return Result(_summary(trainer, kl), _counts(models), datasets)
-
-
-def _summary(trainer: Any, kl: float) -> dict[str, Any]:
-    history = [entry for entry in trainer.state.log_history if "objective/kl" in entry]
-    summary: dict[str, Any] = {
-        "initial_kl": kl,
-        "updates": trainer.state.global_step,
-        "episodes": trainer.state.episode,
-    }
-    for theirs, ours in METRICS.items():
-        values = [entry[theirs] for entry in history]
-        summary |= {f"first_{ours}": values[0], ours: values[-1]} if values else {}
-    return summary
-
-
-def _counts(models: Models) -> dict[str, int]:
-    """Parameters of policy and value model; those of a shared backbone are counted once."""
-    parameters = {id(p): p for model in models.trained for p in model.parameters()}.values()
-    return {
-        "trainable": sum(p.numel() for p in parameters if p.requires_grad),
-        "total": sum(p.numel() * (2 if type(p).__name__ == "Params4bit" else 1) for p in parameters),
-    }
-
-
-def _refuse_sharding() -> None:
-    """PPOTrainer computes rewards and reference outside the wrapped model, where sharded weights are not gathered."""
-    if PartialState().distributed_type.value == "FSDP":
-        raise UserError(
-            "PPO does not run under FSDP; use accelerate_configs/multi_gpu.yaml (or zero2.yaml) for this stage"
-        )
+    return kl
