@@ -27,7 +27,7 @@ def load(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     if config is not None and not problems:
         config = wire(config, problems)
     if problems:
-        lines = sorted({document.describe(problem) for problem in problems}, key=_by_line)
+        lines = sorted({document.describe(*problem) for problem in problems}, key=_by_line)
         raise all_of(document.path, "problem", "in the config", lines)
     return config
 

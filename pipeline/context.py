@@ -8,7 +8,7 @@ from typing import Any
 from accelerate import PartialState
 
 from pipeline import data
-from pipeline.lineage import Place, place_of, root, start_of
+from pipeline.lineage import Place, place_of, start_of
 from pipeline.models import Loader, Weights, merge
 from pipeline.options import length_limit, with_defaults
 from pipeline.schema import RunConfig, datasets
@@ -45,12 +45,8 @@ class StageContext:
         return self.config.seed_of(self.name)
 
     @property
-    def run_dir(self) -> Path:
-        return self.config.run_path
-
-    @property
     def folder(self) -> Path:
-        return self.run_dir / self.name
+        return self.config.run_path / self.name
 
     @property
     def new_output(self) -> Path:
@@ -61,14 +57,12 @@ class StageContext:
             print(message, flush=True)
 
     def weights(self, place: Place) -> Weights:
-        full = self.loader.base if place.full is None else str(self.run_dir / place.full)
-        return Weights(full, str(self.run_dir / place.adapter) if place.adapter else None)
+        run_dir = self.config.run_path
+        full = self.loader.base if place.full is None else str(run_dir / place.full)
+        return Weights(full, str(run_dir / place.adapter) if place.adapter else None)
 
     def weights_of(self, stage: str) -> Weights:
         return self.weights(place_of(self.config, stage))
-
-    def base_weights(self) -> Weights:
-        return self.weights(root(self.config))
 
     def start(self) -> Weights:
         """The weights this stage starts from; merged first where the parent's adapter cannot be continued."""

@@ -64,11 +64,9 @@ def find(config: RunConfig, name: str) -> Source:
     pattern = str(config.folder / Path(spec.path).expanduser())
     matches = [Path(match) for match in sorted(glob.glob(pattern))]  # noqa: PTH207
     files = [file for match in matches for file in (sorted(match.iterdir()) if match.is_dir() else [match])]
-    if not files:
-        looks_local = Path(spec.path).suffix in LOADERS or spec.path.startswith((".", "/", "~")) or "*" in spec.path
-        if looks_local or spec.path.count("/") > 1:
-            raise UserError(f"data.{name}.path: no such file: {pattern}")
-        return Source(name, spec, ())
+    local = Path(spec.path).suffix in LOADERS or spec.path.startswith((".", "/", "~")) or "*" in spec.path
+    if not files and (local or spec.path.count("/") > 1):
+        raise UserError(f"data.{name}.path: no such file: {pattern}")
     for file in files:
         if file.suffix not in LOADERS:
             raise UserError(f"data.{name}.path: cannot read {file}: expected one of {', '.join(LOADERS)}")

@@ -1,6 +1,5 @@
 """The config file as it was written: every key with its line, and the command line's overrides laid over it."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +9,11 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from pipeline.errors import UserError
 
 
-@dataclass(frozen=True)
-class Problem:
-    loc: tuple[str | int, ...]
-    message: str
-
-
-class Problems(list[Problem]):
-    """What is wrong with a config, in all its places."""
+class Problems(list[tuple[tuple[str | int, ...], str]]):
+    """What is wrong with a config: where, as keys from the top, and a message."""
 
     def add(self, message: str, *loc: str | int) -> None:
-        self.append(Problem(loc, message))
+        self.append((loc, message))
 
 
 class Document:
@@ -90,8 +83,8 @@ class Document:
             at = f"{self.path}:{line + 1}"
         return at
 
-    def describe(self, problem: Problem) -> str:
-        return f"{self.where(problem.loc)}: {'.'.join(map(str, problem.loc))}: {problem.message}"
+    def describe(self, loc: tuple[str | int, ...], message: str) -> str:
+        return f"{self.where(loc)}: {'.'.join(map(str, loc))}: {message}"
 
 
 def plain(node: Any) -> Any:

@@ -1,6 +1,5 @@
 """The tail every training stage shares: resume, train, look at what trained, save, collect metrics."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,9 @@ from pipeline.models import num_parameters
 METRICS = ("loss", "accuracy", "margin", "rewards/accuracies", "rewards/margins", "reward", "kl", "mean_token_accuracy")
 
 
-def adapter_only(name: str) -> bool:
-    """Whether a parameter belongs to the adapter that trains."""
-    return ".default." in name or name.endswith(".default")
-
-
-def expected_of(ctx: StageContext) -> Callable[[str], bool]:
-    """Which parameters a stage should train: its adapter, or all."""
-    return adapter_only if ctx.stage.lora is not None else lambda name: True
+def should_train(ctx: StageContext, name: str) -> bool:
+    """Whether a stage should train a parameter: those of its adapter, or all."""
+    return ctx.stage.lora is None or ".default." in name or name.endswith(".default")
 
 
 def fit(ctx: StageContext, trainer: Any, datasets: dict[str, dict[str, Any]], **metrics: Any) -> Result:
@@ -31,7 +25,7 @@ def fit(ctx: StageContext, trainer: Any, datasets: dict[str, dict[str, Any]], **
     `metrics` are what the stage's own checks measured before; they go into the record with the trainer's.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
-    checks.trains_exactly([model], expected_of(ctx))
+    checks.trains_exactly([model], lambda name: should_train(ctx, name))
     counts = num_parameters(model)
     trainable = [p for p in model.parameters() if p.requires_grad]
     before = checks.fingerprint_of(trainable)

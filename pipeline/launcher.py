@@ -58,26 +58,21 @@ def run(
     _check_parents(config, decisions, selected)
     launch_files = {name: _accelerate_file(config, name, accelerate_config) for name in pending}
     gone = {name for stage in redo for name in (stage, *plan.descendants(config, stage))}
-    if (
-        recorded is not None
-    ):  # redone stages are forgotten before the tokenizer is looked at: it may change without them
-        recorded = recorded.without(gone)
+    recorded = recorded.without(gone)  # before the tokenizer is looked at: with all of them gone it may change
     facts = _preflight(config, recorded, pending) if pending else {}
     report.plan_table(config, [d for d in decisions if d.stage in selected], facts, console)
-    if gone and recorded is not None:
+    if gone:
         manifest.drop(config.run_path, gone)
     for number, name in enumerate(pending, 1):
         kind = config.stages[name].type
         title = f"{number}/{len(pending)}  {name}" + (f" ({kind})" if kind != name else "")
         console.print(Rule(title, align="left", style="bold cyan"))
         _run_stage(config, name, overrides, launch_files[name], console)
-    finished = manifest.read(config.run_path)
-    if finished is not None:
-        report.result_table(finished, console)
-        console.print(f"Everything is in {config.run_path}; `rlhf status {config.run_path}` shows how to load it.")
+    report.result_table(plan.open_run(config), console)
+    console.print(f"Everything is in {config.run_path}; `rlhf status {config.run_path}` shows how to load it.")
 
 
-def _decide(config: RunConfig, redo: tuple[str, ...] = ()) -> tuple[manifest.Manifest | None, list[plan.Decision]]:
+def _decide(config: RunConfig, redo: tuple[str, ...] = ()) -> tuple[manifest.Manifest, list[plan.Decision]]:
     """The run's manifest and what happens to each stage; the files of finished stages are as recorded."""
     recorded = plan.open_run(config)
     decisions = plan.decide(config, recorded, redo)
@@ -95,34 +90,32 @@ def _check_parents(config: RunConfig, decisions: list[plan.Decision], selected: 
                 raise UserError(f"--only {name}: needs {parent!r} first ({waiting[parent]}); use --until {name}")
 
 
-def _preflight(config: RunConfig, recorded: manifest.Manifest | None, names: list[str]) -> dict[str, Any]:
+def _preflight(config: RunConfig, recorded: manifest.Manifest, names: list[str]) -> dict[str, Any]:
     from pipeline import preflight
 
     tokenizer, made = plan.tokenizer_of(config, recorded)
     return preflight.check(config, names, tokenizer, made.fingerprint)
 
 
-def _accelerate_file(config: RunConfig, name: str, given: str | None) -> Path | None:
+def _accelerate_file(config: RunConfig, name: str, given: str | None) -> str | None:
     """The accelerate config of a stage: its own (relative to the config), or the command line's."""
     own = config.stages[name].accelerate_config
     path = config.resolve(own) if own else given
-    if path is None:
-        return None
-    if not Path(path).is_file():
+    if path is not None and not Path(path).is_file():
         where = f"stages.{name}.accelerate_config" if own else "--accelerate-config"
         raise UserError(f"{where}: no such file: {path}")
-    return Path(path)
+    return path
 
 
-def command(config: RunConfig, name: str, overrides: tuple[str, ...], accelerate_file: Path | None) -> list[str]:
+def command(config: RunConfig, name: str, overrides: tuple[str, ...], accelerate_file: str | None) -> list[str]:
     """The command that runs one stage; the same one that users type under `accelerate launch`."""
     launch = [sys.executable, "-u"]
     if accelerate_file is not None:
-        launch += ["-m", "accelerate.commands.launch", "--config_file", str(accelerate_file)]
+        launch += ["-m", "accelerate.commands.launch", "--config_file", accelerate_file]
     return [*launch, "-m", "pipeline.stage", str(config.source), name, *overrides]
 
 
-def _environment(accelerate_file: Path | None) -> dict[str, str]:
+def _environment(accelerate_file: str | None) -> dict[str, str]:
     environment = os.environ | {LAUNCHER: str(os.getpid()), "TOKENIZERS_PARALLELISM": "false"}
     if accelerate_file is None:
         # One process on several GPUs would fall into torch's DataParallel, which no trainer here supports.
@@ -130,15 +123,12 @@ def _environment(accelerate_file: Path | None) -> dict[str, str]:
     return environment
 
 
-def _run_stage(
-    config: RunConfig, name: str, overrides: tuple[str, ...], accelerate_file: Path | None, console: Console
-) -> None:
-    folder = config.run_path / name
-    folder.mkdir(parents=True, exist_ok=True)
-    log = folder / "log.txt"
-    argv = command(config, name, overrides, accelerate_file)
+def _run_stage(config: RunConfig, name: str, overrides: tuple[str, ...], launch: str | None, console: Console) -> None:
+    log = config.run_path / name / "log.txt"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    argv = command(config, name, overrides, launch)
     streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    process = subprocess.Popen(argv, env=_environment(accelerate_file), **streams)
+    process = subprocess.Popen(argv, env=_environment(launch), **streams)
     try:
         with log.open("a", buffering=1, encoding="utf-8") as file:
             file.write(f"$ {' '.join(argv)}\n")
@@ -148,8 +138,7 @@ def _run_stage(
         _stop(process)
         console.print(f"\nStopped in {name}. The same command goes on from there; its log is {log}")
         raise
-    finished = manifest.read(config.run_path)
-    if exit_code == 0 and finished is not None and name in finished.stages:
+    if exit_code == 0 and name in plan.open_run(config).stages:
         return
     lines = log.read_text(encoding="utf-8").rpartition(f"$ {' '.join(argv)}\n")[2].splitlines()
     tail, errors = lines[-NUM_LOG_LINES:], [line for line in lines if line.startswith("error: ")]

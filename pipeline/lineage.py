@@ -71,11 +71,11 @@ def describe_start(config: RunConfig, name: str) -> str:
         return "new weights"
     start = start_of(config, name)
     source = "base model" if start.parent == BASE else start.parent
+    merged = f"{source} (adapter merged)" if start.merge else source
     if stage.lora is None:
-        return f"{source} (adapter merged), all weights" if start.merge else f"{source}, all weights"
-    if start.merge:
-        return f"{source} (adapter merged) + new adapter"
-    return f"{source} + new adapter" if start.place.adapter is None else f"adapter of {source}, continued"
+        return f"{merged}, all weights"
+    continues = start.place.adapter is not None and not start.merge
+    return f"adapter of {source}, continued" if continues else f"{merged} + new adapter"
 
 
 def describe_reference(config: RunConfig, name: str) -> str:

@@ -7,8 +7,7 @@ field that could go stale, and nothing is guessed from which files exist.
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,7 +75,7 @@ class Manifest(Frozen):
     tokenizer: TokenizerRecord | None = None
     stages: dict[str, Record] = {}
 
-    def without(self, stages: Iterable[str]) -> "Manifest":
+    def without(self, stages: Collection[str]) -> "Manifest":
         """The manifest with these stages forgotten."""
         kept = {name: record for name, record in self.stages.items() if name not in stages}
         return self.model_copy(update={"stages": kept})
@@ -127,12 +126,12 @@ def read(run_dir: Path) -> Manifest | None:
 def write(run_dir: Path, manifest: Manifest) -> None:
     """Replace the manifest in one step: a reader, or a crash, sees the old one or the new one."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=run_dir, prefix=FILE, suffix=".tmp", delete=False) as file:
+    temporary = run_dir / f"{FILE}.tmp"
+    with temporary.open("w", encoding="utf-8") as file:
         file.write(manifest.model_dump_json(indent=1) + "\n")
         file.flush()
         os.fsync(file.fileno())
-    Path(file.name).chmod(0o644)
-    Path(file.name).replace(run_dir / FILE)
+    temporary.replace(run_dir / FILE)
 
 
 def update(run_dir: Path, name: str, **changes: Any) -> Manifest:
@@ -152,11 +151,11 @@ def commit(run_dir: Path, stage: str, record: Record) -> None:
         write(run_dir, manifest.model_copy(update={"stages": manifest.stages | {stage: record}}))
 
 
-def drop(run_dir: Path, stages: Iterable[str]) -> None:
+def drop(run_dir: Path, stages: Collection[str]) -> None:
     """Forget stages that will run again. Their files stay until the new output replaces them."""
     with FileLock(run_dir / ".manifest.lock"):
         manifest = read(run_dir)
-        if manifest is not None:
+        if manifest is not None and not manifest.stages.keys().isdisjoint(stages):
             write(run_dir, manifest.without(stages))
 
 

@@ -48,13 +48,8 @@ _LORA_REASONS = {
     "the pipeline saves a reward model's score head, and adapters of one base share the rest": "modules_to_save",
     "the pipeline decides which adapter trains": "inference_mode",
 }
-
-
-_CLASSES = {
-    "training": "transformers:TrainingArguments",
-    "lora": "peft:LoraConfig",
-    "quantization": "transformers:BitsAndBytesConfig",
-}
+_CLASSES = {"training": "transformers:TrainingArguments", "quantization": "transformers:BitsAndBytesConfig"}
+_CLASSES |= {"lora": "peft:LoraConfig"}
 
 
 def _by_option(reasons: dict[str, str]) -> dict[str, str]:

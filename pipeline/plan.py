@@ -87,13 +87,13 @@ def _data_inputs(config: RunConfig, name: str) -> dict[str, str]:
     return inputs
 
 
-def identify(config: RunConfig, name: str, recorded: Manifest | None) -> Identity:
+def identify(config: RunConfig, name: str, recorded: Manifest) -> Identity:
     """The identity of a stage whose parents are finished; a parent that is not has an empty digest."""
     inputs = _data_inputs(config, name)
     if config.model.path:
         inputs["base model"] = base_digest(config)
     for role, parent in parents(config.stages[name]).items():
-        record = recorded.stages.get(parent) if recorded else None
+        record = recorded.stages.get(parent)
         inputs[role] = digest(record.output.files) if record else ""
     return Identity(_config_of(config, name), inputs)
 
@@ -118,12 +118,12 @@ def _stale(identity: Identity, record: manifest.Record | None) -> str | None:
     return f"input changed: {', '.join(changed)}" if changed else None
 
 
-def decide(config: RunConfig, recorded: Manifest | None, redo: tuple[str, ...] = ()) -> list[Decision]:
+def decide(config: RunConfig, recorded: Manifest, redo: tuple[str, ...] = ()) -> list[Decision]:
     """What would happen to each stage, in order."""
     decisions: dict[str, Decision] = {}
     for name, stage in config.stages.items():
         again = [parent for parent in dict.fromkeys(parents(stage).values()) if decisions[parent].run]
-        record = recorded.stages.get(name) if recorded else None
+        record = recorded.stages.get(name)
         if name in redo:
             reason = "asked for with --redo"
         elif again and record is not None:
@@ -148,17 +148,17 @@ def descendants(config: RunConfig, name: str) -> list[str]:
     return [other for other in config.stages if name in ancestors(config, other)]
 
 
-def open_run(config: RunConfig) -> Manifest | None:
-    """The manifest of the config's run folder.
+def open_run(config: RunConfig) -> Manifest:
+    """The manifest of the config's run folder, empty before the first run.
 
     Raises:
         UserError: if it is damaged or belongs to a run of another name.
     """
-    recorded = manifest.read(config.run_path)
-    if recorded is not None and recorded.name != config.name:
+    recorded = manifest.read(config.run_path) or Manifest(name=config.name)
+    if recorded.name != config.name:
         seen = f"holds the run {recorded.name!r}, this config is {config.name!r}"
         raise UserError(f"{config.run_path} {seen}; give another `run_dir`, or the name of that run")
-    if recorded is not None and recorded.stages and recorded.tokenizer is None:
+    if recorded.stages and recorded.tokenizer is None:
         path = config.run_path / manifest.FILE
         raise UserError(f"{path}: damaged: it has finished stages but no tokenizer. Restore it from a copy")
     return recorded
@@ -177,7 +177,7 @@ def _tokenizer_source(config: RunConfig) -> str:
     return digest([settings, scratch.vocab_size, sources])
 
 
-def tokenizer_of(config: RunConfig, recorded: Manifest | None) -> tuple[Any, TokenizerRecord]:
+def tokenizer_of(config: RunConfig, recorded: Manifest) -> tuple[Any, TokenizerRecord]:
     """The run's tokenizer with its record: the saved one while what it is made from is unchanged, else a new one.
 
     Raises:
@@ -187,8 +187,9 @@ def tokenizer_of(config: RunConfig, recorded: Manifest | None) -> tuple[Any, Tok
 
     source = _tokenizer_source(config)
     saved = config.run_path / "tokenizer"
-    if recorded and recorded.tokenizer and recorded.tokenizer.source == source and saved.is_dir():
-        return tokenizers.open_saved(saved), recorded.tokenizer
+    old = recorded.tokenizer
+    if old and old.source == source and saved.is_dir():
+        return tokenizers.open_saved(saved), old
     tokenizer = tokenizers.build(config)
     made = TokenizerRecord(
         source=source,
@@ -197,7 +198,7 @@ def tokenizer_of(config: RunConfig, recorded: Manifest | None) -> tuple[Any, Tok
         eos_token=tokenizer.eos_token,
         template=digest(tokenizer.chat_template),
     )
-    if recorded and recorded.stages and (old := recorded.tokenizer).fingerprint != made.fingerprint:
+    if recorded.stages and old.fingerprint != made.fingerprint:
         template = "unchanged" if old.template == made.template else "changed"
         raise UserError(
             f"finished with another tokenizer than the config now gives: {', '.join(recorded.stages)} (pad "
@@ -212,7 +213,7 @@ def prepare_run(config: RunConfig) -> Manifest:
     recorded = open_run(config)
     tokenizer, made = tokenizer_of(config, recorded)
     saved = config.run_path / "tokenizer"
-    if recorded is not None and recorded.tokenizer == made and saved.is_dir():
+    if recorded.tokenizer == made and saved.is_dir():
         return recorded
     try:
         tokenizer.save_pretrained(saved)

@@ -25,7 +25,6 @@ HEADLINES = {
     "rloo": ("initial_kl", "kl", "first_reward", "reward"),
     "grpo": ("initial_kl", "kl", "first_reward", "reward"),
 }
-
 MEASURES = {"judge": "judge", "score": "reward model"}
 
 
@@ -119,8 +118,8 @@ def result_table(finished: Manifest, console: Console) -> None:
             for measure in measures:
                 wins = "-" if policy == baseline else _interval(summary[f"{measure}_win_rate"])
                 cells += [_number(summary[measure]), wins]
-            cells += [_number(summary["kl"], 2), _number(summary["length"], 1), f"{100 * summary['ended']:.0f} %"]
-            table.add_row(*cells)
+            ended = _number(summary["ended"] and 100 * summary["ended"], 0)
+            table.add_row(*cells, _number(summary["kl"], 2), _number(summary["length"], 1), f"{ended} %")
         console.print(table)
 
 

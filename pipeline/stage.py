@@ -39,14 +39,14 @@ PACKAGES = ("rlhf-pipeline", "torch", "transformers", "trl", "peft", "accelerate
 MODULES = {"rloo": "online", "grpo": "online"}
 
 
-def main(argv: list[str] | None = None) -> None:
+def main() -> None:
     """Entry point: run one stage, or say that it is finished already."""
-    arguments = sys.argv[1:] if argv is None else argv
-    if len(arguments) < 2:
+    if len(sys.argv) < 3:
         raise SystemExit("usage: accelerate launch -m pipeline.stage CONFIG STAGE [KEY=VALUE ...]")
+    path, name, *overrides = sys.argv[1:]
     threading.Thread(target=_end_with_launcher, daemon=True).start()
     try:
-        run(load(arguments[0], tuple(arguments[2:])), arguments[1])
+        run(load(path, tuple(overrides)), name)
     except UserError as error:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -132,7 +132,8 @@ def _execute(config: RunConfig, name: str, identity: plan.Identity, state: Parti
 
 def _finish(ctx: StageContext, identity: plan.Identity, result: Result, started: float, world_size: int) -> None:
     """Put the new output in the old one's place, and commit the record last."""
-    output = ctx.run_dir / output_folder(ctx.name)
+    run_dir = ctx.config.run_path
+    output = run_dir / output_folder(ctx.name)
     kind, full = "report", None
     if ctx.stage.type != "evaluate":
         ctx.tokenizer.save_pretrained(ctx.new_output)
@@ -143,7 +144,7 @@ def _finish(ctx: StageContext, identity: plan.Identity, result: Result, started:
     merged = ctx.folder / "merged"
     if full != f"{ctx.name}/merged":
         shutil.rmtree(merged, ignore_errors=True)
-    files = manifest.checksums(ctx.run_dir, [output, merged])
+    files = manifest.checksums(run_dir, [output, merged])
     record = Record(
         **vars(identity),  # config, inputs
         **vars(result),  # metrics, parameters, datasets, resumed_from_step
@@ -159,7 +160,7 @@ def _finish(ctx: StageContext, identity: plan.Identity, result: Result, started:
         duration=round(time.time() - started, 2),
         git_revision=_git_revision(ctx.config.folder),
     )
-    manifest.commit(ctx.run_dir, ctx.name, record)
+    manifest.commit(run_dir, ctx.name, record)
     shutil.rmtree(ctx.folder / "checkpoints", ignore_errors=True)
     ctx.say(f"{ctx.name}: finished in {record.duration:.0f} s, output in {output}")
 

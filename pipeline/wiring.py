@@ -14,7 +14,7 @@ def wire(config: RunConfig, problems: Problems) -> RunConfig:
     shared, _ = options.check_section("training", config.training)
     stages = {}
     for name, stage in config.stages.items():
-        changes = _References(config, name, problems).found()
+        changes = _references(config, name, problems)
         if isinstance(stage, TrainingStage):
             # What is shared by all stages goes to those that may set it (PPO takes neither bf16 nor save_steps).
             kept = {key: value for key, value in shared.items() if key not in options.owned_by(stage.type)}
@@ -39,80 +39,59 @@ def wire(config: RunConfig, problems: Problems) -> RunConfig:
     return config
 
 
-class _References:
-    """Finds and checks what one stage refers to; problems go to the list it is given."""
+def _references(config: RunConfig, name: str, problems: Problems) -> dict[str, Any]:
+    """Updates of a stage's fields: what it refers to, checked, and found where it is not given."""
+    stage, kind, changes = config.stages[name], config.stages[name].type, {}
 
-    def __init__(self, config: RunConfig, name: str, problems: Problems):
-        self.config, self.name, self.stage = config, name, config.stages[name]
-        self.problems = problems
-        self.changes: dict[str, Any] = {}
+    def of_type(*types: str) -> list[str]:
+        return [other for other, its in config.stages.items() if its.type in types and other != name]
 
-    def _refuse(self, field: str, message: str) -> None:
-        self.problems.add(message, "stages", self.name, field)
-
-    def _of_type(self, *types: str) -> list[str]:
-        return [name for name, stage in self.config.stages.items() if stage.type in types and name != self.name]
-
-    def _one(self, field: str, types: tuple[str, ...], default_type: str, missing: str | None) -> None:
+    def find(field: str, default_type: str, missing: str | None, types: tuple[str, ...] = POLICY_TYPES) -> None:
         """A field that names a stage of certain types; by default the only stage of `default_type`, if needed."""
-        given, stages = getattr(self.stage, field), self.config.stages
+        given, stages = getattr(stage, field), config.stages
         if given is None:
-            found = self._of_type(default_type)
+            found = of_type(default_type)
             if len(found) == 1:
-                self.changes[field] = found[0]
+                changes[field] = found[0]
             elif found or missing:
-                self._refuse(field, f"is required: choose one of {', '.join(found)}" if found else missing)
-        elif given == BASE and field == "init":
-            return
-        elif given not in stages:
-            self._refuse(field, unknown("stage", given, [*stages, BASE]))
-        elif (kind := stages[given].type) not in types:
-            self._refuse(field, f"stage {given!r} is of type {kind}; expected one of {', '.join(types)}")
+                wrong = f"is required: choose one of {', '.join(found)}" if found else missing
+                problems.add(wrong, "stages", name, field)
+        elif given not in stages and (given, field) != (BASE, "init"):
+            problems.add(unknown("stage", given, [*stages, BASE]), "stages", name, field)
+        elif given in stages and stages[given].type not in types:
+            wrong = f"is of type {stages[given].type}; expected one of {', '.join(types)}"
+            problems.add(f"stage {given!r} {wrong}", "stages", name, field)
 
-    def found(self) -> dict[str, Any]:
-        """Updates of the stage's fields."""
-        stage, kind = self.stage, self.stage.type
-        for role, dataset in datasets(stage).items():
-            if dataset not in self.config.data:
-                self._refuse(role, unknown("dataset", dataset, self.config.data))
-        if isinstance(stage, TrainingStage):
-            self._init()
-        if kind == "ppo" or (kind in ("rloo", "grpo") and (stage.reward or not stage.reward_functions)):
-            functions = " or `reward_functions`" if kind != "ppo" else ""
-            self._one("reward", ("reward",), "reward", f"{kind} needs a reward: add a stage of type reward{functions}")
-        if kind == "evaluate":
-            self._one("baseline", POLICY_TYPES, "sft", "there is no sft stage to compare with; name the `baseline`")
-            self._one("reward", ("reward",), "reward", None)
-            self.changes["policies"] = self._of_type(*FINAL_TYPES) if stage.policies is None else stage.policies
-            known = self._of_type(*POLICY_TYPES)
-            for policy in set(self.changes["policies"]) - set(known):
-                self._refuse("policies", unknown("policy", policy, known))
-        return self.changes
-
-    def _init(self) -> None:
-        """Pretraining starts from the base model, SFT from the pretrain stage if there is one, all others from SFT."""
-        kind = self.stage.type
+    for role, dataset in datasets(stage).items():
+        if dataset not in config.data:
+            problems.add(unknown("dataset", dataset, config.data), "stages", name, role)
+    if isinstance(stage, TrainingStage):
+        if kind in ("pretrain", "sft") and stage.init is None:
+            changes["init"] = BASE
         if kind == "sft":
-            self._one("init", POLICY_TYPES, "pretrain", None)
-        elif kind != "pretrain" or self.stage.init is not None:
-            missing = "there is no sft stage to start from; add one, or say `init: base`"
-            self._one("init", POLICY_TYPES, "sft", missing)
-        if kind in ("pretrain", "sft") and self.stage.init is None:
-            self.changes.setdefault("init", BASE)
+            find("init", "pretrain", None)
+        elif kind != "pretrain" or stage.init is not None:
+            find("init", "sft", "there is no sft stage to start from; add one, or say `init: base`")
+    if kind == "ppo" or (kind in ("rloo", "grpo") and (stage.reward or not stage.reward_functions)):
+        functions = " or `reward_functions`" if kind != "ppo" else ""
+        find("reward", "reward", f"{kind} needs a reward: add a stage of type reward{functions}", ("reward",))
+    if kind == "evaluate":
+        find("baseline", "sft", "there is no sft stage to compare with; name the `baseline`")
+        find("reward", "reward", None, ("reward",))
+        changes["policies"] = of_type(*FINAL_TYPES) if stage.policies is None else stage.policies
+        known = of_type(*POLICY_TYPES)
+        for policy in set(changes["policies"]) - set(known):
+            problems.add(unknown("policy", policy, known), "stages", name, "policies")
+    return changes
 
 
 def _order(stages: dict[str, Any]) -> list[str]:
     """The stages in an order in which they can run, as near to the file's as that allows."""
-    sorter = graphlib.TopologicalSorter({name: set(parents(stage).values()) for name, stage in stages.items()})
-    sorter.prepare()
+    needs = {name: set(parents(stage).values()) for name, stage in stages.items()}
+    graphlib.TopologicalSorter(needs).prepare()  # raises CycleError
     order: list[str] = []
-    ready: set[str] = set()
-    while sorter.is_active():
-        ready |= set(sorter.get_ready())
-        first = next(name for name in stages if name in ready)
-        ready.remove(first)
-        order.append(first)
-        sorter.done(first)
+    while len(order) < len(stages):
+        order.append(next(name for name in stages if name not in order and needs[name] <= set(order)))
     return order
 
 

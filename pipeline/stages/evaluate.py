@@ -1,6 +1,5 @@
 """Compare policies on held-out prompts: samples, scores, win rate against the baseline, KL to it, lengths."""
 
-import gc
 import json
 from typing import Any
 
@@ -8,13 +7,16 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from accelerate.utils.memory import clear_device_cache
 from scipy import stats
 from transformers import GenerationConfig, set_seed
 
 from pipeline import scoring
 from pipeline.context import Result, StageContext, write_json
+from pipeline.lineage import root
 from pipeline.models import Weights, load_policy, load_reward
 
+Rows = list[list[int]]  # token ids
 Entry = dict[str, Any]  # a completion: row, ids, text, length, whether it ended, KL to the baseline in nats, scores
 CONFIDENCE = 0.95
 NUM_RESAMPLES = 9999
@@ -26,7 +28,7 @@ def run(ctx: StageContext) -> Result:
     rows = rows.select(range(min(stage.num_prompts or len(rows), len(rows))))
     mine = range(state.process_index, len(rows), state.num_processes)
     prompt_ids = [rows[i]["prompt_ids"] for i in mine]
-    policies = {"base": ctx.base_weights()}
+    policies = {"base": ctx.weights(root(ctx.config))}
     policies |= {name: ctx.weights_of(name) for name in dict.fromkeys([stage.baseline, *stage.policies])}
     table: dict[str, list[Entry]] = {}
     baseline = _to_device(load_policy(ctx.loader, policies[stage.baseline]))
@@ -36,7 +38,7 @@ def run(ctx: StageContext) -> Result:
             {"row": i} | entry for i, entry in zip(mine, _sample(ctx, weights, baseline, prompt_ids), strict=True)
         ]
     del baseline
-    _free()
+    clear_device_cache(garbage_collection=True)
     _add_scores(ctx, rows, table)
     for name, entries in table.items():
         table[name] = sorted(gather_object(entries), key=lambda entry: entry["row"])
@@ -54,14 +56,8 @@ def _to_device(model: Any) -> Any:
     return model.eval()
 
 
-def _free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 @torch.no_grad()
-def _sample(ctx: StageContext, weights: Weights, baseline: Any, prompts: list[list[int]]) -> list[Entry]:
+def _sample(ctx: StageContext, weights: Weights, baseline: Any, prompts: Rows) -> list[Entry]:
     """One completion per prompt, with its KL to the baseline."""
     stage, eos, pad = ctx.stage, ctx.tokenizer.eos_token_id, ctx.tokenizer.pad_token_id
     model = _to_device(load_policy(ctx.loader, weights))
@@ -75,25 +71,15 @@ def _sample(ctx: StageContext, weights: Weights, baseline: Any, prompts: list[li
         batch = prompts[start : start + stage.batch_size]
         inputs = scoring.padded(batch, pad, PartialState().device, "left")
         output = model.generate(**inputs, generation_config=config)[:, inputs["input_ids"].shape[1] :]
-        completions = [_until_eos(row, eos, pad) for row in output.tolist()]
-        for ids, kl in zip(completions, _kl(model, baseline, batch, completions, ctx), strict=True):
+        completions = [row[: row.index(eos) + 1] if eos in row else row for row in output.tolist()]
+        for ids, kl in zip(completions, _kl(ctx, model, baseline, batch, completions), strict=True):
             entries.append({"ids": ids, "kl": kl, "length": len(ids), "ended": eos in ids})
     del model
-    _free()
+    clear_device_cache(garbage_collection=True)
     return entries
 
 
-def _until_eos(ids: list[int], eos: int, pad: int) -> list[int]:
-    if eos in ids:
-        return ids[: ids.index(eos) + 1]
-    while ids and ids[-1] == pad:
-        ids = ids[:-1]
-    return ids
-
-
-def _kl(
-    policy: Any, baseline: Any, prompts: list[list[int]], completions: list[list[int]], ctx: StageContext
-) -> list[float]:
+def _kl(ctx: StageContext, policy: Any, baseline: Any, prompts: Rows, completions: Rows) -> list[float]:
     """KL(policy || baseline) of each completion in nats: summed over its positions, exact over the vocabulary at each.
 
     The whole distribution at every visited position has far less variance than the log-ratio of the sampled tokens.

@@ -15,20 +15,14 @@ from torch import nn
 from pipeline import checks
 from pipeline.context import Result, StageContext, write_json
 from pipeline.errors import UserError
-from pipeline.fit import expected_of, first_and_last, save_adapter
+from pipeline.fit import first_and_last, save_adapter, should_train
 from pipeline.lineage import shares_backbone
 from pipeline.models import Loader, Weights, continue_policy, load_policy, load_reward, num_parameters
 from pipeline.trainers import ppo_trainer_class
 from pipeline.views import POLICY, REFERENCE, REWARD, VALUE, Backbone, ReferenceView, ScoreView
 
-METRICS = {
-    "objective/kl": "kl",
-    "objective/scores": "score",
-    "objective/rlhf_reward": "reward",
-    "loss/value_avg": "value_loss",
-    "policy/clipfrac_avg": "clip_fraction",
-    "objective/entropy": "entropy",
-}
+METRICS = {"objective/kl": "kl", "objective/scores": "score", "objective/rlhf_reward": "reward"}
+METRICS |= {"loss/value_avg": "value_loss", "policy/clipfrac_avg": "clip_fraction", "objective/entropy": "entropy"}
 
 
 @dataclass(frozen=True)
@@ -140,8 +134,7 @@ def one_step_per_accumulation(trainer: Any) -> None:
 
 def _train(ctx: StageContext, trainer: Any, models: Models, prompts: list[list[int]]) -> float:
     """Train, with the checks before and after; returns the KL to the reference on `prompts` before any update."""
-    in_policy = expected_of(ctx)
-    checks.trains_exactly([models.policy], lambda name: in_policy(name) or f".{VALUE}." in name)
+    checks.trains_exactly([models.policy], lambda name: should_train(ctx, name) or f".{VALUE}." in name)
     groups = {"policy": [], "value model": [p for p in models.value.parameters() if p.requires_grad]}
     for name, parameter in models.policy.named_parameters():
         if parameter.requires_grad:
