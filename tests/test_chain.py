@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from pipeline import manifest, plan
+from pipeline import manifest, plan, report
 from pipeline.config import load
 
 ROOT = Path(__file__).parents[1]
@@ -55,6 +55,17 @@ def test_every_stage_leaves_a_verifiable_record(finished):
     samples = (finished.parent / "run" / "evaluate" / "output" / "samples.jsonl").read_text().splitlines()
     assert len(samples) == len(tiny.TOPICS)
     assert set(json.loads(samples[0])) == {"prompt", "base", "sft", "ppo", "dpo"}
+
+
+@pytest.mark.parametrize("name", ["sft", "reward", "ppo", "dpo"])
+def test_the_shown_snippet_loads_the_output(finished, name):
+    run = finished.parent / "run"
+    recorded = manifest.read(run)
+    loaded: dict = {}
+    exec(report.snippet(run, recorded, recorded.stages[name]), loaded)
+    prompt = loaded["tokenizer"]("Tell me about tea.", return_tensors="pt")
+    logits = loaded["model"](**prompt).logits
+    assert logits.shape[-1] == (1 if name == "reward" else len(loaded["tokenizer"]))
 
 
 def test_a_finished_run_is_skipped_and_one_key_reruns_its_dependents(finished):

@@ -19,7 +19,9 @@ def test_the_quickstart_command(tmp_path):
     subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
     (command,) = fences("command: quickstart")
     # As a user's shell has it: none of the variables that this test run was started with.
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "PYTEST", "VIRTUAL_ENV"))}
+    environment = {
+        key: value for key, value in os.environ.items() if not key.startswith(("HF_", "PYTEST", "VIRTUAL_ENV"))
+    }
     result = subprocess.run(["bash", "-c", command], cwd=clone, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
 
