@@ -23,10 +23,9 @@ def trains_exactly(modules: Sequence[nn.Module], expected: Callable[[str], bool]
     frozen = [name for name, trains in names.items() if expected(name) and not trains]
     loose = [name for name, trains in names.items() if trains and not expected(name)]
     if frozen or loose or not any(names.values()):
-        raise CheckFailed(
-            f"the wrong parameters would train: {len(frozen)} that should are frozen ({', '.join(frozen[:3])}), "
-            f"{len(loose)} that should not would train ({', '.join(loose[:3])})"
-        )
+        missing = f"{len(frozen)} that should are frozen ({', '.join(frozen[:3])})"
+        extra = f"{len(loose)} that should not would train ({', '.join(loose[:3])})"
+        raise CheckFailed(f"the wrong parameters would train: {missing}, {extra}")
 
 
 def fingerprint_of(parameters: Sequence[nn.Parameter]) -> list[float]:
@@ -39,9 +38,7 @@ def has_trained(before: list[float], parameters: Sequence[nn.Parameter], what: s
         raise CheckFailed(f"{what}: no parameter changed during training, although all {len(before)} should train")
 
 
-def reference_is_parent(
-    policy: Callable[..., Any], reference: Callable[..., Any], rows: Sequence[list[int]], device: torch.device
-) -> float:
+def reference_is_parent(policy: Any, reference: Any, rows: Sequence[list[int]], device: torch.device) -> float:
     """KL of the policy to the reference on the tokens of `rows`, in nats per token; must be 0 before any update.
 
     `policy` and `reference` map `input_ids` of shape (1, length) to an output with `logits`.
@@ -54,10 +51,8 @@ def reference_is_parent(
             q = reference(**inputs).logits.float().log_softmax(-1)
             largest = max(largest, (p.exp() * (p - q)).sum(-1).abs().max().item())
     if not largest < 1e-4:
-        raise CheckFailed(
-            f"the reference is not the parent: KL to it is {largest:.4g} nats per token before the first update, "
-            "expected 0. The weights the policy starts from and the reference's differ"
-        )
+        seen = f"KL to it is {largest:.4g} nats per token before the first update, expected 0"
+        raise CheckFailed(f"the reference is not the parent: {seen}. Their weights differ")
     return largest
 
 
@@ -66,17 +61,13 @@ def eos_in_labels(rows: Any, eos_token_id: int) -> None:
     sample = rows.select(range(min(64, len(rows))))
     column = "labels" if "labels" in sample.column_names else "input_ids"
     if not any(eos_token_id in labels for labels in sample[column]):
-        raise CheckFailed(
-            "no eos among the labels of the first rows, so the policy would never learn to stop; "
-            "raise training.max_length (rows are cut there) or set tokenizer.eos_token"
-        )
+        mend = "raise training.max_length (rows are cut there) or set tokenizer.eos_token"
+        raise CheckFailed(f"no eos among the labels of the first rows: the policy would never learn to stop; {mend}")
 
 
 def same_scores(before: Sequence[float], after: Sequence[float], tolerance: float) -> float:
     """Scores of the reward model in memory and of the one read back from disk."""
     largest = max(abs(a - b) for a, b in zip(before, after, strict=True))
     if not largest <= tolerance:
-        raise CheckFailed(
-            f"the saved reward model scores differently after a reload: by up to {largest:.4g}, expected 0"
-        )
+        raise CheckFailed(f"the saved reward model scores differently when reloaded: by {largest:.4g}, expected 0")
     return largest

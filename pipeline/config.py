@@ -22,8 +22,8 @@ def load(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     document = Document(Path(path), overrides)
     raw = plain(document.raw)
     problems = Problems()
+    _coerce_options(raw, problems)
     config = _parse(raw, document.path.resolve(), problems)
-    _check_options(raw, problems)
     if config is not None and not problems:
         config = wire(config, problems)
     if problems:
@@ -112,9 +112,10 @@ def _at(node: Any, *keys: str) -> Any:
     return node
 
 
-def _check_options(raw: dict[str, Any], problems: Problems) -> None:
+def _coerce_options(raw: dict[str, Any], problems: Problems) -> None:
     for loc, kind, section in _sections(raw):
         coerced, found = options.check_section(kind, section)
+        section.update(coerced)
         for key, message in found:
             problems.add(message, *loc, key)
         if not found and kind in ("lora", "quantization") and (message := options.rehearse(kind, coerced)):

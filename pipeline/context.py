@@ -88,14 +88,12 @@ class StageContext:
         rows, recorded = {}, {}
         for role, name in datasets(self.stage).items():
             with PartialState().main_process_first():
-                rows[role], dropped = data.prepare(self.config, self.name, name, self.tokenizer, self.tokenizer_key)
+                kept, dropped = data.prepare(self.config, self.name, name, self.tokenizer, self.tokenizer_key)
             if dropped:
                 limit = " = ".join(map(str, length_limit(self.stage)))
-                self.say(
-                    f"{self.name}: dropped {dropped} rows of {name} longer than {limit}, {len(rows[role])} are left"
-                )
+                self.say(f"{self.name}: dropped {dropped} rows of {name} longer than {limit}, {len(kept)} are left")
             digest = data.fingerprint(data.find(self.config, name))
-            recorded[name] = {"rows": len(rows[role]), "dropped": dropped, "fingerprint": digest}
+            rows[role], recorded[name] = kept, {"rows": len(kept), "dropped": dropped, "fingerprint": digest}
         return rows["data"], rows.get("eval_data"), recorded
 
 

@@ -28,12 +28,8 @@ _SUFFIXES = {"json": ".json .jsonl", "csv": ".csv .tsv", "parquet": ".parquet", 
 LOADERS = {suffix: loader for loader, suffixes in _SUFFIXES.items() for suffix in suffixes.split()}
 # The columns that tell a format; the first that is there decides.
 COLUMNS = {"sharegpt": "conversations", "comparison": "chosen rejected", "messages": "messages"}
-COLUMNS |= {
-    "alpaca": "instruction output",
-    "prompt_completion": "prompt completion",
-    "prompt": "prompt",
-    "text": "text",
-}
+COLUMNS |= {"alpaca": "instruction output", "prompt_completion": "prompt completion"}
+COLUMNS |= {"prompt": "prompt", "text": "text"}
 # What a stage takes, and the fields one of which its rows must have.
 WANTED_BY = {"pretrain": "text", "sft": "demonstrations", "reward": "comparisons", "dpo": "comparisons"}
 WANTED_BY |= dict.fromkeys(("ppo", "rloo", "grpo", "evaluate"), "prompts")
@@ -147,11 +143,11 @@ class _RowError(Exception):
     """A fault of one row: the field, what was seen, what was expected."""
 
 
-def _text(row: Row, field: str, empty: bool = False) -> str:
+def _text(row: Row, field: str) -> str:
     value = row.get(field)
     if not isinstance(value, str):
         raise _RowError(f"{field}: expected text, got {value!r}")
-    if not empty and not value.strip():
+    if not value.strip():
         raise _RowError(f"{field}: is empty")
     return value
 
@@ -167,13 +163,11 @@ def _messages(row: Row, field: str, role: str | None = None) -> Messages:
     messages = []
     for turn in turns:
         said = turn if isinstance(turn, dict) else {}
-        role, content = (
-            said.get("role") or _SHAREGPT_ROLES.get(said.get("from")),
-            said.get("content") or said.get("value"),
-        )
-        if role not in ("system", "user", "assistant") or not isinstance(content, str) or not content.strip():
+        speaker = said.get("role") or _SHAREGPT_ROLES.get(said.get("from"))
+        content = said.get("content") or said.get("value")
+        if speaker not in ("system", "user", "assistant") or not isinstance(content, str) or not content.strip():
             raise _RowError(f"{field}: expected messages with a role and text, got {turn!r}")
-        messages.append({"role": role, "content": content})
+        messages.append({"role": speaker, "content": content})
     return messages
 
 
@@ -244,10 +238,8 @@ def rows_for(source: Source, want: str) -> Dataset:
 
     first = convert(raw[0], 0)
     if not any(need in first for need in NEEDS[want]):
-        raise UserError(
-            f"{source.label}: holds {shape} rows (columns {', '.join(raw.column_names)}), expected {want}; "
-            "name another dataset, or map its columns with `columns:`"
-        )
+        seen = f"holds {shape} rows (columns {', '.join(raw.column_names)}), expected {want}"
+        raise UserError(f"{source.label}: {seen}; name another dataset, or map its columns with `columns:`")
     key = digest([raw._fingerprint, shape, want, _CODE])[:16]
     return raw.map(convert, with_indices=True, remove_columns=raw.column_names, new_fingerprint=key)
 

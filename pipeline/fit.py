@@ -26,7 +26,7 @@ def fit(ctx: StageContext, trainer: Any, datasets: dict[str, dict[str, Any]], **
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     checks.trains_exactly([model], lambda name: should_train(ctx, name))
-    counts = num_parameters(model)
+    counts = num_parameters(model)  # before FSDP or DeepSpeed takes it apart
     trainable = [p for p in model.parameters() if p.requires_grad]
     before = checks.fingerprint_of(trainable)
     checkpoint = _newest(ctx)

@@ -11,7 +11,7 @@ from typing import IO, Any
 from rich.console import Console
 from rich.rule import Rule
 
-from pipeline import manifest, plan, report
+from pipeline import manifest, plan, preflight, report
 from pipeline.errors import StageFailed, UserError, unknown
 from pipeline.schema import RunConfig, parents
 
@@ -91,8 +91,6 @@ def _check_parents(config: RunConfig, decisions: list[plan.Decision], selected: 
 
 
 def _preflight(config: RunConfig, recorded: manifest.Manifest, names: list[str]) -> dict[str, Any]:
-    from pipeline import preflight
-
     tokenizer, made = plan.tokenizer_of(config, recorded)
     return preflight.check(config, names, tokenizer, made.fingerprint)
 
@@ -115,20 +113,16 @@ def command(config: RunConfig, name: str, overrides: tuple[str, ...], accelerate
     return [*launch, "-m", "pipeline.stage", str(config.source), name, *overrides]
 
 
-def _environment(accelerate_file: str | None) -> dict[str, str]:
-    environment = os.environ | {LAUNCHER: str(os.getpid()), "TOKENIZERS_PARALLELISM": "false"}
-    if accelerate_file is None:
-        # One process on several GPUs would fall into torch's DataParallel, which no trainer here supports.
-        environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    return environment
-
-
 def _run_stage(config: RunConfig, name: str, overrides: tuple[str, ...], launch: str | None, console: Console) -> None:
     log = config.run_path / name / "log.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
     argv = command(config, name, overrides, launch)
     streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    process = subprocess.Popen(argv, env=_environment(launch), **streams)
+    environment = os.environ | {LAUNCHER: str(os.getpid()), "TOKENIZERS_PARALLELISM": "false"}
+    if launch is None:
+        # One process on several GPUs would fall into torch's DataParallel, which no trainer here supports.
+        environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    process = subprocess.Popen(argv, env=environment, **streams)
     try:
         with log.open("a", buffering=1, encoding="utf-8") as file:
             file.write(f"$ {' '.join(argv)}\n")

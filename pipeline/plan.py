@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import data, manifest, scoring
+from pipeline import data, manifest, scoring, tokenizers
 from pipeline.errors import UserError
 from pipeline.manifest import Manifest, TokenizerRecord, digest
 from pipeline.schema import RunConfig, TrainingStage, datasets, functions, parents
@@ -159,8 +159,8 @@ def open_run(config: RunConfig) -> Manifest:
         seen = f"holds the run {recorded.name!r}, this config is {config.name!r}"
         raise UserError(f"{config.run_path} {seen}; give another `run_dir`, or the name of that run")
     if recorded.stages and recorded.tokenizer is None:
-        path = config.run_path / manifest.FILE
-        raise UserError(f"{path}: damaged: it has finished stages but no tokenizer. Restore it from a copy")
+        fault = "damaged: it has finished stages but no tokenizer. Restore it from a copy"
+        raise UserError(f"{config.run_path / manifest.FILE}: {fault}")
     return recorded
 
 
@@ -183,11 +183,7 @@ def tokenizer_of(config: RunConfig, recorded: Manifest) -> tuple[Any, TokenizerR
     Raises:
         UserError: if a new one differs from the one that finished stages were made with.
     """
-    from pipeline import tokenizers
-
-    source = _tokenizer_source(config)
-    saved = config.run_path / "tokenizer"
-    old = recorded.tokenizer
+    source, saved, old = _tokenizer_source(config), config.run_path / "tokenizer", recorded.tokenizer
     if old and old.source == source and saved.is_dir():
         return tokenizers.open_saved(saved), old
     tokenizer = tokenizers.build(config)

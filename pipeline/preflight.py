@@ -52,8 +52,7 @@ def _facts(config: RunConfig, name: str, tokenizer: Any, key: str) -> Facts:
         scoring.function(reference, config.folder, f"stages.{name}.{field}")
     if not isinstance(stage, TrainingStage):
         return Facts(counts)
-    steps = _steps(stage, **counts[stage.data])
-    return Facts(counts, steps, _parameters(config, stage, tokenizer))
+    return Facts(counts, _steps(stage, **counts[stage.data]), _parameters(config, stage, tokenizer))
 
 
 def _steps(stage: TrainingStage, rows: int, tokens: int, dropped: int) -> int:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from pipeline import manifest
@@ -37,7 +38,7 @@ def _number(value: float | None, digits: int = 3) -> str:
 
 def _interval(values: list[float | None]) -> str:
     rate, low, high = (_number(value, 2) for value in values)
-    return f"{rate} [{low}, {high}]"
+    return escape(f"{rate} [{low}, {high}]")
 
 
 def _table(title: str, columns: Iterable[str], right: bool = False) -> Table:

@@ -116,12 +116,8 @@ class Evaluate(Stage):
     batch_size: PositiveInt = 16
 
 
-STAGE_CLASSES: dict[str, type[Stage]] = dict.fromkeys(("pretrain", "sft", "reward", "dpo"), Offline) | {
-    "ppo": Ppo,
-    "rloo": Online,
-    "grpo": Online,
-    "evaluate": Evaluate,
-}
+STAGE_CLASSES: dict[str, type[Stage]] = {"ppo": Ppo, "rloo": Online, "grpo": Online, "evaluate": Evaluate}
+STAGE_CLASSES |= dict.fromkeys(("pretrain", "sft", "reward", "dpo"), Offline)
 FINAL_TYPES = ("ppo", "rloo", "grpo", "dpo")
 POLICY_TYPES = ("pretrain", "sft", *FINAL_TYPES)
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]

@@ -44,7 +44,7 @@ def main() -> None:
     if len(sys.argv) < 3:
         raise SystemExit("usage: accelerate launch -m pipeline.stage CONFIG STAGE [KEY=VALUE ...]")
     path, name, *overrides = sys.argv[1:]
-    threading.Thread(target=_end_with_launcher, daemon=True).start()
+    threading.Thread(target=_end_with_launcher, args=[os.environ.get(LAUNCHER)], daemon=True).start()
     try:
         run(load(path, tuple(overrides)), name)
     except UserError as error:
@@ -191,11 +191,11 @@ def _locked(folder: Path) -> contextlib.AbstractContextManager:
         raise UserError(f"stage {folder.name!r} is being run by another process; wait for it or stop it") from None
 
 
-def _end_with_launcher() -> None:
+def _end_with_launcher(launcher: str | None) -> None:
     """End this process when the `rlhf run` that started it is gone, so that a killed run leaves nothing training."""
-    while LAUNCHER in os.environ:
+    while launcher is not None:
         try:
-            os.kill(int(os.environ[LAUNCHER]), 0)
+            os.kill(int(launcher), 0)
         except OSError:
             os._exit(1)
         time.sleep(1)
@@ -210,10 +210,9 @@ def _versions() -> dict[str, str]:
 
 
 def _git_revision(folder: Path) -> str | None:
+    command = ["git", "-C", folder, "rev-parse", "HEAD"]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.check_output(
-            ["git", "-C", folder, "rev-parse", "HEAD"], text=True, stderr=subprocess.DEVNULL
-        ).strip()
+        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
     return None
 
 

@@ -1,7 +1,6 @@
 """The run's one tokenizer: its chat template, a pad token that is not eos, and the fingerprint all stages agree on."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +29,6 @@ def fingerprint(tokenizer: Any) -> str:
     return digest([rules, tokenizer.chat_template, tokenizer.pad_token_id, tokenizer.eos_token_id])
 
 
-def _texts(config: RunConfig) -> Iterator[str]:
-    for name in config.model.scratch.tokenizer.data:
-        for row in load(find(config, name)):
-            yield from (value for value in row.values() if isinstance(value, str))
-
-
 def _train(config: RunConfig) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer from the run's own data."""
     backend = Backend(models.BPE())
@@ -47,7 +40,8 @@ def _train(config: RunConfig) -> PreTrainedTokenizerFast:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    backend.train_from_iterator(_texts(config), trainer)
+    rows = (row for name in config.model.scratch.tokenizer.data for row in load(find(config, name)))
+    backend.train_from_iterator((text for row in rows for text in row.values() if isinstance(text, str)), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
 
 

@@ -10,20 +10,19 @@ from pipeline.schema import BASE, FINAL_TYPES, POLICY_TYPES, RunConfig, Training
 
 
 def wire(config: RunConfig, problems: Problems) -> RunConfig:
-    """Fill in every reference, coerce the options, and put the stages in an order in which they can run."""
-    shared, _ = options.check_section("training", config.training)
+    """Fill in every reference and shared option, and put the stages in an order in which they can run."""
     stages = {}
     for name, stage in config.stages.items():
         changes = _references(config, name, problems)
         if isinstance(stage, TrainingStage):
             # What is shared by all stages goes to those that may set it (PPO takes neither bf16 nor save_steps).
-            kept = {key: value for key, value in shared.items() if key not in options.owned_by(stage.type)}
-            changes["training"] = training = kept | options.check_section(stage.type, stage.training)[0]
+            owned = options.owned_by(stage.type)
+            training = {key: value for key, value in config.training.items() if key not in owned} | stage.training
             if message := options.rehearse(stage.type, training):
                 problems.add(message, "stages", name, "training")
             if training.get("eval_strategy", "no") != "no" and not getattr(stage, "eval_data", None):
                 problems.add("`eval_strategy` needs `eval_data`", "stages", name, "training")
-            changes["lora"] = stage.lora and options.check_section("lora", stage.lora)[0]
+            changes["training"] = training
         stages[name] = stage.model_copy(update=changes)
     try:
         order = _order(stages) if not problems else ()
@@ -32,9 +31,7 @@ def wire(config: RunConfig, problems: Problems) -> RunConfig:
         problems.add(f"these stages start from one another in a circle: {circle}", "stages")
     if problems:
         return config
-    quantization = config.quantization and options.check_section("quantization", config.quantization)[0]
-    resolved = {"stages": {name: stages[name] for name in order}, "quantization": quantization}
-    config = config.model_copy(update=resolved)
+    config = config.model_copy(update={"stages": {name: stages[name] for name in order}})
     _check_weights(config, problems)
     return config
 

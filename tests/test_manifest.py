@@ -170,3 +170,22 @@ def test_lost_tokenizer_is_saved_again(finished, monkeypatch, tmp_path):
     tokenizer.rmdir()
     plan.prepare_run(load(finished.config))
     assert (tokenizer / "tokenizer.json").is_file()
+
+
+def test_status_shows_metrics_that_are_no_numbers(cli, tmp_path, make_record):
+    manifest.write(tmp_path, Manifest(name="tiny", model={"path": "some/base", "dtype": "float32"}))
+    manifest.commit(tmp_path, "sft", make_record(metrics={"first_loss": None, "loss": float("nan")}))
+    summary = {
+        "prompts": 4,
+        "kl": None,
+        "length": 3.0,
+        "ended": None,
+        "score": 0.5,
+        "score_win_rate": [0.5, None, None],
+    }
+    metrics = {"baseline": "sft", "policies": {"base": summary, "sft": summary, "ppo": summary}}
+    manifest.commit(tmp_path, "evaluate", make_record(type="evaluate", metrics=metrics))
+    exit_code, stdout, _ = cli("status", tmp_path)
+    assert exit_code == 0
+    assert "first loss nan, loss nan" in stdout
+    assert "win rate 0.50 [nan, nan]" in stdout

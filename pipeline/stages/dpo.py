@@ -15,15 +15,12 @@ from pipeline.trainers import dpo_trainer_class
 
 def run(ctx: StageContext) -> Result:
     rows, eval_rows, datasets = ctx.rows()
-    parent, lora = ctx.start(), ctx.stage.lora
+    args, parent, lora = ctx.training_args(), ctx.start(), ctx.stage.lora
+    model = continue_policy(ctx.loader, parent, lora, ctx.seed)
+    # With adapters TRL copies the policy's into a second one, "ref"; in full mode the parent is loaded again.
+    reference = load_policy(ctx.loader, parent) if lora is None else None
     trainer = dpo_trainer_class()(
-        model=continue_policy(ctx.loader, parent, lora, ctx.seed),
-        # With adapters TRL copies the policy's into a second one, "ref"; in full mode the parent is loaded again.
-        ref_model=load_policy(ctx.loader, parent) if lora is None else None,
-        args=ctx.training_args(),
-        train_dataset=rows,
-        eval_dataset=eval_rows,
-        processing_class=ctx.tokenizer,
+        model, reference, args, train_dataset=rows, eval_dataset=eval_rows, processing_class=ctx.tokenizer
     )
     match_reference_dtype(trainer.model)
     if trainer.precompute_ref_logps:  # TRL computes the reference's log-probabilities when training begins
@@ -44,10 +41,8 @@ def _initial_loss(ctx: StageContext, trainer: Any) -> float:
     for metrics in trainer._metrics.values():
         metrics.clear()
     if margin > 1e-4:
-        raise checks.CheckFailed(
-            f"the reference is not the parent: margins of {margin:.4g} before the first update, expected 0 "
-            f"(loss {loss:.4f}; ln 2 = {math.log(2):.4f})"
-        )
+        seen = f"margins of {margin:.4g} before the first update, expected 0 (loss {loss:.4f}; ln 2 = 0.6931)"
+        raise checks.CheckFailed(f"the reference is not the parent: {seen}")
     if not math.isfinite(loss):
         raise UserError(f"{ctx.name}: the loss of the first rows is {loss}; look for empty sides in the data")
     return loss

@@ -34,9 +34,8 @@ def run(ctx: StageContext) -> Result:
     baseline = _to_device(load_policy(ctx.loader, policies[stage.baseline]))
     for name, weights in policies.items():
         ctx.say(f"{ctx.name}: sampling {len(rows)} completions from {name}")
-        table[name] = [
-            {"row": i} | entry for i, entry in zip(mine, _sample(ctx, weights, baseline, prompt_ids), strict=True)
-        ]
+        samples = _sample(ctx, weights, baseline, prompt_ids)
+        table[name] = [{"row": i} | entry for i, entry in zip(mine, samples, strict=True)]
     del baseline
     clear_device_cache(garbage_collection=True)
     _add_scores(ctx, rows, table)

@@ -45,13 +45,10 @@ def run(ctx: StageContext) -> Result:
     for reference in stage.reward_functions:
         judge = scoring.function(reference, ctx.config.folder, f"stages.{ctx.name}.reward_functions")
         rewards.append(judge_function(judge, reference))
-    trainer = (GRPOTrainer if stage.type == "grpo" else RLOOTrainer)(
-        model=continue_policy(ctx.loader, ctx.start(), stage.lora, ctx.seed),
-        reward_funcs=rewards,
-        args=args,
-        train_dataset=rows.remove_columns(["prompt_ids"]),
-        processing_class=ctx.tokenizer,
-    )
+    model = continue_policy(ctx.loader, ctx.start(), stage.lora, ctx.seed)
+    prompts = rows.remove_columns(["prompt_ids"])
+    trainer_class = GRPOTrainer if stage.type == "grpo" else RLOOTrainer
+    trainer = trainer_class(model, rewards, args, train_dataset=prompts, processing_class=ctx.tokenizer)
     match_reference_dtype(trainer.model)
     return fit(ctx, trainer, datasets, initial_kl=_initial_kl(trainer, rows["prompt_ids"][:4]))
 

@@ -11,26 +11,21 @@ from pipeline.context import Result, StageContext
 from pipeline.fit import fit
 from pipeline.models import Weights, load_reward, new_reward
 
+SIDES = ("chosen_ids", "rejected_ids")
 NUM_RELOADED = 8  # comparisons scored again after the reward model was read back from disk
 
 
 def _sides(rows: Any) -> Any:
     """`chosen_ids` and `rejected_ids` with the prompt before each, the tokenised form RewardTrainer takes."""
-    return rows.map(
-        lambda row: {side: row["prompt_ids"] + row[side] for side in ("chosen_ids", "rejected_ids")},
-        remove_columns=["prompt_ids"],
-    )
+    return rows.map(lambda row: {side: row["prompt_ids"] + row[side] for side in SIDES}, remove_columns=["prompt_ids"])
 
 
 def run(ctx: StageContext) -> Result:
     rows, eval_rows, datasets = ctx.rows()
-    trainer = RewardTrainer(
-        model=new_reward(ctx.loader, ctx.start(), ctx.stage.lora, ctx.seed),
-        args=ctx.training_args(),
-        train_dataset=_sides(rows),
-        eval_dataset=_sides(eval_rows) if eval_rows is not None else None,
-        processing_class=ctx.tokenizer,
-    )
+    args, rows = ctx.training_args(), _sides(rows)
+    eval_rows = None if eval_rows is None else _sides(eval_rows)
+    model = new_reward(ctx.loader, ctx.start(), ctx.stage.lora, ctx.seed)
+    trainer = RewardTrainer(model, args, train_dataset=rows, eval_dataset=eval_rows, processing_class=ctx.tokenizer)
     _match_head_dtype(trainer.model)
     result = fit(ctx, trainer, datasets)
     result.metrics["reload_difference"] = _compare_reloaded(ctx, trainer)
@@ -53,7 +48,7 @@ def _compare_reloaded(ctx: StageContext, trainer: Any) -> float:
     All processes score (the weights may be sharded); the main one reads the saved model back.
     """
     sample = trainer.train_dataset.select(range(min(NUM_RELOADED, len(trainer.train_dataset))))
-    sequences = [row[side] for row in sample for side in ("chosen_ids", "rejected_ids")]
+    sequences = [row[side] for row in sample for side in SIDES]
     trainer.model.eval()
     model, pad_token_id = trainer.accelerator.unwrap_model(trainer.model), ctx.tokenizer.pad_token_id
     in_memory = scoring.score(model, sequences, pad_token_id)
