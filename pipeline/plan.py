@@ -215,5 +215,8 @@ def prepare_run(config: RunConfig) -> Manifest:
         tokenizer.save_pretrained(saved)
     except OSError as error:
         raise UserError(f"run_dir: cannot write to {config.run_path}: {error.strerror}") from None
-    model = config.model.model_dump(mode="json", exclude={"scratch"}) | {"quantization": config.quantization}
+    # The base's folder as it is here: whoever loads an output from the run folder does not know the config's place.
+    path = config.model.path and config.resolve(config.model.path)
+    model = config.model.model_dump(mode="json", exclude={"scratch"}) | {"path": path}
+    model["quantization"] = config.quantization
     return manifest.update(config.run_path, config.name, tokenizer=made, model=model)
