@@ -9,7 +9,7 @@ from pathlib import Path
 import pipeline
 
 PACKAGE = Path(pipeline.__file__).parent
-MAX_LINES = 2500
+MAX_LINES = 2600
 LAYOUT = {
     tokenize.COMMENT,
     tokenize.NL,
