@@ -69,7 +69,9 @@ def run(
         console.print(Rule(title, align="left", style="bold cyan"))
         _run_stage(config, name, overrides, launch_files[name], console)
     report.result_table(plan.open_run(config), console)
-    console.print(f"Everything is in {config.run_path}; `rlhf status {config.run_path}` shows how to load it.")
+    console.print(
+        f"Everything is in {config.run_path}; `rlhf status {config.run_path}` shows how to load it.", soft_wrap=True
+    )
 
 
 def _decide(config: RunConfig, redo: tuple[str, ...] = ()) -> tuple[manifest.Manifest, list[plan.Decision]]:
