@@ -216,12 +216,3 @@ def make_record():
 def repo():
     """The repository's root."""
     return REPO
-
-
-@pytest.fixture(scope="session")
-def shared():
-    """The folder of real data beside the repository."""
-    folder = REPO.parent / "shared"
-    if not folder.is_dir():
-        pytest.skip(f"no real data: {folder} is not there")
-    return folder
