@@ -1,8 +1,8 @@
 """Datasets: from the files people have to the token ids every stage shares.
 
 A row is brought into messages first, then rendered with the run's one chat template and tokenised, the same way for
-every stage: `prompt_ids` ends with the template's assistant header, `completion_ids` with eos. TRL's trainers
-are handed token ids, so nothing is filtered, truncated or templated differently behind our back.
+every stage: a prompt ends with the template's assistant header, what the assistant says with eos. TRL's trainers are
+handed token ids, so nothing is filtered, truncated or templated differently behind our back.
 """
 
 import glob

@@ -12,7 +12,6 @@ import os
 import pkgutil
 import tempfile
 import typing
-import unittest.mock
 from typing import Any
 
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
@@ -174,8 +173,13 @@ def rehearse(kind: str, values: dict[str, Any]) -> str | None:
             return None
         device = {"use_cpu": True, "tf32": None, "output_dir": tempfile.gettempdir()}
         # TrainingArguments writes ACCELERATE_* variables, which every stage's process would inherit.
-        with unittest.mock.patch.dict(os.environ):
+        before = dict(os.environ)
+        try:
             args = config_class(kind)(**with_defaults(kind, values) | device)
+        finally:
+            os.environ.update(before)
+            for name in os.environ.keys() - before.keys():
+                del os.environ[name]
     except (ValueError, TypeError, ImportError) as error:
         return " ".join(str(error).split())
     if kind == "ppo" and args.gradient_accumulation_steps * args.per_device_train_batch_size % args.num_mini_batches:

@@ -17,7 +17,7 @@ RewardFunction = Callable[..., list[float]]
 
 
 def reward_model_function(ctx: StageContext, model: Any) -> RewardFunction:
-    """TRL's form of a reward, from the ids that were sampled; nothing is rendered or tokenised a second time."""
+    """TRL's form of a reward, from the ids that were sampled; completions are not tokenised a second time."""
 
     def reward_model(prompts: list[Any], completion_ids: list[list[int]], **_: Any) -> list[float]:
         sequences = [prompt_ids(ctx.tokenizer, p) + ids for p, ids in zip(prompts, completion_ids, strict=True)]
@@ -50,13 +50,13 @@ def run(ctx: StageContext) -> Result:
     trainer_class = GRPOTrainer if stage.type == "grpo" else RLOOTrainer
     trainer = trainer_class(model, rewards, args, train_dataset=prompts, processing_class=ctx.tokenizer)
     match_reference_dtype(trainer.model)
+    if trainer.beta == 0:  # no KL penalty, so TRL keeps no reference
+        return fit(ctx, trainer, datasets)
     return fit(ctx, trainer, datasets, initial_kl=_initial_kl(trainer, rows["prompt_ids"][:4]))
 
 
 def _initial_kl(trainer: Any, prompts: list[list[int]]) -> float:
-    """KL to the reference before the first update. Without KL penalty (`beta: 0`) there is no reference."""
-    if trainer.beta == 0:
-        return 0.0
+    """KL to the reference before the first update."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     reference = ReferenceView(Backbone(model)) if isinstance(model, PeftModel) else trainer.ref_model
     model.eval()
