@@ -60,6 +60,24 @@ def plan(config: str, overrides: tuple[str, ...]) -> None:
     launcher.show_plan(load(config, overrides), _console())
 
 
+@cli.command("check-data")
+@click.argument("config", type=click.Path())
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--stage", "stages", metavar="STAGE", multiple=True, help="Only the datasets of this stage.")
+@click.option(
+    "--sample", metavar="N", type=click.IntRange(min=0), default=0, help="Show N rows as the model sees them."
+)
+def check_data(config: str, overrides: tuple[str, ...], stages: tuple[str, ...], sample: int) -> None:
+    """Read all data of CONFIG as its stages would, count what is wrong with it, and show rows.
+
+    Rows are shown with the template's text and special tokens; what is trained on stands between ⟦ and ⟧.
+    """
+    from pipeline import datacheck
+    from pipeline.config import load
+
+    datacheck.run(load(config, overrides), list(stages), sample, _console())
+
+
 @cli.command()
 @click.argument("run_dir", type=click.Path(path_type=Path))
 def status(run_dir: Path) -> None:

@@ -1,5 +1,6 @@
 """What a stage's module is given, and what it returns."""
 
+import functools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,10 +8,12 @@ from typing import Any
 
 from accelerate import PartialState
 
-from pipeline import data
+from pipeline.data.prepare import Datasets
+from pipeline.data.sources import fingerprint_of
+from pipeline.errors import UserError
 from pipeline.lineage import Place, place_of, start_of
 from pipeline.models import Loader, Weights, merge
-from pipeline.options import length_limit, with_defaults
+from pipeline.options import with_defaults
 from pipeline.schema import RunConfig, datasets
 from pipeline.trainers import config_class
 
@@ -83,18 +86,35 @@ class StageContext:
         fixed = {"output_dir": str(self.folder / "checkpoints"), "seed": self.seed}
         return config_class(self.stage.type)(**(options | fixed | ours))
 
+    @functools.cached_property
+    def data(self) -> Datasets:
+        return Datasets(self.config, self.tokenizer, self.tokenizer_key)
+
     def rows(self) -> tuple[Any, Any, dict[str, dict[str, Any]]]:
-        """The stage's tokenised rows, those of `eval_data` (or None), and what to record about each dataset."""
+        """The stage's tokenised rows, those of `eval_data` (or None), and what to record about each dataset, by role.
+
+        The rows of a streamed dataset are the stage's to read: None.
+
+        Raises:
+            UserError: if more rows cannot be used than the config's `checks` allow, or none is left.
+        """
         rows, recorded = {}, {}
         for role, name in datasets(self.stage).items():
+            recorded[role] = {"dataset": name, "fingerprint": fingerprint_of(self.config, name)}
+            if self.config.data[name].streaming:
+                continue
             with PartialState().main_process_first():
-                kept, dropped = data.prepare(self.config, self.name, name, self.tokenizer, self.tokenizer_key)
-            if dropped:
-                limit = " = ".join(map(str, length_limit(self.stage)))
-                self.say(f"{self.name}: dropped {dropped} rows of {name} longer than {limit}, {len(kept)} are left")
-            digest = data.fingerprint(data.find(self.config, name))
-            rows[role], recorded[name] = kept, {"rows": len(kept), "dropped": dropped, "fingerprint": digest}
-        return rows["data"], rows.get("eval_data"), recorded
+                prepared = self.data.prepare(self.name, role)
+            audit, rows[role] = prepared.audit, prepared.rows
+            if problems := audit.problems(self.config.checks.model_dump()):
+                raise UserError("\n  ".join(problems))
+            for kind, finding in audit.dropped.items():
+                if finding.count:
+                    self.say(
+                        f"{self.name}: {finding.count} of {audit.read} rows of {name} {audit.what(kind)}: left out"
+                    )
+            recorded[role] |= audit.record()
+        return rows.get("data"), rows.get("eval_data"), recorded
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -11,7 +11,7 @@ from typing import IO, Any
 from rich.console import Console
 from rich.rule import Rule
 
-from pipeline import manifest, plan, preflight, report
+from pipeline import datacheck, manifest, plan, preflight, report
 from pipeline.errors import StageFailed, UserError, unknown
 from pipeline.schema import RunConfig, parents
 
@@ -34,7 +34,10 @@ def show_plan(config: RunConfig, console: Console) -> None:
     recorded, decisions = _decide(config)
     for name in config.stages:
         _accelerate_file(config, name, None)
-    report.plan_table(config, decisions, _preflight(config, recorded, list(config.stages)), console)
+    facts = _preflight(config, recorded, list(config.stages))
+    report.plan_table(config, decisions, facts, console)
+    audits = {name: fact.audits for name, fact in facts.items()}
+    datacheck.tables(audits, config.checks.model_dump(), console)
 
 
 def run(

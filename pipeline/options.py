@@ -154,8 +154,8 @@ def effective(stage_type: str, training: dict[str, Any]) -> dict[str, Any]:
 
 
 def length_limit(stage: Any) -> tuple[str, int | None]:
-    """The option that limits a row's length, and the limit. SFT and pretraining truncate instead: None."""
-    if stage.type in ("reward", "dpo"):
+    """The option that limits a row's length in tokens, and the limit. Pretraining cuts texts into pieces: None."""
+    if stage.type in ("sft", "reward", "dpo"):
         return "training.max_length", effective(stage.type, stage.training)["max_length"]
     return "max_prompt_length", getattr(stage, "max_prompt_length", None)
 

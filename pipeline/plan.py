@@ -4,12 +4,15 @@ A stage is current when it has a record, its config and inputs are those of the 
 the three questions of every build tool. Inputs are compared by content, so a moved run folder stays current.
 """
 
+import contextlib
 import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import data, manifest, scoring, tokenizers
+from pipeline import manifest, scoring, tokenizers
+from pipeline.data import heldout, sources
+from pipeline.data.prepare import Datasets
 from pipeline.errors import UserError
 from pipeline.manifest import Manifest, TokenizerRecord, digest
 from pipeline.schema import RunConfig, TrainingStage, datasets, functions, parents
@@ -56,7 +59,8 @@ def _config_of(config: RunConfig, name: str) -> dict[str, Any]:
     model = config.model.model_dump(mode="json", exclude={"path"})
     if model["scratch"]:
         model["scratch"] = model["scratch"]["architecture"]
-    return _flat(own | {"model": model, "quantization": config.quantization})
+    shared = {"model": model, "quantization": config.quantization}
+    return _flat(own | shared | ({} if own["type"] == "pretrain" else {"too_long": config.too_long}))
 
 
 def base_digest(config: RunConfig) -> str:
@@ -77,9 +81,17 @@ def base_digest(config: RunConfig) -> str:
     return digest(parts)
 
 
-def _data_inputs(config: RunConfig, name: str) -> dict[str, str]:
-    stage = config.stages[name]
-    inputs = {role: data.fingerprint(data.find(config, dataset)) for role, dataset in datasets(stage).items()}
+def _data_inputs(config: RunConfig, name: str, read: Datasets) -> dict[str, str]:
+    stage, inputs = config.stages[name], {}
+    for role, dataset in datasets(stage).items():
+        inputs[role] = sources.fingerprint_of(config, dataset)
+        if heldout.is_shared(config, dataset):
+            inputs[f"{role}: held-out share"] = str(config.data[dataset].heldout)
+        if heldout.role_split(role, isinstance(stage, TrainingStage)) == heldout.TRAIN:
+            # A dataset that cannot be read is for the checks before the first stage to tell, with all other problems.
+            with contextlib.suppress(UserError):
+                if removed := read.removed(dataset):
+                    inputs[f"{role}: held-out prompts in it"] = removed
     for field, reference in functions(stage):
         file = scoring.source_of(reference, config.folder, f"stages.{name}.{field}")
         if file is not None:
@@ -87,9 +99,9 @@ def _data_inputs(config: RunConfig, name: str) -> dict[str, str]:
     return inputs
 
 
-def identify(config: RunConfig, name: str, recorded: Manifest) -> Identity:
+def identify(config: RunConfig, name: str, recorded: Manifest, read: Datasets | None = None) -> Identity:
     """The identity of a stage whose parents are finished; a parent that is not has an empty digest."""
-    inputs = _data_inputs(config, name)
+    inputs = _data_inputs(config, name, read or Datasets(config))
     if config.model.path:
         inputs["base model"] = base_digest(config)
     for role, parent in parents(config.stages[name]).items():
@@ -121,6 +133,7 @@ def _stale(identity: Identity, record: manifest.Record | None) -> str | None:
 def decide(config: RunConfig, recorded: Manifest, redo: tuple[str, ...] = ()) -> list[Decision]:
     """What would happen to each stage, in order."""
     decisions: dict[str, Decision] = {}
+    read = Datasets(config)
     for name, stage in config.stages.items():
         again = [parent for parent in dict.fromkeys(parents(stage).values()) if decisions[parent].run]
         record = recorded.stages.get(name)
@@ -129,7 +142,7 @@ def decide(config: RunConfig, recorded: Manifest, redo: tuple[str, ...] = ()) ->
         elif again and record is not None:
             reason = f"{', '.join(again)} {'runs' if len(again) == 1 else 'run'} again"
         else:
-            reason = _stale(identify(config, name, recorded), record)
+            reason = _stale(identify(config, name, recorded, read), record)
         decisions[name] = Decision(name, reason is not None, reason or "finished, nothing changed")
     return list(decisions.values())
 
@@ -173,8 +186,8 @@ def _tokenizer_source(config: RunConfig) -> str:
     if config.model.path:
         return digest([settings, base_digest(config)])
     scratch = config.model.scratch.tokenizer
-    sources = [data.fingerprint(data.find(config, name)) for name in scratch.data]
-    return digest([settings, scratch.vocab_size, sources])
+    content = [sources.fingerprint_of(config, name) for name in scratch.data]
+    return digest([settings, scratch.vocab_size, content])
 
 
 def tokenizer_of(config: RunConfig, recorded: Manifest) -> tuple[Any, TokenizerRecord]:

@@ -9,7 +9,10 @@ from accelerate import init_empty_weights
 from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline import data, scoring
+from pipeline import scoring
+from pipeline.data.audit import Audit
+from pipeline.data.prepare import Datasets
+from pipeline.data.stream import TextStream
 from pipeline.errors import UserError, all_of, reason_of
 from pipeline.models import from_scratch, lora_config, num_parameters
 from pipeline.options import effective
@@ -18,9 +21,9 @@ from pipeline.schema import RunConfig, TrainingStage, datasets, functions
 
 @dataclass(frozen=True)
 class Facts:
-    """What a stage would do: `rows`, `dropped` and `tokens` of each dataset, optimizer steps, parameters."""
+    """What a stage would do: its datasets' rows by role, optimizer steps, parameters."""
 
-    datasets: dict[str, dict[str, int]]
+    audits: dict[str, Audit]
     steps: int | None = None
     parameters: dict[str, int] | None = None
 
@@ -33,9 +36,14 @@ def check(config: RunConfig, names: list[str], tokenizer: Any, key: str) -> dict
     """
     problems: list[str] = []
     facts: dict[str, Facts] = {}
+    read = Datasets(config, tokenizer, key)
     for name in names:
         try:
-            facts[name] = _facts(config, name, tokenizer, key)
+            audits = audit(read, name)
+            faults = [fault for found in audits.values() for fault in found.problems(config.checks.model_dump())]
+            problems += [f"stages.{name}: {fault}" for fault in faults]
+            if not faults:
+                facts[name] = _facts(config, name, audits, tokenizer)
         except UserError as error:
             problems.append(f"stages.{name}: {error}")
     if problems:
@@ -43,21 +51,34 @@ def check(config: RunConfig, names: list[str], tokenizer: Any, key: str) -> dict
     return facts
 
 
-def _facts(config: RunConfig, name: str, tokenizer: Any, key: str) -> Facts:
-    stage, counts = config.stages[name], {}
-    for dataset in datasets(stage).values():
-        kept, dropped = data.prepare(config, name, dataset, tokenizer, key)
-        counts[dataset] = {"rows": len(kept), "dropped": dropped, "tokens": data.num_tokens(kept)}
+def audit(read: Datasets, name: str) -> dict[str, Audit]:
+    """The account of the datasets of a stage, by role; of a stream that of its first documents.
+
+    Raises:
+        UserError: if one cannot be read or does not fit the stage.
+    """
+    stage, audits = read.config.stages[name], {}
+    for role, dataset in datasets(stage).items():
+        if read.config.data[dataset].streaming:
+            length = effective(stage.type, stage.training)["max_length"]
+            audits[role] = TextStream(read, dataset, length, read.config.seed_of(name)).look()
+        else:
+            audits[role] = read.prepare(name, role).audit
+    return audits
+
+
+def _facts(config: RunConfig, name: str, audits: dict[str, Audit], tokenizer: Any) -> Facts:
+    stage = config.stages[name]
     for field, reference in functions(stage):
         scoring.function(reference, config.folder, f"stages.{name}.{field}")
     if not isinstance(stage, TrainingStage):
-        return Facts(counts)
-    return Facts(counts, _steps(stage, **counts[stage.data]), _parameters(config, stage, tokenizer))
+        return Facts(audits)
+    return Facts(audits, _steps(stage, audits["data"]), _parameters(config, stage, tokenizer))
 
 
-def _steps(stage: TrainingStage, rows: int, tokens: int, dropped: int) -> int:
+def _steps(stage: TrainingStage, found: Audit) -> int:
     """Optimizer steps in one process (PPO: updates of the policy); fewer under several processes."""
-    options = effective(stage.type, stage.training)
+    options, rows, tokens = effective(stage.type, stage.training), found.rows, found.tokens
     batch = options["per_device_train_batch_size"] * options["gradient_accumulation_steps"]
     if stage.type == "ppo" and rows < batch:
         raise UserError(f"{rows} prompts are fewer than one batch of {batch}; lower the batch sizes")

@@ -13,6 +13,7 @@ from pipeline.errors import UserError
 from pipeline.manifest import Manifest, Record
 
 if TYPE_CHECKING:
+    from pipeline.data.audit import Audit
     from pipeline.plan import Decision
     from pipeline.preflight import Facts
     from pipeline.schema import RunConfig
@@ -41,14 +42,16 @@ def _interval(values: list[float | None]) -> str:
     return escape(f"{rate} [{low}, {high}]")
 
 
-def _table(title: str, columns: Iterable[str], right: bool = False) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold")
+def table(title: str, columns: Iterable[str], right: bool = False) -> Table:
+    """A table in the style of all reports."""
+    made = Table(title=title, title_justify="left", title_style="bold")
     for number, column in enumerate(columns):
-        table.add_column(column, overflow="fold", justify="right" if right and number else "left")
-    return table
+        made.add_column(column, overflow="fold", justify="right" if right and number else "left")
+    return made
 
 
-def _count(value: int) -> str:
+def count(value: int) -> str:
+    """A number of rows, tokens or parameters in three digits."""
     for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
         if value >= size:
             return f"{value / size:.3g}{unit}"
@@ -66,24 +69,24 @@ def plan_table(config: "RunConfig", decisions: list["Decision"], facts: dict[str
     from pipeline.lineage import describe_reference, describe_start
 
     columns = ("stage", "type", "starts from", "reference", "data: rows, tokens", "steps", "trains", "will")
-    table = _table(f"{config.name}: plan", columns)
+    shown = table(f"{config.name}: plan", columns)
     for decision in decisions:
         stage, fact = config.stages[decision.stage], facts.get(decision.stage)
         rows, steps, trains = stage.data, "", ""
         if fact is not None:
-            rows, steps = "\n".join(map(_rows, fact.datasets.items())), str(fact.steps or "")
+            rows, steps = "\n".join(map(_rows, fact.audits.values())), str(fact.steps or "")
             if fact.parameters:
-                trains = f"{_count(fact.parameters['trainable'])} of {_count(fact.parameters['total'])}"
+                trains = f"{count(fact.parameters['trainable'])} of {count(fact.parameters['total'])}"
         will = f"[yellow]run[/]: {decision.reason}" if decision.run else f"[green]skip[/]: {decision.reason}"
         start, reference = describe_start(config, decision.stage), describe_reference(config, decision.stage)
-        table.add_row(decision.stage, stage.type, start, reference, rows, steps, trains, will)
-    console.print(table)
+        shown.add_row(decision.stage, stage.type, start, reference, rows, steps, trains, will)
+    console.print(shown)
 
 
-def _rows(dataset: tuple[str, dict[str, int]]) -> str:
-    name, counts = dataset
-    dropped = f" ({counts['dropped']} too long)" if counts["dropped"] else ""
-    return f"{name}: {_count(counts['rows'])}, {_count(counts['tokens'])}{dropped}"
+def _rows(audit: "Audit") -> str:
+    dropped = f" ({count(audit.num_dropped)} left out)" if audit.num_dropped else ""
+    counts = "streamed" if audit.streamed else f"{count(audit.rows)}, {count(audit.tokens)}"
+    return f"{audit.dataset}: {counts}{dropped}"
 
 
 def _headline(record: Record) -> str:
@@ -113,15 +116,15 @@ def result_table(finished: Manifest, console: Console) -> None:
         prompts = f"{policies[baseline]['prompts']} held-out prompts"
         title = f"{finished.name}: {name} on {prompts}, win rates against {baseline} with 95 % intervals"
         scores = [column for label in measures.values() for column in (label, f"win rate ({label})")]
-        table = _table(title, ["policy", *scores, "KL (nats)", "length", "ended"], right=True)
+        shown = table(title, ["policy", *scores, "KL (nats)", "length", "ended"], right=True)
         for policy, summary in policies.items():
             cells = [policy]
             for measure in measures:
                 wins = "-" if policy == baseline else _interval(summary[f"{measure}_win_rate"])
                 cells += [_number(summary[measure]), wins]
             ended = _number(summary["ended"] and 100 * summary["ended"], 0)
-            table.add_row(*cells, _number(summary["kl"], 2), _number(summary["length"], 1), f"{ended} %")
-        console.print(table)
+            shown.add_row(*cells, _number(summary["kl"], 2), _number(summary["length"], 1), f"{ended} %")
+        console.print(shown)
 
 
 def snippet(run_dir: Path, recorded: Manifest, record: Record) -> str:
@@ -150,12 +153,12 @@ def status(run_dir: Path, console: Console) -> None:
     if recorded is None:
         expected = "expected a run folder, as `rlhf run` prints it at its end"
         raise UserError(f"{run_dir}: no {manifest.FILE} here; {expected}")
-    table = _table(f"{recorded.name}: {run_dir}", ("stage", "type", "from", "took", "metrics", "output"))
+    shown = table(f"{recorded.name}: {run_dir}", ("stage", "type", "from", "took", "metrics", "output"))
     for name, record in recorded.stages.items():
         parents = ", ".join(dict.fromkeys(record.parents.values())) or "-"
         took = _duration(record.duration)
-        table.add_row(name, record.type, parents, took, _headline(record), record.output.path)
-    console.print(table)
+        shown.add_row(name, record.type, parents, took, _headline(record), record.output.path)
+    console.print(shown)
     result_table(recorded, console)
     for name, record in recorded.stages.items():
         console.print(f"\n[bold]{name}[/]")

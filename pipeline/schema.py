@@ -8,7 +8,19 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 BASE = "base"  # what `init:` says for the run's base model
 RESERVED = (BASE, "tokenizer", "manifest.json")  # names in the run folder or in the config that no stage may have
 Options = dict[str, Any]
-Format = Literal["auto", "text", "prompt", "prompt_completion", "messages", "alpaca", "comparison", "sharegpt"]
+Format = Literal[
+    "auto",
+    "text",
+    "prompt",
+    "prompt_completion",
+    "messages",
+    "alpaca",
+    "sharegpt",
+    "unpaired",
+    "comparison",
+    "hh",
+    "scored",
+]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -49,8 +61,8 @@ class Tokenizer(Strict):
     eos_token: str | None = None
 
 
-class Data(Strict):
-    """One dataset: a local file, glob or hub id; `columns` maps their names to ours, `limit` takes the first rows."""
+class Source(Strict):
+    """Where rows come from; `columns` maps their names to ours, `limit` takes the first rows, `weight` mixes."""
 
     path: str
     name: str | None = None
@@ -59,6 +71,38 @@ class Data(Strict):
     format: Format = "auto"
     columns: dict[str, str] = {}
     limit: PositiveInt | None = None
+    weight: float | None = Field(default=None, gt=0)
+
+
+class Data(Source):
+    """One dataset: a source, or several. `heldout` is the share of prompts kept for evaluation where both are asked."""
+
+    path: str | None = None
+    sources: list[Source] = []
+    heldout: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    streaming: bool = False
+    shuffle_buffer: PositiveInt = 1000
+
+
+Share = Annotated[float, Field(ge=0, le=1)] | None
+
+
+class Checks(Strict):
+    """Shares of a dataset's rows above which a run stops; null: never. All are counted and shown."""
+
+    # Rows that no stage can use: left out.
+    malformed: Share = 0.01
+    empty: Share = 0.01
+    roles: Share = 0.01
+    identical: Share = 0.01
+    too_long: Share = 0.5
+    held_out: Share = None
+    # Rows that are used, and worth a look.
+    duplicate: Share = None
+    contradictory: Share = None
+    special_tokens: Share = None
+    eos: Share = 0.01
+    longer_wins: Share = None
 
 
 class Stage(Strict):
@@ -139,6 +183,8 @@ class RunConfig(Strict):
     lora: Options | None = None
     training: Options = {}
     data: dict[Name, Data]
+    too_long: Literal["drop", "truncate"] = "drop"
+    checks: Checks = Checks()
     stages: dict[Name, Any]
     source: Path
 

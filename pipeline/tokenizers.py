@@ -8,7 +8,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from pipeline.data import find, load
+from pipeline.data import sources
 from pipeline.errors import UserError, reason_of
 from pipeline.manifest import digest
 from pipeline.schema import RunConfig
@@ -40,7 +40,13 @@ def _train(config: RunConfig) -> PreTrainedTokenizerFast:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    rows = (row for name in config.model.scratch.tokenizer.data for row in load(find(config, name)))
+    names = config.model.scratch.tokenizer.data
+    rows = (
+        row
+        for name in names
+        for part in sources.find(config, name)
+        for row in sources.load(part, config.data[name].streaming)
+    )
     backend.train_from_iterator((text for row in rows for text in row.values() if isinstance(text, str)), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
 

@@ -6,11 +6,22 @@ from typing import Any
 from pipeline import options
 from pipeline.document import Problems
 from pipeline.errors import unknown
-from pipeline.schema import BASE, FINAL_TYPES, POLICY_TYPES, RunConfig, TrainingStage, datasets, parents, same_shape
+from pipeline.schema import (
+    BASE,
+    FINAL_TYPES,
+    POLICY_TYPES,
+    RunConfig,
+    Source,
+    TrainingStage,
+    datasets,
+    parents,
+    same_shape,
+)
 
 
 def wire(config: RunConfig, problems: Problems) -> RunConfig:
     """Fill in every reference and shared option, and put the stages in an order in which they can run."""
+    _check_data(config, problems)
     stages = {}
     for name, stage in config.stages.items():
         changes = _references(config, name, problems)
@@ -23,6 +34,8 @@ def wire(config: RunConfig, problems: Problems) -> RunConfig:
             if training.get("eval_strategy", "no") != "no" and not getattr(stage, "eval_data", None):
                 problems.add("`eval_strategy` needs `eval_data`", "stages", name, "training")
             changes["training"] = training
+            if stage.data in config.data and config.data[stage.data].streaming and stage.type == "pretrain":
+                _check_stream(name, training, problems)
         stages[name] = stage.model_copy(update=changes)
     try:
         order = _order(stages) if not problems else ()
@@ -34,6 +47,33 @@ def wire(config: RunConfig, problems: Problems) -> RunConfig:
     config = config.model_copy(update={"stages": {name: stages[name] for name in order}})
     _check_weights(config, problems)
     return config
+
+
+def _check_data(config: RunConfig, problems: Problems) -> None:
+    """A dataset has one source or a list of them; weights mix several, and all or none."""
+    for name, data in config.data.items():
+        if (data.path is None) != bool(data.sources):
+            problems.add(
+                "give either `path` (a file, folder, glob or hub id) or `sources` (a list of them)", "data", name
+            )
+        if data.sources:
+            for key in sorted((data.model_fields_set & Source.model_fields.keys()) - {"path"}):
+                problems.add("with `sources`, each of them has its own", "data", name, key)
+        elif data.weight is not None:
+            problems.add("only the entries of `sources` have weights", "data", name, "weight")
+        if len({source.weight is None for source in data.sources}) > 1:
+            problems.add("give all of them a `weight`, or none", "data", name, "sources")
+
+
+def _check_stream(name: str, training: dict[str, Any], problems: Problems) -> None:
+    """What pretraining on a stream asks of its options."""
+    given, where = options.effective("pretrain", training), ("stages", name, "training")
+    for key in ("max_steps", "max_length"):
+        if given[key] is None or given[key] <= 0:
+            problems.add("is required with a streamed dataset, whose length is not known", *where, key)
+    if given["dataloader_num_workers"] or given["shuffle_dataset"]:
+        wrong = "a streamed dataset is shuffled by its `shuffle_buffer` and read by the process that trains"
+        problems.add(f"{wrong}: leave out dataloader_num_workers and shuffle_dataset", *where)
 
 
 def _references(config: RunConfig, name: str, problems: Problems) -> dict[str, Any]:
@@ -62,6 +102,9 @@ def _references(config: RunConfig, name: str, problems: Problems) -> dict[str, A
     for role, dataset in datasets(stage).items():
         if dataset not in config.data:
             problems.add(unknown("dataset", dataset, config.data), "stages", name, role)
+        elif config.data[dataset].streaming and (kind, role) != ("pretrain", "data"):
+            wrong = f"dataset {dataset!r} has `streaming: true`, which only pretraining can read, and not evaluate on"
+            problems.add(wrong, "stages", name, role)
     if isinstance(stage, TrainingStage):
         if kind in ("pretrain", "sft") and stage.init is None:
             changes["init"] = BASE

@@ -9,7 +9,7 @@ from pathlib import Path
 import pipeline
 
 PACKAGE = Path(pipeline.__file__).parent
-MAX_LINES = 2600
+MAX_LINES = 3800
 LAYOUT = {
     tokenize.COMMENT,
     tokenize.NL,
@@ -86,5 +86,8 @@ def test_code_lines_are_counted_right():
 
 
 def test_package_is_small():
-    sizes = {path.name: num_code_lines(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")}
+    sizes = {
+        str(path.relative_to(PACKAGE)): num_code_lines(path.read_text(encoding="utf-8"))
+        for path in PACKAGE.rglob("*.py")
+    }
     assert sum(sizes.values()) <= MAX_LINES, sizes

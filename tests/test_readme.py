@@ -1,5 +1,6 @@
 """README.md against the code: commands, configs and files it names exist, and its tables are the schema's."""
 
+import contextlib
 import json
 import re
 import shlex
@@ -7,10 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 from pydantic import BaseModel
+from rich.console import Console
+from ruamel.yaml import YAML
 
-from pipeline import data, options, schema
+from pipeline import datacheck, options, schema, tokenizers
 from pipeline.config import load
+from pipeline.data import shapes
+from pipeline.data.prepare import Datasets
+from pipeline.data.shapes import WANTED_BY
+from pipeline.errors import UserError
 
 REPO = Path(__file__).resolve().parent.parent
 README = (REPO / "README.md").read_text(encoding="utf-8")
@@ -62,6 +70,8 @@ def fields_of(model: type[BaseModel], prefix: str = "") -> dict[str, str]:
     return {prefix + name: default for name, default in own.items()}
 
 
+# One stage type for each thing that a stage may want of a dataset.
+STAGE_FOR = {"pretrain": "text", "sft": "demonstrations", "reward": "comparisons", "evaluate": "prompts"}
 SECTIONS = {
     "keys: RunConfig": [("", schema.RunConfig)],
     "keys: Model, scratch: Scratch, scratch.tokenizer: ScratchTokenizer": [
@@ -71,6 +81,7 @@ SECTIONS = {
     ],
     "keys: Tokenizer": [("", schema.Tokenizer)],
     "keys: Data": [("", schema.Data)],
+    "keys: Checks": [("", schema.Checks)],
 }
 
 
@@ -132,19 +143,58 @@ def test_example_configs_load(tmp_path):
         assert load(path).stages
 
 
-def test_example_rows_have_the_format_they_show():
-    rows = table("rows")
-    formats = set(schema.Data.model_fields["format"].annotation.__args__) - {"auto"}
-    assert {key_of(row[0]) for row in rows} == formats
-    for cell, example, fits in rows:
-        shape, row = key_of(cell), json.loads(key_of(example))
-        source = data.Source("example", schema.Data(path="example.jsonl"), ())
-        assert data.detect(source, list(row)) == shape
-        converted = data.to_messages(row, shape)
-        wants = {data.WANTED_BY[stage] for stage in schema.STAGE_CLASSES}
-        able = {want for want in wants if any(need in converted for need in data.NEEDS[want])}
-        shown = {want if want in wants else data.WANTED_BY[want] for want in fits.split(", ")}
-        assert shown == able
+WANTS = {WANTED_BY[stage] for stage in schema.STAGE_CLASSES}
+
+
+def example_rows() -> list[tuple[str, dict[str, Any], set[str]]]:
+    """(format, row, what it fits) of each row of the table."""
+    return [
+        (key_of(shape), json.loads(key_of(row)), {WANTED_BY.get(want, want) for want in fits.split(", ")})
+        for shape, row, fits in table("rows")
+    ]
+
+
+def test_example_rows_show_every_format():
+    formats = set(schema.Source.model_fields["format"].annotation.__args__) - {"auto"}
+    assert {shape for shape, _, _ in example_rows()} == formats
+
+
+@pytest.mark.parametrize(("shape", "row", "fits"), example_rows())
+def test_example_row_goes_into_the_stages_it_fits(tmp_path, shape, row, fits):
+    """As a file of a run: told its format, accepted by the stages named, refused by the others."""
+    assert shapes.detect(row) == shape
+    tiny.write_rows(tmp_path / "example.jsonl", [row])
+    stages = {want: {"type": name, "data": "example"} for name, want in STAGE_FOR.items()}
+    stages["prompts"] |= {"baseline": "demonstrations", "policies": []}
+    data_of = {"example": {"path": "example.jsonl"}}
+    config = load(tiny.make_run(tmp_path, stages, data=data_of))
+    # Each stage alone: together they would evaluate on what they train on.
+    accepted = set()
+    for want in WANTS:
+        alone = config.model_copy(update={"stages": {want: config.stages[want]}})
+        tokenizer = tokenizers.build(alone)
+        with contextlib.suppress(UserError):
+            prepared = Datasets(alone, tokenizer, tokenizers.fingerprint(tokenizer)).prepare(want, "data")
+            assert (len(prepared.rows), prepared.audit.num_dropped) == (1, 0)
+            accepted.add(want)
+    assert accepted == fits
+
+
+def test_example_data_sections_load(tmp_path):
+    (example,) = fences("data")
+    names = YAML(typ="safe").load(example)["data"]
+    path = tiny.make_run(tmp_path, {"pretrain": {"data": "corpus", "training": {"max_steps": 1}}})
+    tiny.edit(path, {"data": names})
+    config = load(path)
+    assert config.data["mixed"].sources[0].weight == 3
+    assert config.data["corpus"].streaming
+
+
+def test_the_sample_is_that_of_the_quickstart(monkeypatch, capsys, tmp_path):
+    (shown,) = fences("output: sample")
+    config = load(REPO / "configs" / "quickstart.yaml", (f"run_dir={tmp_path}",))
+    datacheck.run(config, ["sft"], 2, Console(width=160))
+    assert shown.strip() in capsys.readouterr().out
 
 
 def test_both_marked_commands_exist():
@@ -189,7 +239,7 @@ def test_every_rlhf_command_is_valid(monkeypatch):
         given = cli.commands[name].make_context(name, arguments).params
         if "config" in given:
             config = load(given["config"], given["overrides"])
-            stages = {given.get("until"), given.get("only"), *given.get("redo", ())} - {None}
+            stages = {given.get("until"), given.get("only"), *given.get("redo", ()), *given.get("stages", ())} - {None}
             assert stages <= config.stages.keys()
 
 

@@ -101,6 +101,15 @@ def make_run(folder: Path, stages: dict[str, Any], **top: Any) -> Path:
     return path
 
 
+def edit(path: Path, changes: dict[str, Any]) -> None:
+    """Replace top-level sections of a config file."""
+    yaml = YAML()
+    config = yaml.load(path)
+    config.update(changes)
+    with path.open("w") as file:
+        yaml.dump(config, file)
+
+
 SFT = {"data": "demonstrations"}
 REWARD = {"data": "comparisons", "training": {"max_length": 64}}
 DPO = {"data": "comparisons", "training": {"max_length": 64, "beta": 0.1}}

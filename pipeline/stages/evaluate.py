@@ -45,7 +45,7 @@ def run(ctx: StageContext) -> Result:
     if state.is_main_process:
         _write_samples(ctx, rows, table)
         write_json(ctx.new_output / "table.json", metrics)
-    datasets[stage.data]["used"] = len(rows)
+    datasets["data"]["used"] = len(rows)
     return Result({"baseline": stage.baseline, "policies": metrics}, datasets=datasets)
 
 

@@ -8,7 +8,7 @@ from trl import GRPOTrainer, RLOOTrainer
 
 from pipeline import checks, scoring
 from pipeline.context import Result, StageContext
-from pipeline.data import prompt_ids
+from pipeline.data.encode import prompt_ids
 from pipeline.fit import fit
 from pipeline.models import continue_policy, load_reward, match_reference_dtype
 from pipeline.views import Backbone, ReferenceView

@@ -3,6 +3,7 @@
 from trl import SFTTrainer
 
 from pipeline.context import Result, StageContext
+from pipeline.data.stream import KeepPlace, TextStream
 from pipeline.fit import fit
 from pipeline.models import continue_policy, from_scratch
 from pipeline.schema import BASE
@@ -11,9 +12,20 @@ from pipeline.schema import BASE
 def run(ctx: StageContext) -> Result:
     scratch, args = ctx.config.model.scratch, ctx.training_args()
     rows, eval_rows, datasets = ctx.rows()
+    stream, callbacks = None, []
+    if rows is None:
+        stream = TextStream(ctx.data, ctx.stage.data, args.max_length, ctx.seed)
+        rows, callbacks = stream.dataset(), [KeepPlace(stream)]
+        # Its pieces are packed already, and it goes on by itself where a checkpoint was made.
+        args.packing, args.ignore_data_skip = False, True
     if scratch and ctx.stage.init == BASE:
         model = from_scratch(scratch.architecture, ctx.tokenizer, ctx.config.model.dtype, ctx.seed)
     else:
         model = continue_policy(ctx.loader, ctx.start(), ctx.stage.lora, ctx.seed)
-    trainer = SFTTrainer(model, args, train_dataset=rows, eval_dataset=eval_rows, processing_class=ctx.tokenizer)
-    return fit(ctx, trainer, datasets)
+    trainer = SFTTrainer(
+        model, args, train_dataset=rows, eval_dataset=eval_rows, processing_class=ctx.tokenizer, callbacks=callbacks
+    )
+    result = fit(ctx, trainer, datasets)
+    if stream is not None:
+        result.datasets["data"] |= stream.record()
+    return result

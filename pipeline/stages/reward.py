@@ -5,6 +5,7 @@ from typing import Any
 
 from accelerate import PartialState
 from trl import RewardTrainer
+from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from pipeline import checks, scoring
 from pipeline.context import Result, StageContext
@@ -15,17 +16,25 @@ SIDES = ("chosen_ids", "rejected_ids")
 NUM_RELOADED = 8  # comparisons scored again after the reward model was read back from disk
 
 
-def _sides(rows: Any) -> Any:
+def _whole(row: dict[str, list[int]]) -> dict[str, list[int]]:
     """`chosen_ids` and `rejected_ids` with the prompt before each, the tokenised form RewardTrainer takes."""
-    return rows.map(lambda row: {side: row["prompt_ids"] + row[side] for side in SIDES}, remove_columns=["prompt_ids"])
+    return {side: row["prompt_ids"] + row[side] for side in SIDES}
 
 
 def run(ctx: StageContext) -> Result:
     rows, eval_rows, datasets = ctx.rows()
-    args, rows = ctx.training_args(), _sides(rows)
-    eval_rows = None if eval_rows is None else _sides(eval_rows)
+    # Rows that are too long are left out already; the trainer would go through all of them once more.
+    args = ctx.training_args(max_length=None, remove_unused_columns=False)
     model = new_reward(ctx.loader, ctx.start(), ctx.stage.lora, ctx.seed)
-    trainer = RewardTrainer(model, args, train_dataset=rows, eval_dataset=eval_rows, processing_class=ctx.tokenizer)
+    pad = DataCollatorForPreference(ctx.tokenizer.pad_token_id, args.pad_to_multiple_of)
+    trainer = RewardTrainer(
+        model,
+        args,
+        data_collator=lambda batch: pad(list(map(_whole, batch))),
+        train_dataset=rows,
+        eval_dataset=eval_rows,
+        processing_class=ctx.tokenizer,
+    )
     _match_head_dtype(trainer.model)
     result = fit(ctx, trainer, datasets)
     result.metrics["reload_difference"] = _compare_reloaded(ctx, trainer)
@@ -48,7 +57,7 @@ def _compare_reloaded(ctx: StageContext, trainer: Any) -> float:
     All processes score (the weights may be sharded); the main one reads the saved model back.
     """
     sample = trainer.train_dataset.select(range(min(NUM_RELOADED, len(trainer.train_dataset))))
-    sequences = [row[side] for row in sample for side in SIDES]
+    sequences = [_whole(row)[side] for row in sample for side in SIDES]
     trainer.model.eval()
     model, pad_token_id = trainer.accelerator.unwrap_model(trainer.model), ctx.tokenizer.pad_token_id
     in_memory = scoring.score(model, sequences, pad_token_id)

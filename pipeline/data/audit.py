@@ -1,0 +1,103 @@
+"""What became of a dataset's rows: counted, with the first places, and held against the thresholds of `checks:`."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.data.shapes import FAULTS
+from pipeline.data.sources import Part, locate
+
+QUANTILES = (0.0, 0.5, 0.9, 0.99, 1.0)
+# Beside the faults of single rows: why else rows are left out, and what is worth a look.
+DROPPED = FAULTS | {
+    "held_out": "have a prompt that another dataset is evaluated on",
+    "too_long": "are longer than {limit}",
+    "weight": "are left out by the weights of their sources",
+}
+NOTICED = {
+    "duplicate": "repeat an earlier row",
+    "contradictory": "are a pair that occurs with both labels",
+    "special_tokens": "hold special tokens in their text",
+    "eos": "hold eos within a completion",
+    "truncated": "lose the start of their prompt to {limit}",
+    "longer_wins": "prefer the longer side",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Rows that have something in common: how many, the first of them, and what is wrong with the first."""
+
+    count: int
+    rows: tuple[int, ...] = ()
+    why: str | None = None
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What became of the rows of a dataset that are on one side of the split.
+
+    `read` rows are `rows` and those of `dropped`. `lengths` are quantiles (QUANTILES) in tokens, of the whole row
+    (`row`) and of its parts. `limit` is the option that limits a row's length, and the limit. Of a stream only the
+    first documents are known.
+    """
+
+    parts: tuple[tuple[Part, int], ...]
+    want: str
+    split: str
+    read: int
+    rows: int
+    tokens: int
+    dropped: dict[str, Finding]
+    noticed: dict[str, Finding]
+    lengths: dict[str, list[int]]
+    limit: tuple[str, int | None]
+    streamed: bool = False
+    head: tuple[list[int], ...] = ()  # of a stream: token ids of its first pieces
+
+    @property
+    def dataset(self) -> str:
+        return self.parts[0][0].dataset
+
+    @property
+    def label(self) -> str:
+        return self.parts[0][0].label if len(self.parts) == 1 else f"dataset {self.dataset!r}"
+
+    @property
+    def num_dropped(self) -> int:
+        return sum(finding.count for finding in self.dropped.values())
+
+    def place(self, row: int) -> str:
+        """The file of a row and its number there, counted from 0."""
+        for part, size in self.parts:
+            if row < size:
+                return locate(part, row)
+            row -= size
+        raise IndexError(row)
+
+    def what(self, kind: str) -> str:
+        """A kind of finding in words."""
+        return (DROPPED | NOTICED)[kind].format(limit=" = ".join(map(str, self.limit)))
+
+    def problems(self, thresholds: dict[str, float | None]) -> list[str]:
+        """A message for each finding whose share of the rows is above its threshold, and where no row is left."""
+        messages = []
+        for kind, finding in (self.dropped | self.noticed).items():
+            allowed, base = thresholds.get(kind), self.read if kind in self.dropped else self.rows
+            if allowed is None or finding.count <= allowed * base:
+                continue
+            first, *more = map(self.place, finding.rows)
+            first += f": {finding.why}" if finding.why else ""
+            then = f"\n    then {', '.join(more)}" if more else ""
+            share = f"{finding.count} of {base} rows ({finding.count / base:.2%}) {self.what(kind)}"
+            messages.append(f"{share}; `checks.{kind}` allows {allowed:.2%}. First {first}{then}")
+        if not self.rows and not messages:
+            why = [f"{finding.count} {self.what(kind)}" for kind, finding in self.dropped.items() if finding.count]
+            mend = "; the held-out side is empty, raise `heldout` of the dataset" if not why else ""
+            messages.append(f"no {self.split} row is left of {self.read}: {', '.join(why)}{mend}")
+        return [f"{self.label}: {message}" for message in messages]
+
+    def record(self) -> dict[str, Any]:
+        """What the manifest keeps of it."""
+        found = {"dropped": self.dropped, "noticed": self.noticed}
+        counts = {name: {k: f.count for k, f in kinds.items() if f.count} for name, kinds in found.items()}
+        return {"split": self.split, "read": self.read, "rows": self.rows, "tokens": self.tokens} | counts

@@ -1,0 +1,125 @@
+"""What is done to a batch of raw rows: converted, tokenised and measured, one row in, one row out."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from datasets import Features, List, Value
+
+from pipeline.data.encode import encode_rows, special_tokens
+from pipeline.data.heldout import hash64, key
+from pipeline.data.shapes import FAULTS, Row, RowFault, convert, to_messages
+
+KINDS = list(FAULTS)
+# The columns of token ids, and the lengths that are measured of each row, in tokens.
+IDS = {"text": ["input_ids"], "demonstrations": ["input_ids", "completion_mask"], "prompts": ["prompt_ids"]}
+IDS["comparisons"] = ["prompt_ids", "chosen_ids", "rejected_ids"]
+LENGTHS = {"text": ["text"], "demonstrations": ["prompt", "completion"], "prompts": ["prompt"]}
+LENGTHS["comparisons"] = ["prompt", "chosen", "rejected"]
+_NUMBERS = ("int8", "int32", "uint64")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is done to a batch of raw rows: convert, tokenise, measure. Without a tokenizer: the prompts' keys alone.
+
+    A row that does not fit gets the number of its fault (`_fault`, 0 for none) and the reason (`_why`).
+    """
+
+    shape: str
+    want: str
+    tokenizer: Any = None
+    max_length: int | None = None  # longer prompts lose their start; None: they stay as they are
+
+    def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        found = [self._convert(row) for row in rows]
+        good = [row for row in found if not isinstance(row, RowFault)]
+        done = iter(self._finished(good))
+        out = [self._fault(row) if isinstance(row, RowFault) else next(done) for row in found]
+        columns: dict[str, Any] = {}
+        for column, feature in self.features().items():
+            kind = getattr(feature, "dtype", "")
+            if kind in _NUMBERS:
+                columns[column] = np.array([row.get(column, 0) for row in out], kind)
+            else:
+                columns[column] = [row.get(column) for row in out]
+        return columns
+
+    def _convert(self, row: Row) -> Row | RowFault:
+        try:
+            if self.tokenizer is None:
+                return convert(row, self.shape, "text") if self.shape == "text" else to_messages(row, self.shape)
+            return convert(row, self.shape, self.want)
+        except RowFault as fault:
+            return fault
+
+    def _fault(self, fault: RowFault) -> Row:
+        return {"_fault": KINDS.index(fault.kind) + 1, "_why": str(fault)}
+
+    def _finished(self, rows: list[Row]) -> list[Row]:
+        if self.tokenizer is None:
+            return [{"_fault": 0, "_key": key(row)} for row in rows]
+        special, eos = special_tokens(self.tokenizer), self.tokenizer.eos_token_id
+        encoded = encode_rows(self.tokenizer, rows, self.want)
+        return [
+            self._fault(ids) if isinstance(ids, RowFault) else self._measured(row, ids, special, eos)
+            for row, ids in zip(rows, encoded, strict=True)
+        ]
+
+    def _measured(self, row: Row, ids: Row, special: Any, eos: int) -> Row:
+        texts = [message["content"] for message in row.get("prompt", ())]
+        sides = [row[side] for side in ("text", "completion", "chosen", "rejected") if side in row]
+        cut = self._truncate(ids)
+        measured = {
+            "_fault": 0,
+            "_key": key(row),
+            "_digest": hash64(*texts, "", *sides),
+            "_pair": hash64(*texts, "", *sorted(sides)),
+            "_special_tokens": int(any(map(special.search, [*texts, *sides]))),
+            "_eos": int(self._early_eos(row, ids, eos)),
+            "_truncated": cut,
+        }
+        if self.want == "demonstrations":
+            completion = sum(ids["completion_mask"])
+            measured |= {"_prompt": len(ids["input_ids"]) - completion, "_completion": completion}
+        else:
+            names = {"text": "input_ids"} if self.want == "text" else {n: f"{n}_ids" for n in LENGTHS[self.want]}
+            measured |= {f"_{name}": len(ids[column]) for name, column in names.items()}
+        return measured | ids
+
+    def _early_eos(self, row: Row, ids: Row, eos: int) -> bool:
+        """Whether a completion has eos anywhere but at its end, or not there."""
+        if self.want == "demonstrations":
+            said = [i for i, bit in zip(ids["input_ids"], ids["completion_mask"], strict=True) if bit]
+            return said[-1] != eos or said.count(eos) != 1 + sum(m["role"] == "assistant" for m in row["prompt"])
+        return any(ids[side].index(eos) != len(ids[side]) - 1 for side in ("chosen_ids", "rejected_ids") if side in ids)
+
+    def _truncate(self, ids: Row) -> int:
+        """Cut a prompt that does not fit from its start; returns the number of tokens cut."""
+        if self.max_length is None or self.want == "text":
+            return 0
+        if self.want == "demonstrations":
+            over, mask = len(ids["input_ids"]) - self.max_length, ids["completion_mask"]
+            if over <= 0 or over >= len(mask) - mask[::-1].index(0):  # the last answer stays whole
+                return 0
+            for column in ("input_ids", "completion_mask"):
+                ids[column] = ids[column][over:]
+            return over
+        sides = max((len(ids[side]) for side in ("chosen_ids", "rejected_ids") if side in ids), default=0)
+        over = len(ids["prompt_ids"]) + sides - self.max_length
+        if over <= 0 or over >= len(ids["prompt_ids"]):
+            return 0
+        ids["prompt_ids"] = ids["prompt_ids"][over:]
+        return over
+
+    def features(self) -> Features:
+        if self.tokenizer is None:
+            return Features({"_fault": Value("int8"), "_why": Value("string"), "_key": Value("uint64")})
+        types = dict.fromkeys(("_key", "_digest", "_pair"), Value("uint64")) | {"_why": Value("string")}
+        types |= dict.fromkeys(("_fault", "_special_tokens", "_eos"), Value("int8")) | {"_truncated": Value("int32")}
+        types |= {f"_{name}": Value("int32") for name in LENGTHS[self.want]}
+        types |= {name: List(Value("int8" if name.endswith("mask") else "int32")) for name in IDS[self.want]}
+        if self.want == "prompts":
+            types["prompt"] = List({"role": Value("string"), "content": Value("string")})
+        return Features(types)

@@ -1,0 +1,330 @@
+"""The formats people's rows come in, and how each becomes messages. Plain Python: one row in, one row out.
+
+The canonical row has `text`, or `prompt` (messages that end with the user's) with `completion`, with `chosen` and
+`rejected` (text), or alone. A row that does not fit raises RowFault with its field, what was seen, what was expected.
+"""
+
+import itertools
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+Messages = list[dict[str, str]]
+Row = dict[str, Any]
+# What a stage takes, by its type.
+WANTED_BY = {"pretrain": "text", "sft": "demonstrations", "reward": "comparisons", "dpo": "comparisons"}
+WANTED_BY |= dict.fromkeys(("ppo", "rloo", "grpo", "evaluate"), "prompts")
+ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user"}
+ROLES |= {"assistant": "assistant", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+# Why rows are left out, in the words of messages and tables. Those with a threshold are keys of `checks:`.
+FAULTS = {
+    "malformed": "do not fit their format",
+    "empty": "have an empty prompt, completion or text",
+    "roles": "have roles out of order",
+    "identical": "have equal chosen and rejected sides",
+    "tie": "have no better side",
+    "label_false": "are labelled false",
+    "blank": "are blank texts",
+}
+_DIALOGUE = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+_SHP = {"history", "human_ref_A", "human_ref_B", "labels"}
+_QUESTIONS, _ANSWERS = ("prompt", "question", "instruction"), ("completions", "answers")
+_ANSWER_TEXTS, _ANSWER_SCORES = ("text", "response", "completion", "content"), ("score", "pm_score", "overall_score")
+_LABELS = ("label", "kto_tag")
+# Every column that some format reads.
+FIELDS = {"text", "prompt", "completion", "chosen", "rejected", "messages", "conversations", "system", "history"}
+FIELDS |= {"instruction", "input", "output", "scores", *_SHP, *_QUESTIONS, *_ANSWERS, *_LABELS}
+_EXPECTED = (
+    "text, prompt + completion, messages, instruction + output, conversations, chosen + rejected (with or without a "
+    "prompt), prompt + completions + scores, prompt, or a `columns:` mapping to these"
+)
+
+
+class RowFault(Exception):
+    """A fault of one row: its kind (a key of FAULTS), the field, what was seen and what was expected."""
+
+    def __init__(self, kind: str, field: str, text: str):
+        super().__init__(f"{field}: {text}")
+        self.kind = kind
+
+
+def detect(row: Row) -> str:
+    """The format of a dataset, told by the columns of its first row, and where they leave it open by its values.
+
+    Raises:
+        ValueError: if no format has these columns.
+    """
+    columns = row.keys()
+    if any(isinstance(row.get(label), bool) for label in _LABELS) and _demonstration(columns):
+        return "unpaired"
+    if "conversations" in columns:
+        return "sharegpt"
+    if {"chosen", "rejected"} <= columns:
+        return "hh" if any(_is_dialogue(row.get(field)) for field in ("prompt", "chosen")) else "comparison"
+    if columns >= _SHP or (_first(row, _QUESTIONS) and _first(row, _ANSWERS)):
+        return "scored"
+    if found := _demonstration(columns):
+        return found
+    if "prompt" in columns:
+        return "hh" if _is_dialogue(row["prompt"]) else "prompt"
+    if "text" in columns:
+        return "text"
+    raise ValueError(f"has the columns {', '.join(columns)}; expected {_EXPECTED}")
+
+
+def _demonstration(columns: Iterable[str]) -> str | None:
+    needs = {"sharegpt": {"conversations"}, "messages": {"messages"}, "alpaca": {"instruction", "output"}}
+    needs["prompt_completion"] = {"prompt", "completion"}
+    return next((shape for shape, needed in needs.items() if needed <= set(columns)), None)
+
+
+def _is_dialogue(value: Any) -> bool:
+    return isinstance(value, str) and value.lstrip().startswith("Human:")
+
+
+def serves(shape: str, columns: Iterable[str]) -> set[str]:
+    """What a format can give: `text`, `demonstrations`, `comparisons`, `prompts`."""
+    columns, wants = set(columns), {"prompts", "demonstrations"}
+    if shape in ("text", "prompt"):
+        wants = {"text"} if shape == "text" else {"prompts"}
+    elif shape in ("comparison", "scored") or (shape in ("sharegpt", "hh") and "rejected" in columns):
+        wants |= {"comparisons"}
+    elif shape == "hh" and "completion" not in columns:
+        wants = {"prompts"}
+    return wants | ({"text"} if "text" in columns else set())
+
+
+def convert(row: Row, shape: str, want: str) -> Row:
+    """One row of a format in the canonical form of what a stage wants.
+
+    Raises:
+        RowFault: if the row does not fit.
+    """
+    if want == "text":
+        if isinstance(row.get("text"), str) and not row["text"].strip():
+            raise RowFault("blank", "text", "is blank")  # as between the paragraphs of a text file
+        return {"text": _text(row, "text")}
+    converted = to_messages(row, shape)
+    if want == "demonstrations":
+        if converted.pop("label", True) is False:
+            raise RowFault("label_false", "label", "is false, so the completion is none to learn from")
+        completion = converted.get("completion") or converted["chosen"]
+        return {"prompt": converted["prompt"], "completion": completion}
+    return {"prompt": converted["prompt"]} if want == "prompts" else converted
+
+
+def to_messages(row: Row, shape: str) -> Row:
+    """One row of any format but raw text in canonical form, with all it holds."""
+    if shape == "unpaired":
+        label = next(row[name] for name in _LABELS if name in row)
+        if not isinstance(label, bool):
+            raise RowFault("malformed", "label", f"expected true or false, got {label!r}")
+        return to_messages(row, _demonstration(row) or "prompt_completion") | {"label": label}
+    if shape == "comparison":
+        return _comparison(row, _prompt_field(row))
+    if shape == "scored":
+        return _scored(row)
+    if shape == "hh":
+        return _hh(row)
+    if shape == "prompt":
+        return {"prompt": _ends_with_user(_messages(row, "prompt", "user"))}
+    if shape == "prompt_completion":
+        answer = _messages(row, "completion", "assistant")
+        return _dialogue([*_system(row), *_messages(row, "prompt", "user"), *answer], "completion")
+    if shape == "messages":
+        return _dialogue(_messages(row, "messages"), "messages")
+    if shape == "alpaca":
+        return _dialogue([*_alpaca(row), {"role": "assistant", "content": _text(row, "output")}], "instruction")
+    if row.get("chosen") is not None or row.get("rejected") is not None:  # LLaMA-Factory's ranking variant
+        return _comparison(row, "conversations")
+    return _dialogue([*_system(row), *_messages(row, "conversations")], "conversations")
+
+
+def _text(row: Row, field: str) -> str:
+    value = row.get(field)
+    if not isinstance(value, str):
+        raise RowFault("malformed", field, f"expected text, got {_shown(value)}")
+    if not value.strip():
+        raise RowFault("empty", field, "is empty")
+    return value
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _first(row: Row, names: Iterable[str]) -> str | None:
+    """The first of several fields that a row has."""
+    return next((name for name in names if row.get(name) is not None), None)
+
+
+def _system(row: Row) -> Messages:
+    """A system message from a column beside the dialogue."""
+    system = row.get("system")
+    if system is not None and not isinstance(system, str):
+        raise RowFault("malformed", "system", f"expected text, got {_shown(system)}")
+    return [{"role": "system", "content": system}] if system and system.strip() else []
+
+
+def _messages(row: Row, field: str, role: str | None = None) -> Messages:
+    """A field as messages: a string becomes one message of `role`; lists and ShareGPT turns are checked."""
+    value = row.get(field)
+    if isinstance(value, str) and role:
+        return [{"role": role, "content": _text(row, field)}]
+    turns = [value] if isinstance(value, Mapping) else value
+    if not isinstance(turns, list):
+        raise RowFault("malformed", field, f"expected {'text or ' if role else ''}messages, got {_shown(value)}")
+    if not turns:
+        raise RowFault("empty", field, "has no messages")
+    return [_message(turn, field) for turn in turns]
+
+
+def _message(turn: Any, field: str) -> dict[str, str]:
+    said = turn if isinstance(turn, Mapping) else {}
+    speaker = said.get("role") or said.get("from")
+    content = next((said[name] for name in ("content", "value") if said.get(name) is not None), None)
+    if isinstance(content, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
+        content = "".join(str(part.get("text")) for part in content)
+    if not isinstance(speaker, str) or speaker not in ROLES or not isinstance(content, str):
+        raise RowFault("malformed", field, f"expected messages with a role and text, got {_shown(turn)}")
+    if said.get("tool_calls") or said.get("weight") == 0:
+        what = "tool calls" if said.get("tool_calls") else "messages of weight 0"
+        raise RowFault("malformed", field, f"{what} are not supported, got {_shown(turn)}")
+    if not content.strip():
+        raise RowFault("empty", field, f"the message of {speaker!r} is empty")
+    return {"role": ROLES[speaker], "content": content}
+
+
+def _check_order(messages: Messages, field: str) -> None:
+    roles = [message["role"] for message in messages]
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    expected = ["user", "assistant"] * len(turns)
+    if turns != expected[: len(turns)]:
+        raise RowFault("roles", field, f"expected user and assistant in turn, a system message first, got {roles}")
+
+
+def _ends_with_user(messages: Messages, field: str = "prompt") -> Messages:
+    _check_order(messages, field)
+    if messages[-1]["role"] != "user":
+        raise RowFault("roles", field, f"expected it to end with a user's message, got {_shown(messages[-1])}")
+    return messages
+
+
+def _dialogue(messages: Messages, field: str) -> Row:
+    """A dialogue that ends with the assistant, as prompt and completion."""
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        roles = [message["role"] for message in messages]
+        raise RowFault("roles", field, f"expected the last two to be user and assistant, got {roles}")
+    return {"prompt": _ends_with_user(messages[:-1], field), "completion": messages[-1]["content"]}
+
+
+def _alpaca(row: Row) -> Messages:
+    """Alpaca's prompt: system, earlier turns (`history`: pairs of instruction and answer), instruction with input."""
+    turns: Messages = []
+    for pair in row.get("history") or []:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(side, str) for side in pair):
+            raise RowFault("malformed", "history", f"expected pairs of instruction and answer, got {_shown(pair)}")
+        turns += [{"role": role, "content": side} for role, side in zip(("user", "assistant"), pair, strict=True)]
+    instruction, extra = _text(row, "instruction"), row.get("input")
+    if extra is not None and not isinstance(extra, str):
+        raise RowFault("malformed", "input", f"expected text, got {_shown(extra)}")
+    text = f"{instruction}\n\n{extra}" if extra and extra.strip() else instruction
+    return [*_system(row), *turns, {"role": "user", "content": text}]
+
+
+def _prompt_field(row: Row) -> str | None:
+    """The field that holds a comparison's prompt; None: it is what the two sides share."""
+    return _first({name: row.get(name) or None for name in _QUESTIONS}, _QUESTIONS)
+
+
+def _comparison(row: Row, prompt_field: str | None) -> Row:
+    chosen, rejected = _messages(row, "chosen", "assistant"), _messages(row, "rejected", "assistant")
+    if len(chosen) > 1 or len(rejected) > 1:  # whole dialogues; the prompt beside them is their first message
+        return _pair(chosen, rejected)
+    if prompt_field is None:
+        raise RowFault("empty", "prompt", "is empty, and the sides are no whole dialogues")
+    given = _alpaca(row) if prompt_field == "instruction" else _messages(row, prompt_field, "user")
+    prompt = given if prompt_field == "instruction" else [*_system(row), *given]
+    return _pair([*prompt, *chosen], [*prompt, *rejected])
+
+
+def _pair(chosen: Messages, rejected: Messages) -> Row:
+    """A comparison from two whole dialogues, which share their prompt and differ in their last message."""
+    shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chosen[:-1], rejected[:-1], strict=False))
+    prompt = [message for message, _ in shared]
+    for field, side in (("chosen", chosen[len(prompt) :]), ("rejected", rejected[len(prompt) :])):
+        if len(side) != 1 or side[0]["role"] != "assistant":
+            seen = f"expected one assistant's message after what both sides share, got {_shown(side)}"
+            raise RowFault("roles", field, seen)
+    if not prompt:
+        raise RowFault("empty", "prompt", "is empty: the sides share no message")
+    return _sides(_ends_with_user(prompt), chosen[-1]["content"], rejected[-1]["content"])
+
+
+def _sides(prompt: Messages, chosen: str, rejected: str) -> Row:
+    if chosen.strip() == rejected.strip():
+        raise RowFault("identical", "chosen", f"is equal to rejected: {_shown(chosen)}")
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def _hh(row: Row) -> Row:
+    """Dialogue strings as in HH-RLHF: "\\n\\nHuman: ...\\n\\nAssistant: ...", the prompt within or beside them."""
+    before = [] if row.get("prompt") is None else _turns(row, "prompt")
+    if before and before[-1] == {"role": "assistant", "content": ""}:
+        before.pop()  # the header of the answer to come
+    if "chosen" not in row and "completion" not in row:
+        return {"prompt": _ends_with_user(_nonempty(before, "prompt"))}
+    sides = []
+    for field in ("chosen", "rejected") if "chosen" in row else ("completion",):
+        turns = _turns(row, field) if _is_dialogue(row.get(field)) else []
+        side = turns or [*before, {"role": "assistant", "content": _text(row, field).strip()}]
+        sides.append(_nonempty(side, field))
+    return _pair(*sides) if len(sides) == 2 else _dialogue(sides[0], "completion")
+
+
+def _nonempty(turns: Messages, field: str) -> Messages:
+    if not turns or not all(turn["content"] for turn in turns):
+        raise RowFault("empty", field, "has an empty turn" if turns else "is empty")
+    return turns
+
+
+def _turns(row: Row, field: str) -> Messages:
+    head, *parts = _DIALOGUE.split(_text(row, field).strip())
+    if head.strip() or not parts:
+        raise RowFault("malformed", field, f"expected it to begin with 'Human:', got {_shown(row[field][:80])}")
+    roles = ("user" if speaker == "Human" else "assistant" for speaker in parts[::2])
+    return [{"role": role, "content": said.strip()} for role, said in zip(roles, parts[1::2], strict=True)]
+
+
+def _scored(row: Row) -> Row:
+    """Several answers to a question with scores: the best against the worst. SHP's two answers with a preference."""
+    if "human_ref_A" in row:
+        prompt, texts = _text(row, "history"), [_text(row, "human_ref_A"), _text(row, "human_ref_B")]
+        preferred = row.get("labels")
+        if preferred not in (0, 1):
+            raise RowFault("malformed", "labels", f"expected 1 (A is better) or 0 (B is), got {_shown(preferred)}")
+        chosen, rejected = texts if preferred == 1 else reversed(texts)
+        return _sides([{"role": "user", "content": prompt}], chosen, rejected)
+    question, field = _first(row, _QUESTIONS), _first(row, _ANSWERS)
+    if question is None or field is None:
+        raise RowFault("malformed", "prompt", f"expected a prompt with completions, got {_shown(row)}")
+    prompt = _ends_with_user(_messages(row, question, "user"))
+    answers = row[field] if isinstance(row[field], list) else []
+    if isinstance(row.get("scores"), list):
+        pairs = list(zip(answers, row["scores"], strict=False)) if len(answers) == len(row["scores"]) else []
+    else:
+        said = [answer if isinstance(answer, Mapping) else {} for answer in answers]
+        pairs = [(a.get(_first(a, _ANSWER_TEXTS)), a.get(_first(a, _ANSWER_SCORES))) for a in said]
+    if len(pairs) < 2 or not all(isinstance(a, str) and _is_number(s) for a, s in pairs):
+        raise RowFault("malformed", field, f"expected at least two texts, each with a score, got {_shown(row[field])}")
+    (best, high), (worst, low) = max(pairs, key=lambda pair: pair[1]), min(pairs, key=lambda pair: pair[1])
+    if high == low:
+        raise RowFault("tie", field, f"all scores are {high}")
+    if not best.strip() or not worst.strip():
+        raise RowFault("empty", field, "the best or the worst answer is empty")
+    return _sides(prompt, best, worst)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value

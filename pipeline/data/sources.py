@@ -1,0 +1,259 @@
+"""Where rows come from: local files of any kind, folders, datasets saved to disk, the hub; resolved and read."""
+
+import contextlib
+import functools
+import glob
+import hashlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_dataset_builder, load_from_disk
+from datasets.exceptions import DatasetGenerationError
+
+from pipeline import schema
+from pipeline.errors import UserError, nearest, reason_of
+from pipeline.manifest import digest, file_digest
+from pipeline.schema import RunConfig
+
+_SUFFIXES = {"json": ".json .jsonl", "csv": ".csv", "tsv": ".tsv", "parquet": ".parquet", "arrow": ".arrow"}
+_SUFFIXES |= {"text": ".txt"}
+LOADERS = {suffix: loader for loader, suffixes in _SUFFIXES.items() for suffix in suffixes.split()}
+# Compressed files, and the package that opens them where Python's own library does not.
+COMPRESSIONS = {".gz": None, ".bz2": None, ".xz": None, ".zip": None, ".zst": "zstandard", ".lz4": "lz4"}
+_SAVED = ("dataset_info.json", "state.json", "dataset_dict.json")  # of `save_to_disk`, and of clones from the hub
+_METADATA = (*_SAVED, "dataset_infos.json")
+_LARGE = 1 << 30  # bytes; larger files are fingerprinted by samples
+_NUM_SAMPLES = 64
+
+
+@dataclass(frozen=True)
+class Part:
+    """One source of a dataset with its place resolved.
+
+    `kind` is a loader of the datasets library, `saved` (by `save_to_disk`, at `files[0]`) or `hub` (no files).
+    """
+
+    dataset: str
+    spec: schema.Source
+    kind: str
+    files: tuple[Path, ...] = ()
+
+    @property
+    def label(self) -> str:
+        return str(self.files[0]) if len(self.files) == 1 else f"dataset {self.dataset!r} ({self.spec.path})"
+
+
+def find(config: RunConfig, name: str) -> list[Part]:
+    """Resolve the paths of a dataset against the config's folder.
+
+    Raises:
+        UserError: if a path looks like a file and is not there, or is of a kind that cannot be read.
+    """
+    dataset = config.data[name]
+    specs = dataset.sources or [dataset]
+    keys = [f"data.{name}.sources.{i}.path" for i in range(len(specs))] if dataset.sources else [f"data.{name}.path"]
+    return [_resolve(config, name, spec, key) for spec, key in zip(specs, keys, strict=True)]
+
+
+def _resolve(config: RunConfig, name: str, spec: schema.Source, key: str) -> Part:
+    pattern = str(config.folder / Path(spec.path).expanduser())
+    matches = [Path(match).resolve() for match in sorted(glob.glob(pattern, recursive=True))]  # noqa: PTH207
+    local = _kind(Path(spec.path)) is not None or spec.path.startswith((".", "/", "~")) or "*" in spec.path
+    if not matches and (local or spec.path.count("/") > 1):
+        raise UserError(f"{key}: no such file: {pattern}")
+    if not matches:
+        return Part(name, spec, "hub")
+    if len(matches) == 1 and matches[0].is_dir():
+        saved = [matches[0] / "dataset_dict.json", matches[0] / "state.json"]
+        if any(file.is_file() for file in saved):
+            return Part(name, spec, "saved", (matches[0],))
+        return _folder(name, spec, matches[0], key)
+    files = [file for match in matches for file in (_data_files(match) if match.is_dir() else [match])]
+    return Part(name, spec, _one_kind(files, key, pattern), tuple(files))
+
+
+def _folder(name: str, spec: schema.Source, folder: Path, key: str) -> Part:
+    """The files of one split of a folder, told by their names as the datasets library does it."""
+    listed = _data_files(folder)
+    kind = _one_kind(listed, key, folder)
+    loader, _ = _loader(kind)
+    splits = load_dataset_builder(loader, data_dir=str(folder)).config.data_files
+    found = {str(split): [Path(file) for file in files] for split, files in splits.items()}
+    if spec.split not in found:
+        raise UserError(f"{key}: {folder} has no split {spec.split!r}, its files' names give {', '.join(found)}")
+    if left := set(listed) - {file.resolve() for files in found.values() for file in files}:
+        raise UserError(f"{key}: {min(left)} belongs to no split of the folder; give the files as a glob")
+    return Part(name, spec, kind, tuple(found[spec.split]))
+
+
+def _data_files(folder: Path) -> list[Path]:
+    """The files below a folder that can hold rows: no hidden files, no metadata."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in _METADATA]
+    visible = [path for path in files if not any(part[0] in "._" for part in path.relative_to(folder).parts)]
+    return [path for path in visible if _kind(path) is not None]
+
+
+def _kind(file: Path) -> str | None:
+    suffixes = [suffix for suffix in file.suffixes if suffix not in COMPRESSIONS]
+    return LOADERS.get(suffixes[-1]) if suffixes else None
+
+
+def _one_kind(files: list[Path], key: str, where: Any) -> str:
+    """The kind that all files are of."""
+    expected = f"expected {', '.join(LOADERS)}, compressed or not"
+    if not files:
+        raise UserError(f"{key}: no file in {where} can be read; {expected}")
+    for file in files:
+        package = COMPRESSIONS.get(file.suffix)
+        if _kind(file) is None:
+            raise UserError(f"{key}: cannot read {file}; {expected}")
+        if package is not None and importlib.util.find_spec(package) is None:
+            raise UserError(f"{key}: reading {file} needs another package: pip install {package}")
+    kinds = sorted({_kind(file) for file in files})
+    if len(kinds) > 1:
+        raise UserError(f"{key}: files of different kinds ({', '.join(kinds)}); list them under `sources`")
+    return kinds[0]
+
+
+def _loader(kind: str) -> tuple[str, dict[str, Any]]:
+    """The loader of the datasets library, and its options."""
+    return ("csv", {"sep": "\t"}) if kind == "tsv" else (kind, {})
+
+
+@functools.lru_cache(maxsize=4096)
+def _content(file: Path, size: int, _mtime: float) -> str:
+    if size <= _LARGE:
+        return file_digest(file)
+    sums = hashlib.sha256(str(size).encode())
+    with file.open("rb") as opened:
+        for i in range(_NUM_SAMPLES):
+            opened.seek(i * (size - (1 << 20)) // (_NUM_SAMPLES - 1))
+            sums.update(opened.read(1 << 20))
+    return sums.hexdigest()
+
+
+def fingerprint(part: Part) -> str:
+    """Digest of what a source holds and of how it is read; local files count by content, not by path.
+
+    Of a file larger than 1 GiB the size and 64 samples of 1 MiB count.
+    """
+    spec = part.spec
+    if part.kind == "hub":
+        content: Any = [spec.path, spec.name, spec.split, _from_hub(part, load_dataset_builder).hash]
+    else:
+        folder = part.files[0] if part.kind == "saved" else None
+        files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder else part.files
+        content = [_content(file, file.stat().st_size, file.stat().st_mtime) for file in files]
+        content += [spec.split] if folder else []
+    return digest([content, spec.format, spec.columns, spec.limit, spec.weight])
+
+
+def fingerprint_of(config: RunConfig, name: str) -> str:
+    """Digest of what a dataset holds, and of what else decides which rows are read and how."""
+    dataset = config.data[name]
+    settings = [dataset.shuffle_buffer] if dataset.streaming else []
+    return digest([*map(fingerprint, find(config, name)), *settings])
+
+
+def _from_hub(part: Part, load: Callable[..., Any], **options: Any) -> Any:
+    spec = part.spec
+    try:
+        return load(spec.path, name=spec.name, revision=spec.revision, **options)
+    except (OSError, ValueError) as error:
+        what = f"cannot load {spec.path!r} from the hub, nor is it a file"
+        raise UserError(f"data.{part.dataset}: {what}: {reason_of(error)}") from None
+
+
+def load(part: Part, streaming: bool = False) -> Dataset | IterableDataset:
+    """The rows of a source with our column names, cut to its limit; in a stream they are read as they are needed.
+
+    Raises:
+        UserError: if the files cannot be read, a mapped column is not there, or no rows are left.
+    """
+    rows, spec = _read(part, streaming), part.spec
+    columns = column_names(part, rows)
+    for theirs, ours in spec.columns.items():
+        if theirs not in columns:
+            raise UserError(
+                f"{part.label}: `columns` maps {theirs!r}, which is not a column; {nearest(theirs, columns)}"
+            )
+        if theirs != ours:
+            rows = rows.remove_columns([ours] if ours in columns else []).rename_column(theirs, ours)
+    if spec.limit is not None:
+        rows = rows.take(spec.limit) if streaming else rows.select(range(min(spec.limit, len(rows))))
+    return rows
+
+
+def column_names(part: Part, rows: Dataset | IterableDataset) -> list[str]:
+    """The columns of a source's rows; a stream may have to read its first row."""
+    with _readable(part):
+        return rows.column_names or list(next(iter(rows)))
+
+
+def _read(part: Part, streaming: bool) -> Dataset | IterableDataset:
+    if part.kind == "hub":
+        return _from_hub(part, load_dataset, split=part.spec.split, streaming=streaming)
+    if part.kind != "saved" and not any(file.stat().st_size for file in part.files):
+        raise _empty(part)
+    with _readable(part):
+        if part.kind == "saved":
+            rows = load_from_disk(str(part.files[0]))
+            if isinstance(rows, DatasetDict):
+                if part.spec.split not in rows:
+                    raise UserError(f"{part.label}: has no split {part.spec.split!r}, only {', '.join(rows)}")
+                rows = rows[part.spec.split]
+            rows = rows.to_iterable_dataset() if streaming else rows
+        else:
+            loader, options = _loader(part.kind)
+            files, size = list(map(str, part.files)), sum(file.stat().st_size for file in part.files)
+            with progress_bar(size >= _LARGE // 10):
+                rows = load_dataset(loader, data_files=files, split="train", streaming=streaming, **options)
+    if not streaming and not len(rows):
+        raise _empty(part)
+    return rows
+
+
+@contextlib.contextmanager
+def progress_bar(shown: bool) -> Iterator[None]:
+    """The bars of the datasets library, for work that takes a while only."""
+    before = datasets.are_progress_bars_disabled()
+    (datasets.enable_progress_bars if shown else datasets.disable_progress_bars)()
+    try:
+        yield
+    finally:
+        (datasets.disable_progress_bars if before else datasets.enable_progress_bars)()
+
+
+def _empty(part: Part) -> UserError:
+    return UserError(f"{part.label}: is empty; expected at least one row")
+
+
+@contextlib.contextmanager
+def _readable(part: Part) -> Iterator[None]:
+    """Errors of the datasets library while it reads a source, in our words."""
+    try:
+        yield
+    except UserError:
+        raise
+    except StopIteration:
+        raise _empty(part) from None
+    except (DatasetGenerationError, ValueError, OSError) as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[-1]
+        if "corresponds to no data" in reason or "No columns to parse" in reason:
+            raise _empty(part) from None
+        raise UserError(f"{part.label}: cannot be read: {reason}") from None
+
+
+def locate(part: Part, index: int) -> str:
+    """Where a row of a source is: the file, and the row in it, both counted from 0."""
+    if part.kind not in ("hub", "saved") and len(part.files) > 1:
+        for file in part.files:
+            count = len(_read(Part(part.dataset, part.spec, part.kind, (file,)), streaming=False))
+            if index < count:
+                return f"{file}: row {index}"
+            index -= count
+    return f"{part.label}: row {index}"

@@ -1,0 +1,192 @@
+"""Raw text of any size, read as it is trained on: shuffled block by block, packed, resumable at the exact piece.
+
+A block is `shuffle_buffer` documents in the order of the files. It is shuffled by itself, tokenised, joined with eos
+between documents and cut into pieces of `max_length` tokens; what is left at its end is a shorter piece, so no token is
+lost. A block depends on seed, pass and number alone. To resume, the block that was being trained on is made again, and
+the pieces of it that were used are passed over.
+"""
+
+import dataclasses
+import itertools
+import json
+from collections import Counter, deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import PartialState
+from datasets import IterableDataset, concatenate_datasets, interleave_datasets
+from transformers import TrainerCallback
+
+from pipeline.data import heldout, sources
+from pipeline.data.audit import Audit, Finding
+from pipeline.data.encode import encode_rows
+from pipeline.data.prepare import Datasets, check_serves, shape_of
+from pipeline.data.shapes import RowFault, convert
+from pipeline.errors import UserError
+
+STATE = "stream.json"
+NUM_REMEMBERED = 64  # blocks; a trainer reads one or two batches ahead of what it has trained on
+
+
+@dataclass(frozen=True)
+class Block:
+    """Where a block begins: pieces and documents before it, those left out by reason, and the reader's own state."""
+
+    piece: int = 0
+    epoch: int = 0
+    number: int = 0
+    documents: int = 0
+    dropped: dict[str, int] = dataclasses.field(default_factory=dict)
+    reader: dict[str, Any] | None = None
+
+
+class TextStream:
+    """The pieces of a dataset's documents, pass after pass, without end."""
+
+    def __init__(self, datasets: Datasets, name: str, max_length: int, seed: int):
+        self.config, self.tokenizer, self.name = datasets.config, datasets.tokenizer, name
+        self.max_length, self.seed = max_length, seed
+        self.parts = sources.find(self.config, name)
+        self.excluded = datasets.evaluated_elsewhere(name)
+        self.first_piece = 0
+        self._blocks: deque[Block] = deque([Block()], maxlen=NUM_REMEMBERED)
+
+    def dataset(self) -> IterableDataset:
+        """The pieces in the form that TRL takes: rows of `input_ids`."""
+        return IterableDataset.from_generator(self._pieces)
+
+    def _pieces(self) -> Iterator[dict[str, list[int]]]:
+        first = self._block_of(self.first_piece)
+        self._blocks = deque(maxlen=NUM_REMEMBERED)
+        for block, pieces in self.blocks(first):
+            self._blocks.append(block)
+            start = max(0, self.first_piece - block.piece)
+            yield from ({"input_ids": ids} for ids in pieces[start:])
+
+    def blocks(self, block: Block) -> Iterator[tuple[Block, list[list[int]]]]:
+        """Every block from a given one on, with its pieces.
+
+        Raises:
+            UserError: if too many documents cannot be used, or none can.
+        """
+        while True:
+            reader, before = self._reader(block), block.piece
+            documents = iter(reader)
+            while rows := list(itertools.islice(documents, self.config.data[self.name].shuffle_buffer)):
+                pieces, dropped = self._cut(rows, block)
+                yield block, pieces
+                block = Block(
+                    piece=block.piece + len(pieces),
+                    epoch=block.epoch,
+                    number=block.number + 1,
+                    documents=block.documents + len(rows),
+                    dropped=dict(Counter(block.dropped) + dropped),
+                    reader=reader.state_dict(),
+                )
+            if block.piece == before and block.number:
+                raise UserError(f"{self.parts[0].label}: no document can be used: {block.dropped}")
+            block = dataclasses.replace(block, epoch=block.epoch + 1, number=0, reader=None)
+
+    def look(self) -> Audit:
+        """What its first block holds."""
+        blocks = self.blocks(Block())
+        _, pieces = next(blocks)
+        after, _ = next(blocks)
+        dropped = {kind: Finding(count) for kind, count in after.dropped.items()}
+        tokens, rows = sum(map(len, pieces)), after.documents - sum(after.dropped.values())
+        parts = tuple((part, 0) for part in self.parts)
+        counts = (after.documents, rows, tokens)
+        head = tuple(pieces[:NUM_REMEMBERED])
+        return Audit(parts, "text", heldout.TRAIN, *counts, dropped, {}, {}, ("", None), streamed=True, head=head)
+
+    def _reader(self, block: Block) -> IterableDataset:
+        """The documents of all sources in order, or mixed by their weights; going on from a block's beginning."""
+        read = [self._source(part) for part in self.parts]
+        weights = [part.spec.weight for part in self.parts]
+        if len(read) == 1:
+            reader = read[0]
+        elif None in weights:
+            reader = concatenate_datasets(read)
+        else:
+            shares = [weight / sum(weights) for weight in weights]
+            reader = interleave_datasets(read, shares, seed=self.seed, stopping_strategy="first_exhausted")
+        if block.reader is not None:
+            reader.load_state_dict(block.reader)
+        return reader
+
+    def _source(self, part: sources.Part) -> IterableDataset:
+        rows = sources.load(part, streaming=True)
+        columns = sources.column_names(part, rows)
+        shape = shape_of(part, next(iter(rows)))
+        check_serves(part, shape, columns, "text")
+        return rows.select_columns(["text"])
+
+    def _cut(self, rows: list[dict[str, Any]], block: Block) -> tuple[list[list[int]], Counter[str]]:
+        """The pieces of a block's documents, and the number of those left out by reason."""
+        documents, dropped, why = [], Counter(), {}
+        for row in rows:
+            try:
+                document = convert(row, "text", "text")
+                if len(self.excluded) and _contains(self.excluded, heldout.key(document)):
+                    raise RowFault("held_out", "text", "is a text that another dataset is evaluated on")
+                documents.append(document)
+            except RowFault as fault:
+                dropped[fault.kind] += 1
+                why.setdefault(fault.kind, str(fault))
+        seen = block.documents + len(rows)
+        for kind, count in (Counter(block.dropped) + dropped).items():
+            allowed = self.config.checks.model_dump().get(kind)
+            if allowed is not None and count > allowed * seen:
+                share = f"{count} of the first {seen} documents; `checks.{kind}` allows {allowed:.2%}"
+                raise UserError(f"{self.parts[0].label}: {why.get(kind, kind)}: {share}")
+        order = np.random.default_rng([self.seed, block.epoch, block.number]).permutation(len(documents))
+        encoded = encode_rows(self.tokenizer, [documents[i] for i in order], "text")
+        ids = list(itertools.chain.from_iterable(row["input_ids"] for row in encoded))
+        return [ids[i : i + self.max_length] for i in range(0, len(ids), self.max_length)], dropped
+
+    def _block_of(self, piece: int) -> Block:
+        """The block that a piece is in, among those passed of late."""
+        return max((block for block in self._blocks if block.piece <= piece), key=lambda block: block.piece)
+
+    def state(self, piece: int) -> dict[str, Any]:
+        """What `resume` needs to go on with a piece."""
+        return {"piece": piece, "block": dataclasses.asdict(self._block_of(piece))}
+
+    def resume(self, state: dict[str, Any]) -> None:
+        self.first_piece = state["piece"]
+        self._blocks = deque([Block(**state["block"])], maxlen=NUM_REMEMBERED)
+
+    def record(self) -> dict[str, Any]:
+        """What the manifest keeps of it: the documents read up to the last block, and those left out."""
+        last = self._blocks[-1]
+        return {"split": heldout.TRAIN, "streamed": True, "read": last.documents, "dropped": last.dropped}
+
+
+def _contains(sorted_keys: np.ndarray, key: int) -> bool:
+    place = np.searchsorted(sorted_keys, np.uint64(key))
+    return place < len(sorted_keys) and sorted_keys[place] == np.uint64(key)
+
+
+class KeepPlace(TrainerCallback):
+    """Saves with every checkpoint which piece comes next, and goes on there."""
+
+    def __init__(self, stream: TextStream):
+        self.stream = stream
+        self.first_step = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.first_step = state.global_step
+        if state.global_step:
+            path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE
+            self.stream.resume(json.loads(path.read_text(encoding="utf-8")))
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # Every process passes over the pieces of the others, so each has the place of all.
+        per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        if PartialState().is_main_process:
+            path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE
+            place = self.stream.state(self.stream.first_piece + (state.global_step - self.first_step) * per_step)
+            path.write_text(json.dumps(place), encoding="utf-8")

@@ -1,0 +1,148 @@
+"""`rlhf check-data`: what becomes of every dataset's rows, what is worth a look, and rows as the model sees them."""
+
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.rule import Rule
+from rich.text import Text
+
+from pipeline import plan, preflight
+from pipeline.data.audit import Audit, Finding
+from pipeline.data.prepare import Datasets
+from pipeline.data.shapes import Row
+from pipeline.errors import UserError, all_of, unknown
+from pipeline.options import effective
+from pipeline.report import count, table
+from pipeline.schema import RunConfig, Stage
+
+TRAINED = ("⟦", "⟧")  # around tokens that are trained on
+_STYLE = "bold green"
+_SIDES = {"prompt_ids": "prompt", "chosen_ids": "chosen", "rejected_ids": "rejected"}
+
+
+def run(config: RunConfig, stages: list[str], sample: int, console: Console) -> None:
+    """Check the datasets of the stages `stages` (none given: of all), and show `sample` rows of each.
+
+    Raises:
+        UserError: with a line for each dataset that cannot be read or has more faults than `checks` allow.
+    """
+    for name in stages:
+        if name not in config.stages:
+            raise UserError(f"--stage: {unknown('stage', name, config.stages)}")
+    tokenizer, made = plan.tokenizer_of(config, plan.open_run(config))
+    read = Datasets(config, tokenizer, made.fingerprint)
+    audits: dict[str, dict[str, Audit]] = {}
+    problems = []
+    for name in stages or config.stages:
+        try:
+            audits[name] = preflight.audit(read, name)
+        except UserError as error:
+            problems.append(f"stages.{name}: {error}")
+    tables(audits, config.checks.model_dump(), console)
+    for name, roles in audits.items() if sample else ():
+        for role, audit in roles.items():
+            show_rows(read, name, role, audit, sample, console)
+    problems += [f"stages.{name}: {fault}" for name, fault in _faults(config, audits)]
+    if problems:
+        raise all_of(config.source, "dataset", "cannot be used", problems)
+
+
+def _faults(config: RunConfig, audits: dict[str, dict[str, Audit]]) -> Iterable[tuple[str, str]]:
+    for name, roles in audits.items():
+        for audit in roles.values():
+            for fault in audit.problems(config.checks.model_dump()):
+                yield name, fault
+
+
+def tables(audits: dict[str, dict[str, Audit]], thresholds: dict[str, float | None], console: Console) -> None:
+    """The datasets as their stages get them, then what was found in them, with the first rows."""
+    columns = (
+        "dataset",
+        "for",
+        "split",
+        "rows",
+        "left out",
+        "tokens",
+        "tokens per row: median / 90 % / 99 % / longest",
+    )
+    shown, findings = table("data", columns), table("findings", ("dataset", "rows that", "rows", "share", "first"))
+    for stages, audit in _grouped(audits):
+        lengths = "\n".join(f"{name} {_quantiles(values)}" for name, values in audit.lengths.items())
+        rows, tokens = count(audit.rows), count(audit.tokens)
+        if audit.streamed:
+            rows, tokens, lengths = "streamed", "", f"of the first {audit.read} documents: {tokens} tokens"
+        where = (audit.dataset, stages, audit.split)
+        shown.add_row(*where, rows, count(audit.num_dropped), tokens, lengths)
+        for kind, finding in (audit.dropped | audit.noticed).items():
+            if finding.count:
+                findings.add_row(*where, *_finding(audit, kind, finding, thresholds))
+    console.print(shown)
+    if findings.row_count:
+        console.print(findings)
+
+
+def _grouped(audits: dict[str, dict[str, Audit]]) -> list[tuple[str, Audit]]:
+    """The audits with the names of their stages, those that are equal together."""
+    found: list[tuple[list[str], Audit]] = []
+    for name, roles in audits.items():
+        for audit in roles.values():
+            same = next((names for names, other in found if other == audit), None)
+            if same is None:
+                found.append(([name], audit))
+            else:
+                same.append(name)
+    return [(", ".join(names), audit) for names, audit in found]
+
+
+def _quantiles(values: list[int]) -> str:
+    _, *rest = values
+    return " / ".join(map(str, rest))
+
+
+def _finding(audit: Audit, kind: str, finding: Finding, thresholds: dict[str, float | None]) -> tuple[str, ...]:
+    dropped = kind in audit.dropped
+    share, allowed = finding.count / (audit.read if dropped else audit.rows), thresholds.get(kind)
+    limit = "" if allowed is None else f" of {allowed:.0%} allowed"
+    color = "red" if allowed is not None and share > allowed else "yellow" if dropped else "default"
+    words = f"[{color}]{escape(audit.what(kind))}[/]" + (" (left out)" if dropped else "")
+    places = f"row {', '.join(map(str, finding.rows))}" if finding.rows and kind != "longer_wins" else ""
+    why = f": {escape(finding.why)}" if finding.why else ""
+    return words, str(finding.count), f"{share:.2%}{limit}", places + why
+
+
+def show_rows(read: Datasets, name: str, role: str, audit: Audit, number: int, console: Console) -> None:
+    """Rows of a stage's dataset as the model will see them, spread over the dataset."""
+    stage = read.config.stages[name]
+    console.print(Rule(f"{name}: {audit.dataset} ({audit.split})", align="left", style="bold cyan"))
+    rows: Any = [{"input_ids": ids} for ids in audit.head]
+    if not audit.streamed:
+        rows = read.prepare(name, role).rows
+    for i in np.linspace(0, len(rows) - 1, min(number, len(rows))).round().astype(int).tolist():
+        console.print(f"[dim]row {i} of {len(rows)}[/]")
+        for label, spans in parts_of(rows[i], stage, read.tokenizer):
+            text = Text(f"{label}: " if label else "", style="dim")
+            for said, trained in spans:
+                text.append(f"{TRAINED[0]}{said}{TRAINED[1]}" if trained else said, _STYLE if trained else "not dim")
+            console.print(text, soft_wrap=True)
+
+
+def parts_of(row: Row, stage: Stage, tokenizer: Any) -> list[tuple[str, list[tuple[str, bool]]]]:
+    """A tokenised row as text, special tokens included: (label, [(text, whether it is trained on)])."""
+
+    def text(ids: list[int]) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    if "input_ids" not in row:
+        trains = stage.type == "dpo"
+        return [
+            (label, [(text(row[ids]), trains and ids != "prompt_ids")]) for ids, label in _SIDES.items() if ids in row
+        ]
+    mask = row.get("completion_mask", [1] * len(row["input_ids"]))
+    if stage.type == "sft" and not effective("sft", stage.training)["completion_only_loss"]:
+        mask = [1] * len(mask)
+    groups = itertools.groupby(zip(row["input_ids"], mask, strict=True), key=lambda pair: pair[1])
+    return [("", [(text([ids for ids, _ in group]), bool(bit)) for bit, group in groups])]
