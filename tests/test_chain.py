@@ -22,7 +22,11 @@ EVALUATE = {"data": "demonstrations", "max_new_tokens": 8, "judge": "judge:score
 def make_chain(folder: Path, **stages) -> Path:
     (folder / "judge.py").write_text("def score(prompt, completion):\n    return -len(completion)\n")
     own = {"sft": tiny.SFT, "reward": tiny.REWARD, "ppo": tiny.PPO, "dpo": tiny.DPO, "evaluate": EVALUATE}
-    return tiny.make_run(folder, own | stages)
+    path = tiny.make_run(folder, own | stages)
+    # PPO trains on what evaluate reads: half of the prompts for each.
+    data = {"comparisons": {"path": "comparisons.jsonl"}}
+    tiny.edit(path, {"data": data | {"demonstrations": {"path": "demonstrations.jsonl", "heldout": 0.5}}})
+    return path
 
 
 def command(*args: str | Path) -> list[str]:

@@ -92,8 +92,10 @@ class Audit:
             messages.append(f"{share}; `checks.{kind}` allows {allowed:.2%}. First {first}{then}")
         if not self.rows and not messages:
             why = [f"{finding.count} {self.what(kind)}" for kind, finding in self.dropped.items() if finding.count]
-            mend = "; the held-out side is empty, raise `heldout` of the dataset" if not why else ""
-            messages.append(f"no {self.split} row is left of {self.read}: {', '.join(why)}{mend}")
+            if not self.read:
+                total = sum(size for _, size in self.parts)
+                why = [f"all prompts of its {total} rows are on the other side of the split; change its `heldout`"]
+            messages.append(f"no row is left on the {self.split} side: {', '.join(why)}")
         return [f"{self.label}: {message}" for message in messages]
 
     def record(self) -> dict[str, Any]:

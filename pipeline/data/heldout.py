@@ -18,7 +18,8 @@ TRAIN, HELD_OUT = "train", "held-out"
 def key(row: Row) -> int:
     """The 64-bit key of a canonical row's prompt; of raw text, the text's."""
     text = row.get("text") or next((m["content"] for m in row["prompt"] if m["role"] == "user"), "")
-    return hash64(" ".join(unicodedata.normalize("NFKC", text).casefold().split()))
+    plain = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return hash64(" ".join(plain.split()))
 
 
 def hash64(*texts: str) -> int:

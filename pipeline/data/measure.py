@@ -16,6 +16,7 @@ IDS = {"text": ["input_ids"], "demonstrations": ["input_ids", "completion_mask"]
 IDS["comparisons"] = ["prompt_ids", "chosen_ids", "rejected_ids"]
 LENGTHS = {"text": ["text"], "demonstrations": ["prompt", "completion"], "prompts": ["prompt"]}
 LENGTHS["comparisons"] = ["prompt", "chosen", "rejected"]
+NO_KEY = 0  # of a row without a prompt
 _NUMBERS = ("int8", "int32", "uint64")
 
 
@@ -55,7 +56,8 @@ class Measure:
             return fault
 
     def _fault(self, fault: RowFault) -> Row:
-        return {"_fault": KINDS.index(fault.kind) + 1, "_why": str(fault)}
+        known = {} if fault.row is None else {"_key": key(fault.row)}
+        return known | {"_fault": KINDS.index(fault.kind) + 1, "_why": str(fault)}
 
     def _finished(self, rows: list[Row]) -> list[Row]:
         if self.tokenizer is None:

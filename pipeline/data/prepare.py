@@ -12,11 +12,11 @@ from typing import Any
 
 import datasets
 import numpy as np
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, IterableDataset, concatenate_datasets
 
 from pipeline.data import heldout, sources
 from pipeline.data.audit import QUANTILES, Audit, Finding
-from pipeline.data.measure import IDS, KINDS, LENGTHS, Measure
+from pipeline.data.measure import IDS, KINDS, LENGTHS, NO_KEY, Measure
 from pipeline.data.shapes import FIELDS, WANTED_BY, detect, serves
 from pipeline.data.sources import Part
 from pipeline.errors import UserError
@@ -74,9 +74,10 @@ class Datasets:
             keys = []
             for part in sources.find(self.config, dataset):
                 raw = sources.load(part)
-                rows = _measured(part, raw, Measure(shape_of(part, raw[0]), "keys"), "")
-                keys.append(_column(rows, "_key")[_column(rows, "_fault") == 0])
-            self._keys[dataset] = np.unique(np.concatenate(keys))
+                rows = _measured(part, raw, Measure(shape_of(part, raw), "keys"), "")
+                keys.append(_column(rows, "_key"))
+            found = np.unique(np.concatenate(keys))
+            self._keys[dataset] = found[found != NO_KEY]
         return self._keys[dataset]
 
     def prepare(self, stage_name: str, role: str) -> Prepared:
@@ -91,7 +92,7 @@ class Datasets:
         parts, measured = sources.find(self.config, dataset), []
         for part in parts:
             raw = sources.load(part)
-            shape = shape_of(part, raw[0])
+            shape = shape_of(part, raw)
             check_serves(part, shape, raw.column_names, want)
             measured.append(_measured(part, raw, Measure(shape, want, self.tokenizer, max_length), self.key))
         rows = concatenate_datasets(measured) if len(measured) > 1 else measured[0]
@@ -112,7 +113,7 @@ class Datasets:
         keys, fault = _column(rows, "_key"), _column(rows, "_fault")
         side = np.ones(len(rows), bool)
         if heldout.is_shared(self.config, dataset):  # rows without a prompt are accounted for with the training rows
-            below = heldout.is_below(keys, self.config.data[dataset].heldout) & (fault == 0)
+            below = heldout.is_below(keys, self.config.data[dataset].heldout) & (keys != NO_KEY)
             side = below if split == heldout.HELD_OUT else ~below
         dropped = {kind: side & (fault == number) for number, kind in enumerate(KINDS, 1)}
         kept = side & (fault == 0)
@@ -125,12 +126,12 @@ class Datasets:
         return kept, dropped
 
 
-def shape_of(part: Part, first: dict[str, Any]) -> str:
-    """The format of a source: the one named in the config, or the one its first row tells."""
+def shape_of(part: Part, rows: Dataset | IterableDataset) -> str:
+    """The format of a source: the one named in the config, or the one its first rows tell."""
     if part.spec.format != "auto":
         return part.spec.format
     try:
-        return detect(first)
+        return detect(sources.first_values(part, rows))
     except ValueError as error:
         raise UserError(f"{part.label}: {error}") from None
 

@@ -41,11 +41,14 @@ _EXPECTED = (
 
 
 class RowFault(Exception):
-    """A fault of one row: its kind (a key of FAULTS), the field, what was seen and what was expected."""
+    """A fault of one row: its kind (a key of FAULTS), the field, what was seen and what was expected.
 
-    def __init__(self, kind: str, field: str, text: str):
+    `row` is what it holds nevertheless, in canonical form.
+    """
+
+    def __init__(self, kind: str, field: str, text: str, row: Row | None = None):
         super().__init__(f"{field}: {text}")
-        self.kind = kind
+        self.kind, self.row = kind, row
 
 
 def detect(row: Row) -> str:
@@ -55,15 +58,16 @@ def detect(row: Row) -> str:
         ValueError: if no format has these columns.
     """
     columns = row.keys()
-    if any(isinstance(row.get(label), bool) for label in _LABELS) and _demonstration(columns):
+    if any(_label(row.get(label)) is not None for label in _LABELS) and _demonstration(row):
         return "unpaired"
     if "conversations" in columns:
         return "sharegpt"
     if {"chosen", "rejected"} <= columns:
-        return "hh" if any(_is_dialogue(row.get(field)) for field in ("prompt", "chosen")) else "comparison"
+        dialogue = isinstance(row["chosen"], str) and any(_is_dialogue(row.get(name)) for name in ("prompt", "chosen"))
+        return "hh" if dialogue else "comparison"
     if columns >= _SHP or (_first(row, _QUESTIONS) and _first(row, _ANSWERS)):
         return "scored"
-    if found := _demonstration(columns):
+    if found := _demonstration(row):
         return found
     if "prompt" in columns:
         return "hh" if _is_dialogue(row["prompt"]) else "prompt"
@@ -72,10 +76,18 @@ def detect(row: Row) -> str:
     raise ValueError(f"has the columns {', '.join(columns)}; expected {_EXPECTED}")
 
 
-def _demonstration(columns: Iterable[str]) -> str | None:
+def _demonstration(row: Row) -> str | None:
+    """The format of a row's demonstration, told by its columns."""
     needs = {"sharegpt": {"conversations"}, "messages": {"messages"}, "alpaca": {"instruction", "output"}}
     needs["prompt_completion"] = {"prompt", "completion"}
-    return next((shape for shape, needed in needs.items() if needed <= set(columns)), None)
+    found = next((shape for shape, needed in needs.items() if needed <= row.keys()), None)
+    return "hh" if found == "prompt_completion" and _is_dialogue(row["prompt"]) else found
+
+
+def _label(value: Any) -> bool | None:
+    """True or false, also as 1 and 0 or as text, as tables have them; None for anything else."""
+    said = value.strip().lower() if isinstance(value, str) else value if isinstance(value, (bool, int)) else None
+    return {"true": True, "false": False, "1": True, "0": False, 1: True, 0: False}.get(said)
 
 
 def _is_dialogue(value: Any) -> bool:
@@ -87,11 +99,11 @@ def serves(shape: str, columns: Iterable[str]) -> set[str]:
     columns, wants = set(columns), {"prompts", "demonstrations"}
     if shape in ("text", "prompt"):
         wants = {"text"} if shape == "text" else {"prompts"}
-    elif shape in ("comparison", "scored") or (shape in ("sharegpt", "hh") and "rejected" in columns):
+    elif shape in ("comparison", "scored") or (shape in ("sharegpt", "hh") and {"chosen", "rejected"} <= columns):
         wants |= {"comparisons"}
-    elif shape == "hh" and "completion" not in columns:
+    elif shape == "hh" and not columns & {"completion", "chosen"}:
         wants = {"prompts"}
-    return wants | ({"text"} if "text" in columns else set())
+    return wants
 
 
 def convert(row: Row, shape: str, want: str) -> Row:
@@ -106,20 +118,33 @@ def convert(row: Row, shape: str, want: str) -> Row:
         return {"text": _text(row, "text")}
     converted = to_messages(row, shape)
     if want == "demonstrations":
-        if converted.pop("label", True) is False:
-            raise RowFault("label_false", "label", "is false, so the completion is none to learn from")
-        completion = converted.get("completion") or converted["chosen"]
+        if converted.get("label") is False:
+            raise RowFault("label_false", "label", "is false, so the completion is none to learn from", converted)
+        completion = converted.get("completion") or converted.get("chosen")
+        if completion is None:
+            raise RowFault("malformed", "completion", "expected an answer to learn from, got none")
         return {"prompt": converted["prompt"], "completion": completion}
+    if want == "comparisons" and "chosen" not in converted:
+        raise RowFault("malformed", "chosen", f"expected text or messages, got {_shown(row.get('chosen'))}")
     return {"prompt": converted["prompt"]} if want == "prompts" else converted
 
 
 def to_messages(row: Row, shape: str) -> Row:
     """One row of any format but raw text in canonical form, with all it holds."""
     if shape == "unpaired":
-        label = next(row[name] for name in _LABELS if name in row)
-        if not isinstance(label, bool):
-            raise RowFault("malformed", "label", f"expected true or false, got {label!r}")
+        label = next((found for name in _LABELS if (found := _label(row.get(name))) is not None), None)
+        if label is None:
+            raise RowFault("malformed", "label", f"expected true or false, got {_shown(row.get('label'))}")
         return to_messages(row, _demonstration(row) or "prompt_completion") | {"label": label}
+    converted, system = _to_messages(row, shape), _system(row)
+    if system and converted["prompt"][0]["role"] != "system":
+        return converted | {"prompt": [*system, *converted["prompt"]]}
+    if system and system[0] != converted["prompt"][0]:
+        raise RowFault("malformed", "system", f"is another than the dialogue's own system message: {_shown(system)}")
+    return converted
+
+
+def _to_messages(row: Row, shape: str) -> Row:
     if shape == "comparison":
         return _comparison(row, _prompt_field(row))
     if shape == "scored":
@@ -129,15 +154,16 @@ def to_messages(row: Row, shape: str) -> Row:
     if shape == "prompt":
         return {"prompt": _ends_with_user(_messages(row, "prompt", "user"))}
     if shape == "prompt_completion":
-        answer = _messages(row, "completion", "assistant")
-        return _dialogue([*_system(row), *_messages(row, "prompt", "user"), *answer], "completion")
+        prompt, answer = _messages(row, "prompt", "user"), _messages(row, "completion", "assistant")
+        _check_order(prompt, "prompt")
+        return _dialogue([*prompt, *answer], "completion")
     if shape == "messages":
         return _dialogue(_messages(row, "messages"), "messages")
     if shape == "alpaca":
         return _dialogue([*_alpaca(row), {"role": "assistant", "content": _text(row, "output")}], "instruction")
     if row.get("chosen") is not None or row.get("rejected") is not None:  # LLaMA-Factory's ranking variant
         return _comparison(row, "conversations")
-    return _dialogue([*_system(row), *_messages(row, "conversations")], "conversations")
+    return _dialogue(_messages(row, "conversations"), "conversations")
 
 
 def _text(row: Row, field: str) -> str:
@@ -185,12 +211,13 @@ def _message(turn: Any, field: str) -> dict[str, str]:
     speaker = said.get("role") or said.get("from")
     content = next((said[name] for name in ("content", "value") if said.get(name) is not None), None)
     if isinstance(content, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
-        content = "".join(str(part.get("text")) for part in content)
-    if not isinstance(speaker, str) or speaker not in ROLES or not isinstance(content, str):
-        raise RowFault("malformed", field, f"expected messages with a role and text, got {_shown(turn)}")
+        texts = [part.get("text") for part in content]
+        content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
     if said.get("tool_calls") or said.get("weight") == 0:
         what = "tool calls" if said.get("tool_calls") else "messages of weight 0"
         raise RowFault("malformed", field, f"{what} are not supported, got {_shown(turn)}")
+    if not isinstance(speaker, str) or speaker not in ROLES or not isinstance(content, str):
+        raise RowFault("malformed", field, f"expected messages with a role and text, got {_shown(turn)}")
     if not content.strip():
         raise RowFault("empty", field, f"the message of {speaker!r} is empty")
     return {"role": ROLES[speaker], "content": content}
@@ -220,17 +247,20 @@ def _dialogue(messages: Messages, field: str) -> Row:
 
 
 def _alpaca(row: Row) -> Messages:
-    """Alpaca's prompt: system, earlier turns (`history`: pairs of instruction and answer), instruction with input."""
+    """Alpaca's prompt: earlier turns (`history`: pairs of instruction and answer), then instruction with input."""
     turns: Messages = []
-    for pair in row.get("history") or []:
+    history = row.get("history") or []
+    for pair in history if isinstance(history, list) else [history]:
         if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(side, str) for side in pair):
             raise RowFault("malformed", "history", f"expected pairs of instruction and answer, got {_shown(pair)}")
+        if not all(side.strip() for side in pair):
+            raise RowFault("empty", "history", f"has an empty turn: {_shown(pair)}")
         turns += [{"role": role, "content": side} for role, side in zip(("user", "assistant"), pair, strict=True)]
     instruction, extra = _text(row, "instruction"), row.get("input")
     if extra is not None and not isinstance(extra, str):
         raise RowFault("malformed", "input", f"expected text, got {_shown(extra)}")
     text = f"{instruction}\n\n{extra}" if extra and extra.strip() else instruction
-    return [*_system(row), *turns, {"role": "user", "content": text}]
+    return [*turns, {"role": "user", "content": text}]
 
 
 def _prompt_field(row: Row) -> str | None:
@@ -240,12 +270,13 @@ def _prompt_field(row: Row) -> str | None:
 
 def _comparison(row: Row, prompt_field: str | None) -> Row:
     chosen, rejected = _messages(row, "chosen", "assistant"), _messages(row, "rejected", "assistant")
-    if len(chosen) > 1 or len(rejected) > 1:  # whole dialogues; the prompt beside them is their first message
-        return _pair(chosen, rejected)
+    if len(chosen) > 1 or len(rejected) > 1:  # whole dialogues; a text beside them only repeats their first message
+        before = _messages(row, prompt_field) if prompt_field and isinstance(row[prompt_field], list) else []
+        sides = [side if side[: len(before)] == before else [*before, *side] for side in (chosen, rejected)]
+        return _pair(*sides)
     if prompt_field is None:
         raise RowFault("empty", "prompt", "is empty, and the sides are no whole dialogues")
-    given = _alpaca(row) if prompt_field == "instruction" else _messages(row, prompt_field, "user")
-    prompt = given if prompt_field == "instruction" else [*_system(row), *given]
+    prompt = _alpaca(row) if prompt_field == "instruction" else _messages(row, prompt_field, "user")
     return _pair([*prompt, *chosen], [*prompt, *rejected])
 
 
@@ -270,17 +301,25 @@ def _sides(prompt: Messages, chosen: str, rejected: str) -> Row:
 
 def _hh(row: Row) -> Row:
     """Dialogue strings as in HH-RLHF: "\\n\\nHuman: ...\\n\\nAssistant: ...", the prompt within or beside them."""
-    before = [] if row.get("prompt") is None else _turns(row, "prompt")
+    fields = ("chosen", "rejected") if "chosen" in row else ("completion",) if "completion" in row else ()
+    before = _turns(row, "prompt") if not fields or _is_dialogue(row.get("prompt")) else []
     if before and before[-1] == {"role": "assistant", "content": ""}:
         before.pop()  # the header of the answer to come
-    if "chosen" not in row and "completion" not in row:
+    if not fields:
         return {"prompt": _ends_with_user(_nonempty(before, "prompt"))}
-    sides = []
-    for field in ("chosen", "rejected") if "chosen" in row else ("completion",):
-        turns = _turns(row, field) if _is_dialogue(row.get(field)) else []
-        side = turns or [*before, {"role": "assistant", "content": _text(row, field).strip()}]
-        sides.append(_nonempty(side, field))
+    sides = [_nonempty(_hh_side(row, field, before), field) for field in fields]
     return _pair(*sides) if len(sides) == 2 else _dialogue(sides[0], "completion")
+
+
+def _hh_side(row: Row, field: str, before: Messages) -> Messages:
+    """One side as a whole dialogue: it is one, or it is the answer to the dialogue before it."""
+    if _is_dialogue(row.get(field)):
+        return _turns(row, field)
+    answer = _text(row, field).strip()
+    if not before:
+        where = "prompt" if row.get("prompt") else field
+        raise RowFault("malformed", where, f"expected it to begin with 'Human:', got {_shown(row[where])}")
+    return [*before, {"role": "assistant", "content": answer}]
 
 
 def _nonempty(turns: Messages, field: str) -> Messages:
@@ -301,10 +340,11 @@ def _scored(row: Row) -> Row:
     """Several answers to a question with scores: the best against the worst. SHP's two answers with a preference."""
     if "human_ref_A" in row:
         prompt, texts = _text(row, "history"), [_text(row, "human_ref_A"), _text(row, "human_ref_B")]
-        preferred = row.get("labels")
-        if preferred not in (0, 1):
-            raise RowFault("malformed", "labels", f"expected 1 (A is better) or 0 (B is), got {_shown(preferred)}")
-        chosen, rejected = texts if preferred == 1 else reversed(texts)
+        first_is_better = _label(row.get("labels"))
+        if first_is_better is None:
+            seen = _shown(row.get("labels"))
+            raise RowFault("malformed", "labels", f"expected 1 (A is better) or 0 (B is), got {seen}")
+        chosen, rejected = texts if first_is_better else reversed(texts)
         return _sides([{"role": "user", "content": prompt}], chosen, rejected)
     question, field = _first(row, _QUESTIONS), _first(row, _ANSWERS)
     if question is None or field is None:

@@ -5,13 +5,23 @@ import functools
 import glob
 import hashlib
 import importlib.util
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_dataset_builder, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    IterableDataset,
+    Value,
+    load_dataset,
+    load_dataset_builder,
+    load_from_disk,
+)
 from datasets.exceptions import DatasetGenerationError
 
 from pipeline import schema
@@ -28,6 +38,7 @@ _SAVED = ("dataset_info.json", "state.json", "dataset_dict.json")  # of `save_to
 _METADATA = (*_SAVED, "dataset_infos.json")
 _LARGE = 1 << 30  # bytes; larger files are fingerprinted by samples
 _NUM_SAMPLES = 64
+NUM_LOOKED_AT = 100  # rows that tell a source's format
 
 
 @dataclass(frozen=True)
@@ -60,8 +71,10 @@ def find(config: RunConfig, name: str) -> list[Part]:
 
 
 def _resolve(config: RunConfig, name: str, spec: schema.Source, key: str) -> Part:
-    pattern = str(config.folder / Path(spec.path).expanduser())
-    matches = [Path(match).resolve() for match in sorted(glob.glob(pattern, recursive=True))]  # noqa: PTH207
+    pattern, literal = str(config.folder / Path(spec.path).expanduser()), config.folder / Path(spec.path).expanduser()
+    inside = glob.escape(f"{config.folder}/") + spec.path if pattern.startswith(f"{config.folder}/") else pattern
+    found = sorted(glob.glob(inside, recursive=True))  # noqa: PTH207
+    matches = [literal.absolute()] if literal.exists() else [Path(match).absolute() for match in found]
     local = _kind(Path(spec.path)) is not None or spec.path.startswith((".", "/", "~")) or "*" in spec.path
     if not matches and (local or spec.path.count("/") > 1):
         raise UserError(f"{key}: no such file: {pattern}")
@@ -73,20 +86,23 @@ def _resolve(config: RunConfig, name: str, spec: schema.Source, key: str) -> Par
             return Part(name, spec, "saved", (matches[0],))
         return _folder(name, spec, matches[0], key)
     files = [file for match in matches for file in (_data_files(match) if match.is_dir() else [match])]
-    return Part(name, spec, _one_kind(files, key, pattern), tuple(files))
+    return Part(name, spec, _one_kind(files, key, pattern), tuple(dict.fromkeys(files)))
 
 
 def _folder(name: str, spec: schema.Source, folder: Path, key: str) -> Part:
     """The files of one split of a folder, told by their names as the datasets library does it."""
-    listed = _data_files(folder)
-    kind = _one_kind(listed, key, folder)
+    listed = {file.resolve(): file for file in _data_files(folder)}
+    kind = _one_kind(list(listed.values()), key, folder)
     loader, _ = _loader(kind)
-    splits = load_dataset_builder(loader, data_dir=str(folder)).config.data_files
-    found = {str(split): [Path(file) for file in files] for split, files in splits.items()}
-    if spec.split not in found:
+    splits = load_dataset_builder(loader, data_dir=glob.escape(str(folder))).config.data_files
+    found: dict[str, list[Path]] = {}
+    for split, files in splits.items():
+        places = [Path(file).resolve() for file in files]
+        found[str(split)] = [listed.pop(place) for place in places if place in listed]
+    if not found.get(spec.split):
         raise UserError(f"{key}: {folder} has no split {spec.split!r}, its files' names give {', '.join(found)}")
-    if left := set(listed) - {file.resolve() for files in found.values() for file in files}:
-        raise UserError(f"{key}: {min(left)} belongs to no split of the folder; give the files as a glob")
+    if listed:
+        raise UserError(f"{key}: {min(listed.values())} belongs to no split of the folder; give the files as a glob")
     return Part(name, spec, kind, tuple(found[spec.split]))
 
 
@@ -98,17 +114,18 @@ def _data_files(folder: Path) -> list[Path]:
 
 
 def _kind(file: Path) -> str | None:
-    suffixes = [suffix for suffix in file.suffixes if suffix not in COMPRESSIONS]
-    return LOADERS.get(suffixes[-1]) if suffixes else None
+    compressed = file.suffix.lower() in COMPRESSIONS
+    kind = LOADERS.get((Path(file.stem) if compressed else file).suffix.lower())
+    return None if compressed and kind in ("parquet", "arrow") else kind  # they are compressed inside
 
 
 def _one_kind(files: list[Path], key: str, where: Any) -> str:
     """The kind that all files are of."""
-    expected = f"expected {', '.join(LOADERS)}, compressed or not"
+    expected = f"expected {', '.join(LOADERS)}; text formats may be compressed ({', '.join(COMPRESSIONS)})"
     if not files:
         raise UserError(f"{key}: no file in {where} can be read; {expected}")
     for file in files:
-        package = COMPRESSIONS.get(file.suffix)
+        package = COMPRESSIONS.get(file.suffix.lower())
         if _kind(file) is None:
             raise UserError(f"{key}: cannot read {file}; {expected}")
         if package is not None and importlib.util.find_spec(package) is None:
@@ -121,7 +138,9 @@ def _one_kind(files: list[Path], key: str, where: Any) -> str:
 
 def _loader(kind: str) -> tuple[str, dict[str, Any]]:
     """The loader of the datasets library, and its options."""
-    return ("csv", {"sep": "\t"}) if kind == "tsv" else (kind, {})
+    if kind not in ("csv", "tsv"):
+        return kind, {}
+    return "csv", {"sep": "\t" if kind == "tsv" else ",", "keep_default_na": False}
 
 
 @functools.lru_cache(maxsize=4096)
@@ -149,7 +168,7 @@ def fingerprint(part: Part) -> str:
         files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder else part.files
         content = [_content(file, file.stat().st_size, file.stat().st_mtime) for file in files]
         content += [spec.split] if folder else []
-    return digest([content, spec.format, spec.columns, spec.limit, spec.weight])
+    return digest([part.kind, content, spec.format, spec.columns, spec.limit, spec.weight])
 
 
 def fingerprint_of(config: RunConfig, name: str) -> str:
@@ -176,13 +195,19 @@ def load(part: Part, streaming: bool = False) -> Dataset | IterableDataset:
     """
     rows, spec = _read(part, streaming), part.spec
     columns = column_names(part, rows)
-    for theirs, ours in spec.columns.items():
+    for theirs in spec.columns:
         if theirs not in columns:
-            raise UserError(
-                f"{part.label}: `columns` maps {theirs!r}, which is not a column; {nearest(theirs, columns)}"
-            )
-        if theirs != ours:
-            rows = rows.remove_columns([ours] if ours in columns else []).rename_column(theirs, ours)
+            hint = nearest(theirs, columns)
+            raise UserError(f"{part.label}: `columns` maps {theirs!r}, which is not a column; {hint}")
+    targets = list(spec.columns.values())
+    if len(set(targets)) < len(targets):
+        raise UserError(f"{part.label}: `columns` maps several columns to one: {', '.join(targets)}")
+    if spec.columns:
+        replaced = [name for name in targets if name in columns and name not in spec.columns]
+        # Through names that no one has, so that two columns may swap theirs.
+        aside = {theirs: f"\0{ours}" for theirs, ours in spec.columns.items()}
+        rows = rows.remove_columns(replaced).rename_columns(aside)
+        rows = rows.rename_columns({name: name[1:] for name in aside.values()})
     if spec.limit is not None:
         rows = rows.take(spec.limit) if streaming else rows.select(range(min(spec.limit, len(rows))))
     return rows
@@ -192,6 +217,15 @@ def column_names(part: Part, rows: Dataset | IterableDataset) -> list[str]:
     """The columns of a source's rows; a stream may have to read its first row."""
     with _readable(part):
         return rows.column_names or list(next(iter(rows)))
+
+
+def first_values(part: Part, rows: Dataset | IterableDataset) -> dict[str, Any]:
+    """A row with the first value of each column that is not null among a source's first rows."""
+    with _readable(part):
+        head = list(itertools.islice(rows, NUM_LOOKED_AT))
+    if not head:
+        raise _empty(part)
+    return {column: next((row[column] for row in head if row[column] is not None), None) for column in head[0]}
 
 
 def _read(part: Part, streaming: bool) -> Dataset | IterableDataset:
@@ -209,7 +243,13 @@ def _read(part: Part, streaming: bool) -> Dataset | IterableDataset:
             rows = rows.to_iterable_dataset() if streaming else rows
         else:
             loader, options = _loader(part.kind)
-            files, size = list(map(str, part.files)), sum(file.stat().st_size for file in part.files)
+            # The library takes paths for patterns.
+            files = [glob.escape(str(file)) for file in part.files]
+            size = sum(file.stat().st_size for file in part.files)
+            if loader == "csv":
+                # Every cell is text: a column of answers such as "2" must not become numbers.
+                first = next(iter(load_dataset(loader, data_files=files, split="train", streaming=True, **options)))
+                options["features"] = Features(dict.fromkeys(first, Value("string")))
             with progress_bar(size >= _LARGE // 10):
                 rows = load_dataset(loader, data_files=files, split="train", streaming=streaming, **options)
     if not streaming and not len(rows):

@@ -120,7 +120,7 @@ class TextStream:
     def _source(self, part: sources.Part) -> IterableDataset:
         rows = sources.load(part, streaming=True)
         columns = sources.column_names(part, rows)
-        shape = shape_of(part, next(iter(rows)))
+        shape = shape_of(part, rows)
         check_serves(part, shape, columns, "text")
         return rows.select_columns(["text"])
 
