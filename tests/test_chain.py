@@ -16,16 +16,16 @@ from pipeline.config import load
 
 ROOT = Path(__file__).parents[1]
 CHAIN = ["sft", "reward", "ppo", "dpo", "evaluate"]
-EVALUATE = {"data": "demonstrations", "max_new_tokens": 8, "judge": "judge:score"}
+EVALUATE = {"data": "heldout", "max_new_tokens": 8, "judge": "judge:score"}
 
 
 def make_chain(folder: Path, **stages) -> Path:
     (folder / "judge.py").write_text("def score(prompt, completion):\n    return -len(completion)\n")
     own = {"sft": tiny.SFT, "reward": tiny.REWARD, "ppo": tiny.PPO, "dpo": tiny.DPO, "evaluate": EVALUATE}
     path = tiny.make_run(folder, own | stages)
-    # PPO trains on what evaluate reads: half of the prompts for each.
-    data = {"comparisons": {"path": "comparisons.jsonl"}}
-    tiny.edit(path, {"data": data | {"demonstrations": {"path": "demonstrations.jsonl", "heldout": 0.5}}})
+    tiny.write_rows(folder / "heldout.jsonl", [{"prompt": f"What of {topic}?"} for topic in tiny.TOPICS])
+    names = ("comparisons", "demonstrations", "heldout")
+    tiny.edit(path, {"data": {name: {"path": f"{name}.jsonl"} for name in names}})
     return path
 
 

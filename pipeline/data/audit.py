@@ -37,8 +37,8 @@ class Audit:
     """What became of the rows of a dataset that are on one side of the split.
 
     `read` rows are `rows` and those of `dropped`. `lengths` are quantiles (QUANTILES) in tokens, of the whole row
-    (`row`) and of its parts. `limit` is the option that limits a row's length, and the limit. Of a stream only the
-    first documents are known.
+    (`row`) and of its parts. `limit` is the option that limits a row's length, and the limit. `prompts` are the number
+    of different prompts in `rows` and their digest. Of a stream only the first documents are known.
     """
 
     parts: tuple[tuple[Part, int], ...]
@@ -51,6 +51,7 @@ class Audit:
     noticed: dict[str, Finding]
     lengths: dict[str, list[int]]
     limit: tuple[str, int | None]
+    prompts: tuple[int, str] = (0, "")
     streamed: bool = False
     head: tuple[list[int], ...] = ()  # of a stream: token ids of its first pieces
 
@@ -102,4 +103,6 @@ class Audit:
         """What the manifest keeps of it."""
         found = {"dropped": self.dropped, "noticed": self.noticed}
         counts = {name: {k: f.count for k, f in kinds.items() if f.count} for name, kinds in found.items()}
-        return {"split": self.split, "read": self.read, "rows": self.rows, "tokens": self.tokens} | counts
+        number, digest = self.prompts
+        sizes = {"read": self.read, "rows": self.rows, "tokens": self.tokens}
+        return {"split": self.split, **sizes, "prompts": number, "prompts_digest": digest} | counts

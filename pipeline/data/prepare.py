@@ -4,6 +4,7 @@ All of a dataset's rows go through Arrow in batches, in several processes, and a
 library by content, format, template and tokenizer; what is decided per row afterwards (split, lengths) takes no time.
 """
 
+import hashlib
 import itertools
 import os
 from dataclasses import dataclass
@@ -233,7 +234,9 @@ def _audit(
     tokens = sum(int(_column(rows, f"_{name}")[kept].sum()) for name in LENGTHS[want])
     read = int(kept.sum() + sum(mask.sum() for mask in dropped.values()))
     counts = (read, int(kept.sum()), tokens)
-    return Audit(tuple(parts), want, split, *counts, findings(dropped), findings(noticed), quantiles, limit)
+    keys = np.unique(_column(rows, "_key")[kept])
+    prompts = (len(keys), hashlib.sha256(keys.tobytes()).hexdigest())
+    return Audit(tuple(parts), want, split, *counts, findings(dropped), findings(noticed), quantiles, limit, prompts)
 
 
 def _repeats(digests: np.ndarray, kept: np.ndarray) -> np.ndarray:
