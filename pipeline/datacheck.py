@@ -110,6 +110,8 @@ def _finding(audit: Audit, kind: str, finding: Finding, thresholds: dict[str, fl
     color = "red" if allowed is not None and share > allowed else "yellow" if dropped else "default"
     words = f"[{color}]{escape(audit.what(kind))}[/]" + (" (left out)" if dropped else "")
     places = f"row {', '.join(map(str, finding.rows))}" if finding.rows and kind != "longer_wins" else ""
+    if places and len([file for part, _ in audit.parts for file in part.files]) > 1:
+        places = "\n".join(map(audit.place, finding.rows))
     why = f": {escape(finding.why)}" if finding.why else ""
     return words, str(finding.count), f"{share:.2%}{limit}", places + why
 

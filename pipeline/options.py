@@ -27,6 +27,7 @@ _REASONS = {
     "a checkpoint without optimizer state cannot be resumed": "save_only_model",
     "a stage's output is its last state": "load_best_model_at_end",
     "the pipeline tokenises rows": "remove_unused_columns dataset_text_field dataset_kwargs assistant_only_loss",
+    "set `too_long` of the run; trainers cut nothing": "truncation_mode",
     "the run has one tokenizer; set it under `tokenizer:`": "chat_template_path eos_token pad_token",
     "generation stops at the run's eos token": "stop_token stop_token_id",
     "the pipeline gives a stage its models": "sft_model_path reward_model_path model_adapter_name ref_adapter_name",

@@ -4,7 +4,6 @@ A stage is current when it has a record, its config and inputs are those of the 
 the three questions of every build tool. Inputs are compared by content, so a moved run folder stays current.
 """
 
-import contextlib
 import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from pipeline.manifest import Manifest, TokenizerRecord, digest
 from pipeline.schema import RunConfig, TrainingStage, datasets, functions, parents
 
 # Options of `training:` that change what is shown or kept, not what is learned.
-_LOADING = ("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataset_num_proc")
+_LOADING = ("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers")
 NEUTRAL = ("logging_", "log_", "save_", "report_to", "run_name", "disable_tqdm", *_LOADING)
 _WIRING = {"init", "reward", "baseline", "policies", "data", "eval_data", "accelerate_config"}
 
@@ -87,11 +86,9 @@ def _data_inputs(config: RunConfig, name: str, read: Datasets) -> dict[str, str]
         inputs[role] = sources.fingerprint_of(config, dataset)
         if heldout.is_shared(config, dataset):
             inputs[f"{role}: held-out share"] = str(config.data[dataset].heldout)
-        if heldout.role_split(role, isinstance(stage, TrainingStage)) == heldout.TRAIN:
-            # A dataset that cannot be read is for the checks before the first stage to tell, with all other problems.
-            with contextlib.suppress(UserError):
-                if removed := read.removed(dataset):
-                    inputs[f"{role}: held-out prompts in it"] = removed
+        trained_on = heldout.role_split(role, isinstance(stage, TrainingStage)) == heldout.TRAIN
+        if trained_on and (removed := read.removed(dataset)):
+            inputs[f"{role}: held-out prompts in it"] = removed
     for field, reference in functions(stage):
         file = scoring.source_of(reference, config.folder, f"stages.{name}.{field}")
         if file is not None:
@@ -108,6 +105,17 @@ def identify(config: RunConfig, name: str, recorded: Manifest, read: Datasets | 
         record = recorded.stages.get(parent)
         inputs[role] = digest(record.output.files) if record else ""
     return Identity(_config_of(config, name), inputs)
+
+
+def _identity_now(config: RunConfig, name: str, recorded: Manifest, read: Datasets) -> Identity:
+    """The identity of a stage, with an unknown input where its data or functions cannot be read.
+
+    That is for the checks before the first stage to tell, with all other problems.
+    """
+    try:
+        return identify(config, name, recorded, read)
+    except UserError as error:
+        return Identity(_config_of(config, name), {"data": f"cannot be read: {error}"})
 
 
 def _changed(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -142,7 +150,7 @@ def decide(config: RunConfig, recorded: Manifest, redo: tuple[str, ...] = ()) ->
         elif again and record is not None:
             reason = f"{', '.join(again)} {'runs' if len(again) == 1 else 'run'} again"
         else:
-            reason = _stale(identify(config, name, recorded, read), record)
+            reason = _stale(_identity_now(config, name, recorded, read), record)
         decisions[name] = Decision(name, reason is not None, reason or "finished, nothing changed")
     return list(decisions.values())
 

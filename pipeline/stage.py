@@ -104,8 +104,9 @@ def _prepare(config: RunConfig, name: str) -> plan.Identity | UserError | None:
                 why = f"which is not finished: {decisions[parent].reason}"
                 return UserError(f"stage {name!r} needs {parent!r} ({role}), {why}. Run it first")
             manifest.verify(config.run_path, parent, recorded.stages[parent])
+        identity = plan.identify(config, name, recorded)  # before anything is dropped: it may not be readable
         manifest.drop(config.run_path, [name, *plan.descendants(config, name)])
-        return plan.identify(config, name, recorded)
+        return identity
     except UserError as error:
         return error
 

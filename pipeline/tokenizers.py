@@ -26,7 +26,8 @@ def fingerprint(tokenizer: Any) -> str:
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     # Trainers switch padding and truncation on and off in the backend; they are no part of the tokenizer.
     rules = {key: value for key, value in backend.items() if key not in ("padding", "truncation")}
-    return digest([rules, tokenizer.chat_template, tokenizer.pad_token_id, tokenizer.eos_token_id])
+    special = tokenizer.special_tokens_map
+    return digest([rules, tokenizer.chat_template, tokenizer.pad_token_id, tokenizer.eos_token_id, special])
 
 
 def _train(config: RunConfig) -> PreTrainedTokenizerFast:

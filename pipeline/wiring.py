@@ -18,6 +18,10 @@ from pipeline.schema import (
     same_shape,
 )
 
+# What a stream fixes of a stage's options.
+_STREAMED = dict.fromkeys(("dataloader_num_workers", "shuffle_dataset", "padding_free", "auto_find_batch_size"), False)
+_STREAMED |= {"packing": True, "packing_strategy": "wrapped", "accelerator_config": None}
+
 
 def wire(config: RunConfig, problems: Problems) -> RunConfig:
     """Fill in every reference and shared option, and put the stages in an order in which they can run."""
@@ -71,9 +75,11 @@ def _check_stream(name: str, training: dict[str, Any], problems: Problems) -> No
     for key in ("max_steps", "max_length"):
         if given[key] is None or given[key] <= 0:
             problems.add("is required with a streamed dataset, whose length is not known", *where, key)
-    if given["dataloader_num_workers"] or given["shuffle_dataset"]:
-        wrong = "a streamed dataset is shuffled by its `shuffle_buffer` and read by the process that trains"
-        problems.add(f"{wrong}: leave out dataloader_num_workers and shuffle_dataset", *where)
+    for key, only in _STREAMED.items():
+        if key in training and training[key] != only:
+            problems.add(
+                f"a streamed dataset is shuffled by its `shuffle_buffer` and packed: only {only} fits", *where, key
+            )
 
 
 def _references(config: RunConfig, name: str, problems: Problems) -> dict[str, Any]:

@@ -11,8 +11,10 @@ from rich.console import Console
 from pipeline import datacheck, tokenizers
 from pipeline.config import load
 from pipeline.data import encode, prepare, sources
+from pipeline.data.audit import Finding
 from pipeline.data.prepare import Datasets
 from pipeline.errors import UserError
+from pipeline.schema import Source
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 ONLINE = ("ppo", "rloo", "grpo", "evaluate")
@@ -168,8 +170,8 @@ def test_prompts_of_dialogue_strings_are_equal_and_end_with_the_header(read):
     ("name", "counts"),
     [
         ("c4_demo.jsonl", {"pretrain": 100}),
-        ("alpaca_en_demo.json", dict.fromkeys(("sft", *ONLINE), 999)),
-        ("dpo_en_demo.json", dict.fromkeys(TYPES[1:], 300)),
+        ("alpaca_en_demo.json", dict.fromkeys(("sft", *ONLINE), 999) | {"evaluate": 985}),
+        ("dpo_en_demo.json", dict.fromkeys(TYPES[1:], 300) | {"evaluate": 295}),
     ],
 )
 def test_real_files_unchanged(read, name, counts):
@@ -183,7 +185,8 @@ def test_real_files_unchanged(read, name, counts):
         except UserError:
             continue
         found[kind] = len(prepared.rows)
-        assert prepared.audit.read == found[kind]
+        repeated = prepared.audit.dropped.get("same_prompt", Finding(0)).count
+        assert prepared.audit.read == found[kind] + repeated
     assert found == counts
 
 
@@ -393,9 +396,9 @@ def test_a_second_time_rows_come_from_the_cache(read, monkeypatch, tmp_path):
 
 def test_processes_and_slices_change_nothing(read, monkeypatch, tmp_path):
     rows = [pair(f"{i} {i % 7}", "y" * (i % 5 + 1), "n" * (i % 3 + 1)) for i in range(600)] + [pair("bad", chosen="")]
-    monkeypatch.setattr(prepare.datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "one"))
+    monkeypatch.setattr(sources.datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "one"))
     one = read(rows, "reward").prepare("reward", "data")
-    monkeypatch.setattr(prepare.datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "two"))
+    monkeypatch.setattr(sources.datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "two"))
     monkeypatch.setattr(prepare, "NUM_PER_PROCESS", 50)
     monkeypatch.setattr(prepare, "SLICE", 250)
     monkeypatch.setattr(prepare, "_num_cores", lambda: 2)
@@ -409,11 +412,51 @@ def test_large_files_are_fingerprinted_by_samples(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "_LARGE", 1 << 20)
     path = tmp_path / "big.txt"
     path.write_bytes(b"a" * (3 << 20))
-    before = sources._content(path, path.stat().st_size, 0.0)
+    part = sources.Part("big", Source(path="big.txt"), "text", (path,))
+    before = sources.fingerprint(part)
     with path.open("r+b") as file:
         file.seek(1 << 20)
         file.write(b"b")
-    assert sources._content(path, path.stat().st_size, 1.0) != before
+    assert sources.fingerprint(part) != before
+
+
+def test_a_dialogue_cut_at_its_start_is_no_fault(read):
+    """Earlier answers may go with the start; what is left still ends every answer with eos."""
+    turns = [say("user", "q" * 30), say("assistant", "a" * 30), say("user", "last"), say("assistant", "yes")]
+    made = read([{"messages": turns}], "sft", {"max_length": 40}, too_long="truncate")
+    audit = made.prepare("sft", "data").audit
+    assert (audit.rows, audit.noticed["eos"].count, audit.noticed["truncated"].count) == (1, 0, 1)
+
+
+def test_eos_in_an_answer_is_kept_where_the_template_writes_none(read, tmp_path):
+    plain = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    (tmp_path / "open.jinja").write_text(plain + "{% if add_generation_prompt %}<assistant>{% endif %}")
+    made = read(
+        [pair("a", "one<eos>two", "no")], "reward", tokenizer={"chat_template": "open.jinja"}, checks={"eos": 1}
+    )
+    prepared = made.prepare("reward", "data")
+    assert made.tokenizer.decode(prepared.rows["chosen_ids"][0]) == "one<eos>two<eos>"
+    assert prepared.audit.noticed["eos"].count == 1
+
+
+@pytest.mark.parametrize("kind", ["rloo", "grpo"])
+def test_prompts_that_trl_renders_are_dropped_where_they_are_too_long(read, kind):
+    rows = [{"prompt": "a b c d e f g h " * n} for n in (1, 9)]
+    made = read(rows, kind, too_long="truncate", max_prompt_length=40)
+    audit = made.prepare(kind, "data").audit
+    assert (audit.rows, audit.dropped["too_long"].count, audit.noticed["truncated"].count) == (1, 1, 0)
+
+
+def test_format_without_its_columns(read):
+    made = read([{"content": "a"}], "pretrain", {}, {"format": "text"})
+    with pytest.raises(UserError, match="has the columns content; format text needs text"):
+        made.prepare("pretrain", "data")
+
+
+def test_split_of_plain_files_is_refused(read):
+    made = read([pair("a")], "reward", {}, {"split": "test"})
+    with pytest.raises(UserError, match=r"data\.rows\.split: has no effect on files"):
+        made.prepare("reward", "data")
 
 
 def test_plan_shows_the_data(tmp_path, read):

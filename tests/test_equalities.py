@@ -282,9 +282,11 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("name", ["sft", "reward", "dpo"])
-def test_resumed_is_uninterrupted(tmp_path, monkeypatch, name):
+@pytest.mark.parametrize(("name", "killed_at"), [("sft", 4), ("reward", 4), ("dpo", 4), ("sft", 6)])
+def test_resumed_is_uninterrupted(tmp_path, monkeypatch, name, killed_at):
+    """Also when it was killed after its last step: it makes no step more."""
     steps = {"max_steps": 6, "save_steps": 2, "save_strategy": "steps"}
+    steps["lr_scheduler_type"] = "constant"  # a step too many would show
     spec = {"sft": tiny.SFT, "reward": tiny.REWARD, "dpo": tiny.DPO}[name]
     spec = spec | {"training": spec.get("training", {}) | steps}
     stages = {"sft": tiny.SFT} | {name: spec}
@@ -298,7 +300,7 @@ def test_resumed_is_uninterrupted(tmp_path, monkeypatch, name):
 
     def mark_then_die(self, args, state, control, **kwargs):
         mark(self, args, state, control, **kwargs)
-        if state.global_step == 4:
+        if state.global_step == killed_at:
             raise Killed
 
     monkeypatch.setattr(checkpoints.MarkComplete, "on_save", mark_then_die)
@@ -307,7 +309,8 @@ def test_resumed_is_uninterrupted(tmp_path, monkeypatch, name):
     monkeypatch.setattr(checkpoints.MarkComplete, "on_save", mark)
     assert name not in manifest.read(parts / "run").stages
     recorded = run(path, name)
-    assert recorded.stages[name].resumed_from_step == 4
+    assert recorded.stages[name].resumed_from_step == killed_at
+    assert recorded.stages[name].metrics["steps"] == 6
 
     a, b = (load_file(folder / "run" / name / "output" / "adapter_model.safetensors") for folder in (whole, parts))
     assert a.keys() == b.keys()

@@ -423,7 +423,7 @@ def test_fingerprint_of_a_saved_dataset(tmp_path):
 
 def test_fingerprint_counts_how_rows_are_read(tmp_path):
     write(tmp_path / "rows.jsonl", ROWS)
-    ways = [{}, {"limit": 2}, {"format": "prompt_completion"}, {"columns": {"prompt": "completion"}}, {"weight": 2.0}]
+    ways = [{}, {"limit": 2}, {"format": "prompt_completion"}, {"columns": {"prompt": "completion"}}]
     found = {fingerprint(tmp_path, path="rows.jsonl", **way) for way in ways}
     assert len(found) == len(ways)
 

@@ -113,13 +113,15 @@ def test_sides_of_a_shared_dataset(make, tmp_path):
     trained = {stage: Counter(prompts(read, stage)) for stage in TRAINING}
     evaluated = [Counter(prompts(read, "evaluate")), Counter(prompts(read, "reward", "eval_data"))]
     assert 0.1 * NUM_PROMPTS < len(evaluated[0]) < 0.5 * NUM_PROMPTS
-    assert evaluated[0] == evaluated[1]
+    assert evaluated[0] == dict.fromkeys(evaluated[1], 1)  # evaluate takes each prompt once
     for found in trained.values():
         assert found == trained["sft"]
         assert not found.keys() & evaluated[0].keys()
-        assert found + evaluated[0] == dict.fromkeys(PROMPTS, PER_PROMPT)
+        assert found + evaluated[1] == dict.fromkeys(PROMPTS, PER_PROMPT)
 
-    held_out = read.prepare("evaluate", "data").audit
+    held_out = read.prepare("reward", "eval_data").audit
+    once = read.prepare("evaluate", "data").audit
+    assert (once.read, once.dropped["same_prompt"].count) == (held_out.read, held_out.read - len(evaluated[0]))
     for stage in TRAINING:
         audit = read.prepare(stage, "data").audit
         assert (audit.split, held_out.split) == ("train", "held-out")
@@ -295,8 +297,8 @@ def test_same_file_under_two_names(make, tmp_path):
 def test_dataset_that_is_only_evaluated_on_is_held_out_whole(make, tmp_path):
     read = make(tmp_path, {"a": pairs(PROMPTS[:10]), "b": pairs(PROMPTS[10:])}, {"sft": "a", "evaluate": "b"})
     audit = read.prepare("evaluate", "data").audit
-    assert prompts(read, "evaluate") == PROMPTS[10:] * PER_PROMPT
-    assert (audit.read, audit.rows, audit.split) == (60, 60, "held-out")
+    assert prompts(read, "evaluate") == PROMPTS[10:]
+    assert (audit.read, audit.rows, audit.split) == (60, 30, "held-out")
     assert prompts(read, "sft") == PROMPTS[:10] * PER_PROMPT  # and what is only trained on is trained on whole
 
 
@@ -407,7 +409,8 @@ def test_no_leak_property(make, tmp_path_factory, first, second):
         assert len(found) == audit.rows
         (trained if audit.split == "train" else evaluated).update(number[text] for text in found)
         counted[audit.dataset] += audit.read
-        assert audit.num_dropped == audit.dropped.get("held_out", audit.dropped["weight"]).count
+        allowed = [finding.count for kind, finding in audit.dropped.items() if kind in ("held_out", "same_prompt")]
+        assert audit.num_dropped == sum(allowed)
     assert not trained & evaluated
     assert trained | evaluated == set(number.values())
     assert counted == {name: len(rows) for name, rows in data.items()}

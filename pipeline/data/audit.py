@@ -11,6 +11,7 @@ QUANTILES = (0.0, 0.5, 0.9, 0.99, 1.0)
 DROPPED = FAULTS | {
     "held_out": "have a prompt that another dataset is evaluated on",
     "too_long": "are longer than {limit}",
+    "same_prompt": "have the prompt of an earlier row",
     "weight": "are left out by the weights of their sources",
 }
 NOTICED = {
@@ -42,7 +43,6 @@ class Audit:
     """
 
     parts: tuple[tuple[Part, int], ...]
-    want: str
     split: str
     read: int
     rows: int
@@ -84,8 +84,8 @@ class Audit:
         messages = []
         for kind, finding in (self.dropped | self.noticed).items():
             allowed, base = thresholds.get(kind), self.read if kind in self.dropped else self.rows
-            if allowed is None or finding.count <= allowed * base:
-                continue
+            if self.streamed or allowed is None or finding.count <= allowed * base:
+                continue  # a stream is judged as it is read
             first, *more = map(self.place, finding.rows)
             first += f": {finding.why}" if finding.why else ""
             then = f"\n    then {', '.join(more)}" if more else ""

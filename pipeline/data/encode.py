@@ -54,13 +54,17 @@ class _Turn:
     after: str
 
 
-def _turn(head: str, text: str, done: str, eos: str) -> _Turn | RowFault:
+def _turn(head: str, text: str, done: str, answer: str, eos: str) -> _Turn | RowFault:
+    """The turn that `text` adds to `head`; `done` of it was seen before."""
     if not (head.startswith(done) and text.startswith(head)):
         seen = f"the prompt alone is {head[-200:]!r}, with its answer {text[-300:]!r}"
         what = "the chat template renders the prompt differently when an answer follows it; set tokenizer.chat_template"
         return RowFault("malformed", "prompt", f"{what}: {seen}")
-    said, found, after = text[len(head) :].rpartition(eos)
-    return _Turn(head[len(done) :], said if found else after, after if found else "")
+    rest = text[len(head) :]
+    if rest.count(eos) <= answer.count(eos):  # the template writes none of its own
+        return _Turn(head[len(done) :], rest, "")
+    said, _, after = rest.rpartition(eos)
+    return _Turn(head[len(done) :], said, after)
 
 
 def encode_dialogues(tokenizer: Any, dialogues: list[Messages]) -> list[tuple[list[int], list[int]] | RowFault]:
@@ -75,8 +79,9 @@ def encode_dialogues(tokenizer: Any, dialogues: list[Messages]) -> list[tuple[li
     texts = _render(tokenizer, [dialogues[row][: i + 1] for row, i in places], add_generation_prompt=False)
     turns: list[list[_Turn] | RowFault] = [[] for _ in dialogues]
     done = [""] * len(dialogues)
-    for (row, _), head, text in zip(places, heads, texts, strict=True):
-        turn = _fault(turns[row], head, text) or _turn(head, text, done[row], tokenizer.eos_token)
+    for (row, i), head, text in zip(places, heads, texts, strict=True):
+        answer = dialogues[row][i]["content"]
+        turn = _fault(turns[row], head, text) or _turn(head, text, done[row], answer, tokenizer.eos_token)
         if isinstance(turn, RowFault):
             turns[row] = turn
         else:
@@ -133,8 +138,11 @@ def _encode_comparisons(tokenizer: Any, rows: list[Row]) -> list[Row | RowFault]
         dialogues = [[*row["prompt"], {"role": "assistant", "content": row[side]}] for row in rows]
         sides.append(_render(tokenizer, dialogues, add_generation_prompt=False))
     eos, found, pieces = [tokenizer.eos_token_id], [], []
-    for head, chosen, rejected in zip(heads, *sides, strict=True):
-        said = [_fault(head, text) or _turn(head, text, "", tokenizer.eos_token) for text in (chosen, rejected)]
+    for row, head, *texts in zip(rows, heads, *sides, strict=True):
+        said = [
+            _fault(head, text) or _turn(head, text, "", row[side], tokenizer.eos_token)
+            for side, text in zip(("chosen", "rejected"), texts, strict=True)
+        ]
         found.append(_fault(*said))
         if found[-1] is None:
             pieces += [head, *(turn.said for turn in said)]

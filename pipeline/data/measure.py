@@ -72,14 +72,15 @@ class Measure:
     def _measured(self, row: Row, ids: Row, special: Any, eos: int) -> Row:
         texts = [message["content"] for message in row.get("prompt", ())]
         sides = [row[side] for side in ("text", "completion", "chosen", "rejected") if side in row]
-        cut = self._truncate(ids)
+        early_eos = self._early_eos(row, ids, eos)
+        cut = self._truncate(ids)  # shortens ids
         measured = {
             "_fault": 0,
             "_key": key(row),
             "_digest": hash64(*texts, "", *sides),
             "_pair": hash64(*texts, "", *sorted(sides)),
             "_special_tokens": int(any(map(special.search, [*texts, *sides]))),
-            "_eos": int(self._early_eos(row, ids, eos)),
+            "_eos": int(early_eos),
             "_truncated": cut,
         }
         if self.want == "demonstrations":

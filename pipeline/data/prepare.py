@@ -5,20 +5,20 @@ library by content, format, template and tokenizer; what is decided per row afte
 """
 
 import hashlib
+import importlib.metadata
 import itertools
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 from datasets import Dataset, IterableDataset, concatenate_datasets
 
 from pipeline.data import heldout, sources
 from pipeline.data.audit import QUANTILES, Audit, Finding
 from pipeline.data.measure import IDS, KINDS, LENGTHS, NO_KEY, Measure
-from pipeline.data.shapes import FIELDS, WANTED_BY, detect, serves
+from pipeline.data.shapes import FIELDS, WANTED_BY, detect, missing, serves
 from pipeline.data.sources import Part
 from pipeline.errors import UserError
 from pipeline.manifest import digest, file_digest
@@ -27,10 +27,11 @@ from pipeline.schema import RunConfig, TrainingStage
 from pipeline.schema import datasets as datasets_of
 
 # Prepared rows are cached by this too: another version of these files may prepare them otherwise.
-CODE = digest([file_digest(path) for path in sorted(Path(__file__).parent.glob("*.py"))])
+_LIBRARIES = [importlib.metadata.version(name) for name in ("datasets", "jinja2", "tokenizers", "transformers")]
+CODE = digest([_LIBRARIES, *(file_digest(path) for path in sorted(Path(__file__).parent.glob("*.py")))])
 BATCH = 250  # rows; a few hundred MB of Python lists and encodings at most
 SLICE = 100_000  # rows per set of processes: what they have read stays in their memory until they end
-NUM_PER_PROCESS = 10_000  # rows that are worth another process
+NUM_PER_PROCESS = 2_000  # rows that are worth another process
 NUM_QUIET = 20_000  # fewer rows show no progress bar
 NUM_NAMED = 5  # rows named per finding
 
@@ -75,7 +76,10 @@ class Datasets:
             keys = []
             for part in sources.find(self.config, dataset):
                 raw = sources.load(part)
-                rows = _measured(part, raw, Measure(shape_of(part, raw), "keys"), "")
+                shape = shape_of(part, raw)
+                if lacking := missing(shape, raw.column_names):
+                    raise UserError(f"{part.label}: format {shape} needs {lacking}")
+                rows = _measured(part, raw, Measure(shape, "keys"), "")
                 keys.append(_column(rows, "_key"))
             found = np.unique(np.concatenate(keys))
             self._keys[dataset] = found[found != NO_KEY]
@@ -89,7 +93,9 @@ class Datasets:
         """
         stage = self.config.stages[stage_name]
         dataset, want, limit = datasets_of(stage)[role], WANTED_BY[stage.type], length_limit(stage)
-        max_length = limit[1] if self.config.too_long == "truncate" else None
+        # TRL renders the prompts of RLOO and GRPO itself, in full.
+        truncates = self.config.too_long == "truncate" and stage.type not in ("rloo", "grpo")
+        max_length = limit[1] if truncates else None
         parts, measured = sources.find(self.config, dataset), []
         for part in parts:
             raw = sources.load(part)
@@ -100,12 +106,15 @@ class Datasets:
         sizes = [len(part) for part in measured]
         split = heldout.role_split(role, isinstance(stage, TrainingStage))
         kept, dropped = self._choose(rows, dataset, want, split, limit[1])
+        if stage.type == "evaluate":  # intervals are over prompts, so each counts once
+            dropped["same_prompt"] = _repeats(_column(rows, "_digest"), kept)
+            kept &= ~dropped["same_prompt"]
         dropped["weight"] = kept & ~_weighted(kept, sizes, [part.spec.weight for part in parts])
         kept &= ~dropped["weight"]
         audit = _audit(rows, list(zip(parts, sizes, strict=True)), want, split, limit, kept, dropped)
         ids = rows.select_columns([*IDS[want], *(["prompt"] if want == "prompts" else [])])
         ids = ids if kept.all() else ids.select(np.flatnonzero(kept))
-        return Prepared(_in_pieces(ids, stage) if want == "text" else ids, audit)
+        return Prepared(_in_pieces(ids, stage, role) if want == "text" else ids, audit)
 
     def _choose(
         self, rows: Dataset, dataset: str, want: str, split: str, max_length: int | None
@@ -138,7 +147,10 @@ def shape_of(part: Part, rows: Dataset | IterableDataset) -> str:
 
 
 def check_serves(part: Part, shape: str, columns: list[str], want: str) -> None:
-    """Refuse a dataset whose format cannot give what a stage wants."""
+    """Refuse a dataset whose format cannot give what a stage wants, or that does not have its format's columns."""
+    if lacking := missing(shape, columns):
+        seen = f"has the columns {', '.join(columns)}; format {shape} needs {lacking}"
+        raise UserError(f"{part.label}: {seen}; name another `format`, or map the columns with `columns:`")
     if want not in serves(shape, columns):
         seen = f"holds {shape} rows (columns {', '.join(columns)}), expected {want}"
         raise UserError(f"{part.label}: {seen}; name another dataset, or map its columns with `columns:`")
@@ -148,7 +160,7 @@ def _measured(part: Part, raw: Dataset, measure: Measure, key: str) -> Dataset:
     """All rows of a source through `measure`, from the cache if its content went through before."""
     content = [sources.fingerprint(part), measure.shape, measure.want, measure.max_length, key, CODE]
     name = digest(content)[:32]
-    cache = Path(datasets.config.HF_DATASETS_CACHE) / "rlhf-pipeline"
+    cache = sources.cache_folder()
     cache.mkdir(parents=True, exist_ok=True)
     raw = raw.select_columns([column for column in raw.column_names if column in FIELDS])
     done, starts = [], range(0, len(raw), SLICE)
@@ -236,7 +248,7 @@ def _audit(
     counts = (read, int(kept.sum()), tokens)
     keys = np.unique(_column(rows, "_key")[kept])
     prompts = (len(keys), hashlib.sha256(keys.tobytes()).hexdigest())
-    return Audit(tuple(parts), want, split, *counts, findings(dropped), findings(noticed), quantiles, limit, prompts)
+    return Audit(tuple(parts), split, *counts, findings(dropped), findings(noticed), quantiles, limit, prompts)
 
 
 def _repeats(digests: np.ndarray, kept: np.ndarray) -> np.ndarray:
@@ -256,14 +268,13 @@ def _contradicts(pairs: np.ndarray, digests: np.ndarray, kept: np.ndarray) -> np
     return kept & np.isin(pairs, values[counts > 1])
 
 
-def _in_pieces(rows: Dataset, stage: TrainingStage) -> Dataset:
-    """Texts cut into pieces of `max_length`, so that the trainer cuts nothing off.
-
-    Wrapped packing does the same by itself.
-    """
+def _in_pieces(rows: Dataset, stage: TrainingStage, role: str) -> Dataset:
+    """Texts cut into pieces of `max_length`, so that the trainer cuts nothing off; wrapped packing does it itself."""
     options = effective(stage.type, stage.training)
-    length = options["max_length"]
-    if length is None or (options["packing"] and options["packing_strategy"] == "wrapped"):
+    length, packing = options["max_length"], options["packing"]
+    if role == "eval_data" and options["eval_packing"] is not None:
+        packing = options["eval_packing"]
+    if length is None or (packing and options["packing_strategy"] == "wrapped"):
         return rows
 
     def cut(batch: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:

@@ -34,6 +34,19 @@ _LABELS = ("label", "kto_tag")
 # Every column that some format reads.
 FIELDS = {"text", "prompt", "completion", "chosen", "rejected", "messages", "conversations", "system", "history"}
 FIELDS |= {"instruction", "input", "output", "scores", *_SHP, *_QUESTIONS, *_ANSWERS, *_LABELS}
+# The columns of which a format needs one set.
+_NEEDS: dict[str, list[set[str]]] = {
+    "text": [{"text"}],
+    "prompt": [{"prompt"}],
+    "prompt_completion": [{"prompt", "completion"}],
+    "messages": [{"messages"}],
+    "alpaca": [{"instruction", "output"}],
+    "sharegpt": [{"conversations"}],
+    "unpaired": [{label} for label in _LABELS],
+    "comparison": [{"chosen", "rejected"}],
+    "hh": [{"chosen", "rejected"}, {"prompt"}],
+    "scored": [_SHP, *({answers} for answers in _ANSWERS)],
+}
 _EXPECTED = (
     "text, prompt + completion, messages, instruction + output, conversations, chosen + rejected (with or without a "
     "prompt), prompt + completions + scores, prompt, or a `columns:` mapping to these"
@@ -104,6 +117,12 @@ def serves(shape: str, columns: Iterable[str]) -> set[str]:
     elif shape == "hh" and not columns & {"completion", "chosen"}:
         wants = {"prompts"}
     return wants
+
+
+def missing(shape: str, columns: Iterable[str]) -> str:
+    """The columns that a format needs and a dataset does not have, in words; empty if it has them."""
+    columns, needs = set(columns), _NEEDS[shape]
+    return "" if any(needed <= columns for needed in needs) else " or ".join(" + ".join(sorted(n)) for n in needs)
 
 
 def convert(row: Row, shape: str, want: str) -> Row:
@@ -349,7 +368,8 @@ def _scored(row: Row) -> Row:
     question, field = _first(row, _QUESTIONS), _first(row, _ANSWERS)
     if question is None or field is None:
         raise RowFault("malformed", "prompt", f"expected a prompt with completions, got {_shown(row)}")
-    prompt = _ends_with_user(_messages(row, question, "user"))
+    asked = _alpaca(row) if question == "instruction" else _messages(row, question, "user")
+    prompt = _ends_with_user(asked)
     answers = row[field] if isinstance(row[field], list) else []
     if isinstance(row.get("scores"), list):
         pairs = list(zip(answers, row["scores"], strict=False)) if len(answers) == len(row["scores"]) else []

@@ -6,10 +6,13 @@ import glob
 import hashlib
 import importlib.util
 import itertools
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from lzma import LZMAError
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import datasets
 from datasets import (
@@ -36,7 +39,8 @@ LOADERS = {suffix: loader for loader, suffixes in _SUFFIXES.items() for suffix i
 COMPRESSIONS = {".gz": None, ".bz2": None, ".xz": None, ".zip": None, ".zst": "zstandard", ".lz4": "lz4"}
 _SAVED = ("dataset_info.json", "state.json", "dataset_dict.json")  # of `save_to_disk`, and of clones from the hub
 _METADATA = (*_SAVED, "dataset_infos.json")
-_LARGE = 1 << 30  # bytes; larger files are fingerprinted by samples
+_LARGE = 1 << 30  # bytes; larger sources are fingerprinted by samples
+_SAMPLE = 1 << 20  # bytes
 _NUM_SAMPLES = 64
 NUM_LOOKED_AT = 100  # rows that tell a source's format
 
@@ -80,7 +84,11 @@ def _resolve(config: RunConfig, name: str, spec: schema.Source, key: str) -> Par
         raise UserError(f"{key}: no such file: {pattern}")
     if not matches:
         return Part(name, spec, "hub")
-    if len(matches) == 1 and matches[0].is_dir():
+    folder = len(matches) == 1 and matches[0].is_dir()
+    for field in sorted(spec.model_fields_set & {"name", "revision", "split"}):
+        if field != "split" or not folder:
+            raise UserError(f"{key.removesuffix('path')}{field}: has no effect on files; leave it out")
+    if folder:
         saved = [matches[0] / "dataset_dict.json", matches[0] / "state.json"]
         if any(file.is_file() for file in saved):
             return Part(name, spec, "saved", (matches[0],))
@@ -143,48 +151,81 @@ def _loader(kind: str) -> tuple[str, dict[str, Any]]:
     return "csv", {"sep": "\t" if kind == "tsv" else ",", "keep_default_na": False}
 
 
-@functools.lru_cache(maxsize=4096)
-def _content(file: Path, size: int, _mtime: float) -> str:
-    if size <= _LARGE:
+@functools.lru_cache(maxsize=65536)
+def _content(file: Path, size: int, _mtime: float, num_samples: int | None) -> str:
+    """Digest of a file, or of its size and of samples spread over it."""
+    if num_samples is None or size <= num_samples * _SAMPLE:
         return file_digest(file)
     sums = hashlib.sha256(str(size).encode())
     with file.open("rb") as opened:
-        for i in range(_NUM_SAMPLES):
-            opened.seek(i * (size - (1 << 20)) // (_NUM_SAMPLES - 1))
-            sums.update(opened.read(1 << 20))
+        for i in range(num_samples):
+            opened.seek(i * (size - _SAMPLE) // (num_samples - 1))
+            sums.update(opened.read(_SAMPLE))
     return sums.hexdigest()
 
 
 def fingerprint(part: Part) -> str:
     """Digest of what a source holds and of how it is read; local files count by content, not by path.
 
-    Of a file larger than 1 GiB the size and 64 samples of 1 MiB count.
+    Of sources larger than 1 GiB the files' sizes and samples count, 64 or more in all and at least 4 of a file.
     """
     spec = part.spec
     if part.kind == "hub":
-        content: Any = [spec.path, spec.name, spec.split, _from_hub(part, load_dataset_builder).hash]
+        content: Any = [spec.path, spec.name, spec.split, _from_hub(part, _hub_hash)]
     else:
-        folder = part.files[0] if part.kind == "saved" else None
-        files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder else part.files
-        content = [_content(file, file.stat().st_size, file.stat().st_mtime) for file in files]
-        content += [spec.split] if folder else []
-    return digest([part.kind, content, spec.format, spec.columns, spec.limit, spec.weight])
+        content = _contents(part)
+    return digest([part.kind, content, spec.format, spec.columns, spec.limit])
+
+
+def _contents(part: Part) -> list[str]:
+    """Digests of a source's files, in order."""
+    files = list(part.files)
+    try:
+        if part.kind == "saved":
+            files = _saved_files(part)
+        sizes = [file.stat().st_size for file in files]
+        samples = max(4, _NUM_SAMPLES // len(files)) if sum(sizes) > _LARGE else None
+        both = zip(files, sizes, strict=True)
+        return [_content(file, size, file.stat().st_mtime, samples) for file, size in both]
+    except OSError as error:
+        raise UserError(f"{part.label}: cannot be read: {error}") from None
+
+
+def _saved_files(part: Part) -> list[Path]:
+    """The files that hold the rows of a dataset written by `save_to_disk`; others beside them are caches."""
+    folder = part.files[0]
+    folder = folder / part.spec.split if (folder / "dataset_dict.json").is_file() else folder
+    if not (folder / "state.json").is_file():
+        raise UserError(f"{part.label}: has no split {part.spec.split!r}")
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    return [folder / "state.json", *(folder / file["filename"] for file in state["_data_files"])]
+
+
+@functools.lru_cache(maxsize=256)
+def _hub_hash(path: str, name: str | None, revision: str | None) -> str:
+    return load_dataset_builder(path, name=name, revision=revision).hash
 
 
 def fingerprint_of(config: RunConfig, name: str) -> str:
     """Digest of what a dataset holds, and of what else decides which rows are read and how."""
     dataset = config.data[name]
     settings = [dataset.shuffle_buffer] if dataset.streaming else []
-    return digest([*map(fingerprint, find(config, name)), *settings])
+    parts = find(config, name)
+    return digest([*map(fingerprint, parts), [part.spec.weight for part in parts], *settings])
 
 
 def _from_hub(part: Part, load: Callable[..., Any], **options: Any) -> Any:
     spec = part.spec
     try:
         return load(spec.path, name=spec.name, revision=spec.revision, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetGenerationError) as error:
         what = f"cannot load {spec.path!r} from the hub, nor is it a file"
         raise UserError(f"data.{part.dataset}: {what}: {reason_of(error)}") from None
+
+
+def cache_folder() -> Path:
+    """Where prepared data is kept from run to run."""
+    return Path(datasets.config.HF_DATASETS_CACHE) / "rlhf-pipeline"
 
 
 def load(part: Part, streaming: bool = False) -> Dataset | IterableDataset:
@@ -215,13 +256,13 @@ def load(part: Part, streaming: bool = False) -> Dataset | IterableDataset:
 
 def column_names(part: Part, rows: Dataset | IterableDataset) -> list[str]:
     """The columns of a source's rows; a stream may have to read its first row."""
-    with _readable(part):
+    with readable(part):
         return rows.column_names or list(next(iter(rows)))
 
 
 def first_values(part: Part, rows: Dataset | IterableDataset) -> dict[str, Any]:
     """A row with the first value of each column that is not null among a source's first rows."""
-    with _readable(part):
+    with readable(part):
         head = list(itertools.islice(rows, NUM_LOOKED_AT))
     if not head:
         raise _empty(part)
@@ -233,13 +274,15 @@ def _read(part: Part, streaming: bool) -> Dataset | IterableDataset:
         return _from_hub(part, load_dataset, split=part.spec.split, streaming=streaming)
     if part.kind != "saved" and not any(file.stat().st_size for file in part.files):
         raise _empty(part)
-    with _readable(part):
+    with readable(part):
         if part.kind == "saved":
             rows = load_from_disk(str(part.files[0]))
             if isinstance(rows, DatasetDict):
                 if part.spec.split not in rows:
                     raise UserError(f"{part.label}: has no split {part.spec.split!r}, only {', '.join(rows)}")
                 rows = rows[part.spec.split]
+            elif "split" in part.spec.model_fields_set:
+                raise UserError(f"{part.label}: was saved without splits; leave out `split`")
             rows = rows.to_iterable_dataset() if streaming else rows
         else:
             loader, options = _loader(part.kind)
@@ -250,6 +293,8 @@ def _read(part: Part, streaming: bool) -> Dataset | IterableDataset:
                 # Every cell is text: a column of answers such as "2" must not become numbers.
                 first = next(iter(load_dataset(loader, data_files=files, split="train", streaming=True, **options)))
                 options["features"] = Features(dict.fromkeys(first, Value("string")))
+            if not streaming:  # the library's own cache goes by paths and times
+                options["cache_dir"] = str(cache_folder() / "raw" / digest(_contents(part))[:32])
             with progress_bar(size >= _LARGE // 10):
                 rows = load_dataset(loader, data_files=files, split="train", streaming=streaming, **options)
     if not streaming and not len(rows):
@@ -273,7 +318,7 @@ def _empty(part: Part) -> UserError:
 
 
 @contextlib.contextmanager
-def _readable(part: Part) -> Iterator[None]:
+def readable(part: Part) -> Iterator[None]:
     """Errors of the datasets library while it reads a source, in our words."""
     try:
         yield
@@ -281,8 +326,8 @@ def _readable(part: Part) -> Iterator[None]:
         raise
     except StopIteration:
         raise _empty(part) from None
-    except (DatasetGenerationError, ValueError, OSError) as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[-1]
+    except (DatasetGenerationError, ValueError, OSError, EOFError, LZMAError, BadZipFile) as error:
+        reason = [type(error).__name__, *str(error.__cause__ or error).strip().splitlines()][-1]
         if "corresponds to no data" in reason or "No columns to parse" in reason:
             raise _empty(part) from None
         raise UserError(f"{part.label}: cannot be read: {reason}") from None

@@ -9,7 +9,7 @@ the pieces of it that were used are passed over.
 import dataclasses
 import itertools
 import json
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +21,15 @@ from datasets import IterableDataset, concatenate_datasets, interleave_datasets
 from transformers import TrainerCallback
 
 from pipeline.data import heldout, sources
-from pipeline.data.audit import Audit, Finding
+from pipeline.data.audit import DROPPED, Audit, Finding
 from pipeline.data.encode import encode_rows
 from pipeline.data.prepare import Datasets, check_serves, shape_of
 from pipeline.data.shapes import RowFault, convert
 from pipeline.errors import UserError
 
 STATE = "stream.json"
-NUM_REMEMBERED = 64  # blocks; a trainer reads one or two batches ahead of what it has trained on
+NUM_SHOWN = 64  # pieces that can be looked at before a run
+NUM_JUDGED = 1000  # documents before a share of them is held against its threshold
 
 
 @dataclass(frozen=True)
@@ -52,17 +53,20 @@ class TextStream:
         self.parts = sources.find(self.config, name)
         self.excluded = datasets.evaluated_elsewhere(name)
         self.first_piece = 0
-        self._blocks: deque[Block] = deque([Block()], maxlen=NUM_REMEMBERED)
+        self._blocks = [Block()]  # that hold the pieces not trained on yet, and those read after them
+        self._last = Block()
+        self._why: dict[str, str] = {}  # the first fault of each kind
 
     def dataset(self) -> IterableDataset:
         """The pieces in the form that TRL takes: rows of `input_ids`."""
         return IterableDataset.from_generator(self._pieces)
 
     def _pieces(self) -> Iterator[dict[str, list[int]]]:
-        first = self._block_of(self.first_piece)
-        self._blocks = deque(maxlen=NUM_REMEMBERED)
+        first, self._blocks = self._block_of(self.first_piece), []
         for block, pieces in self.blocks(first):
-            self._blocks.append(block)
+            self._last = block
+            if pieces:
+                self._blocks.append(block)
             start = max(0, self.first_piece - block.piece)
             yield from ({"input_ids": ids} for ids in pieces[start:])
 
@@ -73,9 +77,9 @@ class TextStream:
             UserError: if too many documents cannot be used, or none can.
         """
         while True:
-            reader, before = self._reader(block), block.piece
+            reader, start = self._reader(block), block
             documents = iter(reader)
-            while rows := list(itertools.islice(documents, self.config.data[self.name].shuffle_buffer)):
+            while rows := self._read(documents):
                 pieces, dropped = self._cut(rows, block)
                 yield block, pieces
                 block = Block(
@@ -86,8 +90,10 @@ class TextStream:
                     dropped=dict(Counter(block.dropped) + dropped),
                     reader=reader.state_dict(),
                 )
-            if block.piece == before and block.number:
-                raise UserError(f"{self.parts[0].label}: no document can be used: {block.dropped}")
+            if start.number == 0 and block.piece == start.piece:
+                why = f"of {block.documents} documents none can be used {block.dropped or ''}"
+                raise UserError(f"{self.parts[0].label}: {why}")
+            self._judge(block.documents, block.dropped)
             block = dataclasses.replace(block, epoch=block.epoch + 1, number=0, reader=None)
 
     def look(self) -> Audit:
@@ -99,8 +105,8 @@ class TextStream:
         tokens, rows = sum(map(len, pieces)), after.documents - sum(after.dropped.values())
         parts = tuple((part, 0) for part in self.parts)
         counts = (after.documents, rows, tokens)
-        head = tuple(pieces[:NUM_REMEMBERED])
-        return Audit(parts, "text", heldout.TRAIN, *counts, dropped, {}, {}, ("", None), streamed=True, head=head)
+        head = tuple(pieces[:NUM_SHOWN])
+        return Audit(parts, heldout.TRAIN, *counts, dropped, {}, {}, ("", None), streamed=True, head=head)
 
     def _reader(self, block: Block) -> IterableDataset:
         """The documents of all sources in order, or mixed by their weights; going on from a block's beginning."""
@@ -112,7 +118,9 @@ class TextStream:
             reader = concatenate_datasets(read)
         else:
             shares = [weight / sum(weights) for weight in weights]
-            reader = interleave_datasets(read, shares, seed=self.seed, stopping_strategy="first_exhausted")
+            # Sources that end begin again until all were read through.
+            seed = self.seed + block.epoch
+            reader = interleave_datasets(read, shares, seed=seed, stopping_strategy="all_exhausted")
         if block.reader is not None:
             reader.load_state_dict(block.reader)
         return reader
@@ -126,7 +134,7 @@ class TextStream:
 
     def _cut(self, rows: list[dict[str, Any]], block: Block) -> tuple[list[list[int]], Counter[str]]:
         """The pieces of a block's documents, and the number of those left out by reason."""
-        documents, dropped, why = [], Counter(), {}
+        documents, dropped = [], Counter()
         for row in rows:
             try:
                 document = convert(row, "text", "text")
@@ -135,33 +143,50 @@ class TextStream:
                 documents.append(document)
             except RowFault as fault:
                 dropped[fault.kind] += 1
-                why.setdefault(fault.kind, str(fault))
+                self._why.setdefault(fault.kind, str(fault))
         seen = block.documents + len(rows)
-        for kind, count in (Counter(block.dropped) + dropped).items():
-            allowed = self.config.checks.model_dump().get(kind)
-            if allowed is not None and count > allowed * seen:
-                share = f"{count} of the first {seen} documents; `checks.{kind}` allows {allowed:.2%}"
-                raise UserError(f"{self.parts[0].label}: {why.get(kind, kind)}: {share}")
+        if seen >= NUM_JUDGED:
+            self._judge(seen, Counter(block.dropped) + dropped)
         order = np.random.default_rng([self.seed, block.epoch, block.number]).permutation(len(documents))
         encoded = encode_rows(self.tokenizer, [documents[i] for i in order], "text")
         ids = list(itertools.chain.from_iterable(row["input_ids"] for row in encoded))
         return [ids[i : i + self.max_length] for i in range(0, len(ids), self.max_length)], dropped
 
+    def _read(self, documents: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+        with sources.readable(self.parts[0]):
+            return list(itertools.islice(documents, self.config.data[self.name].shuffle_buffer))
+
+    def _judge(self, seen: int, dropped: dict[str, int]) -> None:
+        thresholds = self.config.checks.model_dump()
+        for kind, count in dropped.items():
+            allowed = thresholds.get(kind)
+            if allowed is not None and count > allowed * seen:
+                share = f"{count} of the first {seen} documents {DROPPED[kind]}; `checks.{kind}` allows {allowed:.2%}"
+                raise UserError(
+                    f"{self.parts[0].label}: {share}. The first: {self._why.get(kind, 'before the resume')}"
+                )
+
     def _block_of(self, piece: int) -> Block:
-        """The block that a piece is in, among those passed of late."""
+        """The block that a piece is in, or the last one before it."""
         return max((block for block in self._blocks if block.piece <= piece), key=lambda block: block.piece)
 
     def state(self, piece: int) -> dict[str, Any]:
         """What `resume` needs to go on with a piece."""
         return {"piece": piece, "block": dataclasses.asdict(self._block_of(piece))}
 
+    def forget(self, piece: int) -> None:
+        """Forget the blocks before a piece, which nothing will ask for again."""
+        kept = self._blocks.index(self._block_of(piece))
+        del self._blocks[:kept]
+
     def resume(self, state: dict[str, Any]) -> None:
+        """Go on with the piece of a `state`."""
         self.first_piece = state["piece"]
-        self._blocks = deque([Block(**state["block"])], maxlen=NUM_REMEMBERED)
+        self._blocks = [Block(**state["block"])]
 
     def record(self) -> dict[str, Any]:
         """What the manifest keeps of it: the documents read up to the last block, and those left out."""
-        last = self._blocks[-1]
+        last = self._last
         return {"split": heldout.TRAIN, "streamed": True, "read": last.documents, "dropped": last.dropped}
 
 
@@ -183,10 +208,15 @@ class KeepPlace(TrainerCallback):
             path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE
             self.stream.resume(json.loads(path.read_text(encoding="utf-8")))
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        # Every process passes over the pieces of the others, so each has the place of all.
+    def _piece(self, args: Any, state: Any) -> int:
+        """The piece that is trained on next. Every process passes over those of the others."""
         per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return self.stream.first_piece + (state.global_step - self.first_step) * per_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.stream.forget(self._piece(args, state))
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if PartialState().is_main_process:
             path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE
-            place = self.stream.state(self.stream.first_piece + (state.global_step - self.first_step) * per_step)
-            path.write_text(json.dumps(place), encoding="utf-8")
+            path.write_text(json.dumps(self.stream.state(self._piece(args, state))), encoding="utf-8")

@@ -99,7 +99,7 @@ def run(ctx: StageContext) -> Result:
     if args.gradient_checkpointing:  # PPOTrainer's own loop never enables it
         for model in [models.policy] if shared else [models.policy, models.value]:
             model.gradient_checkpointing_enable()
-    prompts = rows.map(lambda row: {"input_ids": row["prompt_ids"]}, remove_columns=rows.column_names)
+    prompts = rows.select_columns(["prompt_ids"]).rename_column("prompt_ids", "input_ids")
     trainer = ppo_trainer_class()(
         args=args,
         processing_class=ctx.tokenizer,

@@ -17,6 +17,7 @@ def run(ctx: StageContext) -> Result:
         stream = TextStream(ctx.data, ctx.stage.data, args.max_length, ctx.seed)
         rows, callbacks = stream.dataset(), [KeepPlace(stream)]
         # Its pieces are packed already, and it goes on by itself where a checkpoint was made.
+        args.eval_packing = args.packing if args.eval_packing is None else args.eval_packing
         args.packing, args.ignore_data_skip = False, True
     if scratch and ctx.stage.init == BASE:
         model = from_scratch(scratch.architecture, ctx.tokenizer, ctx.config.model.dtype, ctx.seed)

@@ -22,7 +22,7 @@ import psutil
 
 REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO / "tests"))
-STEPS, SAVE = 300, 50
+STEPS, SAVE = 2000, 200
 NUM_FILES = 4
 
 
@@ -45,10 +45,17 @@ def write_corpus(folder: Path, size: int) -> None:
 def make_config(folder: Path, name: str) -> Path:
     import tiny
 
-    training = {"max_steps": STEPS, "max_length": 128, "save_steps": SAVE, "save_strategy": "steps"}
+    training = {
+        "max_steps": STEPS,
+        "max_length": 128,
+        "per_device_train_batch_size": 16,
+        "save_steps": SAVE,
+        "save_strategy": "steps",
+        "logging_steps": 100,
+    }
     (folder / name).mkdir(exist_ok=True)
     path = tiny.make_run(folder / name, {"pretrain": {"data": "corpus", "training": training}})
-    corpus = {"path": str(folder / "corpus-*.jsonl"), "streaming": True, "shuffle_buffer": 1000}
+    corpus = {"path": str(folder / "corpus-*.jsonl"), "streaming": True, "shuffle_buffer": 100}
     tiny.edit(path, {"data": {"corpus": corpus}})
     return path
 
