@@ -46,6 +46,12 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
+def is_last(checkpoint: Path) -> bool:
+    """Whether a checkpoint was made after the last step of its training."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    return state["global_step"] >= state["max_steps"]
+
+
 def newest_complete(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that can be resumed from, and a message for each newer one that cannot."""
     messages = []

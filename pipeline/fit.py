@@ -31,6 +31,8 @@ def fit(ctx: StageContext, trainer: Any, datasets: dict[str, dict[str, Any]], **
     before = checks.fingerprint_of(trainable)
     checkpoint = _newest(ctx)
     trainer.add_callback(checkpoints.MarkComplete())
+    if checkpoint is not None and checkpoints.is_last(checkpoint) and hasattr(trainer.train_dataset, "__len__"):
+        trainer.args.max_steps, trainer.args.num_train_epochs = -1, 0  # or it would make one step more
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if checkpoint is None:
         checks.has_trained(before, trainable, ctx.name)

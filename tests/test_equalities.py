@@ -282,10 +282,11 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize(("name", "killed_at"), [("sft", 4), ("reward", 4), ("dpo", 4), ("sft", 6)])
+@pytest.mark.parametrize(("name", "killed_at"), [("sft", 4), ("reward", 4), ("dpo", 4), ("sft", 5)])
 def test_resumed_is_uninterrupted(tmp_path, monkeypatch, name, killed_at):
     """Also when it was killed after its last step: it makes no step more."""
-    steps = {"max_steps": 6, "save_steps": 2, "save_strategy": "steps"}
+    last = max(5, killed_at)
+    steps = {"max_steps": last, "save_steps": 2, "save_strategy": "steps"}
     steps["lr_scheduler_type"] = "constant"  # a step too many would show
     spec = {"sft": tiny.SFT, "reward": tiny.REWARD, "dpo": tiny.DPO}[name]
     spec = spec | {"training": spec.get("training", {}) | steps}
@@ -310,7 +311,7 @@ def test_resumed_is_uninterrupted(tmp_path, monkeypatch, name, killed_at):
     assert name not in manifest.read(parts / "run").stages
     recorded = run(path, name)
     assert recorded.stages[name].resumed_from_step == killed_at
-    assert recorded.stages[name].metrics["steps"] == 6
+    assert recorded.stages[name].metrics["steps"] == last
 
     a, b = (load_file(folder / "run" / name / "output" / "adapter_model.safetensors") for folder in (whole, parts))
     assert a.keys() == b.keys()

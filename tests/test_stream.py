@@ -14,7 +14,7 @@ import pytest
 import tiny
 from safetensors.torch import load_file
 
-from pipeline import manifest, tokenizers
+from pipeline import manifest, stage, tokenizers
 from pipeline.config import load
 from pipeline.data.prepare import Datasets
 from pipeline.data.stream import STATE, TextStream
@@ -172,6 +172,20 @@ def test_documents_that_are_evaluated_on_are_left_out(tmp_path, model):
 
 def rlhf(config: Path) -> list[str]:
     return [sys.executable, "-m", "pipeline", "run", str(config)]
+
+
+def test_resumed_after_its_last_step_it_makes_no_other(tmp_path, model, monkeypatch):
+    tiny.write_rows(tmp_path / "corpus.jsonl", [{"text": text} for text in texts()])
+    training = {"max_steps": 5, "max_length": LENGTH, "save_steps": 2, "save_strategy": "steps"}
+    path = tiny.make_run(tmp_path, {"pretrain": {"data": "corpus", "training": training}})
+    tiny.edit(path, {"data": {"corpus": {"path": "corpus.jsonl", "streaming": True}}, "model": {"path": str(model)}})
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.fit._save", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            stage.run(load(path), "pretrain")
+    stage.run(load(path), "pretrain")
+    record = manifest.read(tmp_path / "run").stages["pretrain"]
+    assert (record.resumed_from_step, record.metrics["steps"]) == (5, 5)
 
 
 @pytest.mark.slow

@@ -52,7 +52,7 @@ class TextStream:
         self.max_length, self.seed = max_length, seed
         self.parts = sources.find(self.config, name)
         self.excluded = datasets.evaluated_elsewhere(name)
-        self.first_piece = 0
+        self.first_piece, self.ended = 0, False
         self._blocks = [Block()]  # that hold the pieces not trained on yet, and those read after them
         self._last = Block()
         self._why: dict[str, str] = {}  # the first fault of each kind
@@ -62,6 +62,8 @@ class TextStream:
         return IterableDataset.from_generator(self._pieces)
 
     def _pieces(self) -> Iterator[dict[str, list[int]]]:
+        if self.ended:
+            return
         first, self._blocks = self._block_of(self.first_piece), []
         for block, pieces in self.blocks(first):
             self._last = block
@@ -207,6 +209,7 @@ class KeepPlace(TrainerCallback):
         if state.global_step:
             path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE
             self.stream.resume(json.loads(path.read_text(encoding="utf-8")))
+        self.stream.ended = state.global_step >= args.max_steps  # or the trainer would make one step more
 
     def _piece(self, args: Any, state: Any) -> int:
         """The piece that is trained on next. Every process passes over those of the others."""
