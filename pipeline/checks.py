@@ -61,7 +61,7 @@ def eos_in_labels(rows: Any, eos_token_id: int) -> None:
     sample = rows.select(range(min(64, len(rows))))
     column = "labels" if "labels" in sample.column_names else "input_ids"
     if not any(eos_token_id in labels for labels in sample[column]):
-        mend = "raise training.max_length (rows are cut there) or set tokenizer.eos_token"
+        mend = "set tokenizer.eos_token to the token that ends an answer in the chat template"
         raise CheckFailed(f"no eos among the labels of the first rows: the policy would never learn to stop; {mend}")
 
 

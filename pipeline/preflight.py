@@ -70,6 +70,7 @@ def audit(read: Datasets, name: str) -> dict[str, Audit]:
 def _facts(config: RunConfig, name: str, audits: dict[str, Audit], tokenizer: Any) -> Facts:
     stage = config.stages[name]
     for field, reference in functions(stage):
+        scoring.source_of(reference, config.folder, f"stages.{name}.{field}")
         scoring.function(reference, config.folder, f"stages.{name}.{field}")
     if not isinstance(stage, TrainingStage):
         return Facts(audits)
@@ -78,7 +79,7 @@ def _facts(config: RunConfig, name: str, audits: dict[str, Audit], tokenizer: An
 
 def _steps(stage: TrainingStage, found: Audit) -> int:
     """Optimizer steps in one process (PPO: updates of the policy); fewer under several processes."""
-    options, rows, tokens = effective(stage.type, stage.training), found.rows, found.tokens
+    options, rows, tokens = effective(stage.type, stage.training), found.sequences, found.tokens
     batch = options["per_device_train_batch_size"] * options["gradient_accumulation_steps"]
     if stage.type == "ppo" and rows < batch:
         raise UserError(f"{rows} prompts are fewer than one batch of {batch}; lower the batch sizes")

@@ -39,7 +39,8 @@ class Audit:
 
     `read` rows are `rows` and those of `dropped`. `lengths` are quantiles (QUANTILES) in tokens, of the whole row
     (`row`) and of its parts. `limit` is the option that limits a row's length, and the limit. `prompts` are the number
-    of different prompts in `rows` and their digest. Of a stream only the first documents are known.
+    of different prompts in `rows` and their digest, `sequences` what the trainer gets: rows, or pieces of texts. Of a
+    stream only the first documents are known.
     """
 
     parts: tuple[tuple[Part, int], ...]
@@ -52,6 +53,7 @@ class Audit:
     lengths: dict[str, list[int]]
     limit: tuple[str, int | None]
     prompts: tuple[int, str] = (0, "")
+    sequences: int = 0
     streamed: bool = False
     head: tuple[list[int], ...] = ()  # of a stream: token ids of its first pieces
 

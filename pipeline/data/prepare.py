@@ -4,6 +4,7 @@ All of a dataset's rows go through Arrow in batches, in several processes, and a
 library by content, format, template and tokenizer; what is decided per row afterwards (split, lengths) takes no time.
 """
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import itertools
@@ -114,7 +115,8 @@ class Datasets:
         audit = _audit(rows, list(zip(parts, sizes, strict=True)), want, split, limit, kept, dropped)
         ids = rows.select_columns([*IDS[want], *(["prompt"] if want == "prompts" else [])])
         ids = ids if kept.all() else ids.select(np.flatnonzero(kept))
-        return Prepared(_in_pieces(ids, stage, role) if want == "text" else ids, audit)
+        ids = _in_pieces(ids, stage, role) if want == "text" else ids
+        return Prepared(ids, dataclasses.replace(audit, sequences=len(ids)))
 
     def _choose(
         self, rows: Dataset, dataset: str, want: str, split: str, max_length: int | None

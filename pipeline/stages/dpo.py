@@ -44,5 +44,7 @@ def _initial_loss(ctx: StageContext, trainer: Any) -> float:
         seen = f"margins of {margin:.4g} before the first update, expected 0 (loss {loss:.4f}; ln 2 = 0.6931)"
         raise checks.CheckFailed(f"the reference is not the parent: {seen}")
     if not math.isfinite(loss):
-        raise UserError(f"{ctx.name}: the loss of the first rows is {loss}; look for empty sides in the data")
+        raise UserError(
+            f"{ctx.name}: the loss of the first rows is {loss}; look at the parent's weights and `model.dtype`"
+        )
     return loss
