@@ -69,7 +69,10 @@ def tables(audits: dict[str, dict[str, Audit]], thresholds: dict[str, float | No
         "tokens",
         "tokens per row: median / 90 % / 99 % / longest",
     )
-    shown, findings = table("data", columns), table("findings", ("dataset", "rows that", "rows", "share", "first"))
+    shown, findings = (
+        table("data", columns),
+        table("findings", ("dataset", "for", "split", "rows that", "rows", "share", "first (from 0)")),
+    )
     for stages, audit in _grouped(audits):
         lengths = "\n".join(f"{name} {_quantiles(values)}" for name, values in audit.lengths.items())
         rows, tokens = count(audit.rows), count(audit.tokens)

@@ -464,4 +464,11 @@ def test_plan_shows_the_data(tmp_path, read):
     console = Console(width=160, record=True)
     datacheck.tables({"reward": {"data": made.prepare("reward", "data").audit}}, {}, console)
     shown = console.export_text()
-    assert "row " in shown and "chosen" in shown and "prefer the longer side" in shown
+    assert "row " in shown and "chosen" in shown
+    heads = [[cell.strip() for cell in line.split("┃")[1:-1]] for line in shown.splitlines() if line.startswith("┃")]
+    assert [(head[0], head[-1]) for head in heads] == [
+        ("dataset", "tokens per row: median / 90 % / 99 % / longest"),
+        ("dataset", "first (from 0)"),
+    ]
+    longer = next(line.split("│") for line in shown.splitlines() if "prefer the longer side" in line)
+    assert [cell.strip() for cell in longer[1:5]] == ["rows", "reward", "train", "prefer the longer side"]
