@@ -12,8 +12,8 @@ from rich.text import Text
 
 from pipeline import plan, preflight
 from pipeline.data.audit import Audit, Finding
+from pipeline.data.messages import Row
 from pipeline.data.prepare import Datasets
-from pipeline.data.shapes import Row
 from pipeline.errors import UserError, all_of, unknown
 from pipeline.options import effective
 from pipeline.report import count, table

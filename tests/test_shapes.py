@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.shapes import FAULTS, FIELDS, RowFault, convert, detect, serves, to_messages
+from pipeline.data.messages import FAULTS, RowFault
+from pipeline.data.shapes import FIELDS, convert, detect, serves, to_messages
 
 SHAPES = ("text", "prompt", "prompt_completion", "messages", "alpaca")
 SHAPES += ("sharegpt", "unpaired", "comparison", "hh", "scored")

@@ -11,7 +11,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from pipeline.data.shapes import Messages, Row, RowFault
+from pipeline.data.messages import Messages, Row, RowFault
 
 
 def _render(tokenizer: Any, dialogues: list[Messages], add_generation_prompt: bool) -> list[str | RowFault]:

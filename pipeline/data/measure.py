@@ -8,7 +8,8 @@ from datasets import Features, List, Value
 
 from pipeline.data.encode import encode_rows, special_tokens
 from pipeline.data.heldout import hash64, key
-from pipeline.data.shapes import FAULTS, Row, RowFault, convert, to_messages
+from pipeline.data.messages import FAULTS, Row, RowFault
+from pipeline.data.shapes import convert, to_messages
 
 KINDS = list(FAULTS)
 # The columns of token ids, and the lengths that are measured of each row, in tokens.

@@ -9,23 +9,21 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-Messages = list[dict[str, str]]
-Row = dict[str, Any]
+from pipeline.data.messages import (
+    Messages,
+    Row,
+    RowFault,
+    check_order,
+    dialogue,
+    ends_with_user,
+    messages_of,
+    shown,
+    text_of,
+)
+
 # What a stage takes, by its type.
 WANTED_BY = {"pretrain": "text", "sft": "demonstrations", "reward": "comparisons", "dpo": "comparisons"}
 WANTED_BY |= dict.fromkeys(("ppo", "rloo", "grpo", "evaluate"), "prompts")
-ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user"}
-ROLES |= {"assistant": "assistant", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
-# Why rows are left out, in the words of messages and tables. Those with a threshold are keys of `checks:`.
-FAULTS = {
-    "malformed": "do not fit their format",
-    "empty": "have an empty prompt, completion or text",
-    "roles": "have roles out of order",
-    "identical": "have equal chosen and rejected sides",
-    "tie": "have no better side",
-    "label_false": "are labelled false",
-    "blank": "are blank texts",
-}
 _DIALOGUE = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 _SHP = {"history", "human_ref_A", "human_ref_B", "labels"}
 _QUESTIONS, _ANSWERS = ("prompt", "question", "instruction"), ("completions", "answers")
@@ -53,17 +51,6 @@ _EXPECTED = (
 )
 
 
-class RowFault(Exception):
-    """A fault of one row: its kind (a key of FAULTS), the field, what was seen and what was expected.
-
-    `row` is what it holds nevertheless, in canonical form.
-    """
-
-    def __init__(self, kind: str, field: str, text: str, row: Row | None = None):
-        super().__init__(f"{field}: {text}")
-        self.kind, self.row = kind, row
-
-
 def detect(row: Row) -> str:
     """The format of a dataset, told by the columns of its first row, and where they leave it open by its values.
 
@@ -76,8 +63,8 @@ def detect(row: Row) -> str:
     if "conversations" in columns:
         return "sharegpt"
     if {"chosen", "rejected"} <= columns:
-        dialogue = isinstance(row["chosen"], str) and any(_is_dialogue(row.get(name)) for name in ("prompt", "chosen"))
-        return "hh" if dialogue else "comparison"
+        said = isinstance(row["chosen"], str) and any(_is_dialogue(row.get(name)) for name in ("prompt", "chosen"))
+        return "hh" if said else "comparison"
     if columns >= _SHP or (_first(row, _QUESTIONS) and _first(row, _ANSWERS)):
         return "scored"
     if found := _demonstration(row):
@@ -134,7 +121,7 @@ def convert(row: Row, shape: str, want: str) -> Row:
     if want == "text":
         if isinstance(row.get("text"), str) and not row["text"].strip():
             raise RowFault("blank", "text", "is blank")  # as between the paragraphs of a text file
-        return {"text": _text(row, "text")}
+        return {"text": text_of(row, "text")}
     converted = to_messages(row, shape)
     if want == "demonstrations":
         if converted.get("label") is False:
@@ -144,7 +131,7 @@ def convert(row: Row, shape: str, want: str) -> Row:
             raise RowFault("malformed", "completion", "expected an answer to learn from, got none")
         return {"prompt": converted["prompt"], "completion": completion}
     if want == "comparisons" and "chosen" not in converted:
-        raise RowFault("malformed", "chosen", f"expected text or messages, got {_shown(row.get('chosen'))}")
+        raise RowFault("malformed", "chosen", f"expected text or messages, got {shown(row.get('chosen'))}")
     return {"prompt": converted["prompt"]} if want == "prompts" else converted
 
 
@@ -153,13 +140,13 @@ def to_messages(row: Row, shape: str) -> Row:
     if shape == "unpaired":
         label = next((found for name in _LABELS if (found := _label(row.get(name))) is not None), None)
         if label is None:
-            raise RowFault("malformed", "label", f"expected true or false, got {_shown(row.get('label'))}")
+            raise RowFault("malformed", "label", f"expected true or false, got {shown(row.get('label'))}")
         return to_messages(row, _demonstration(row) or "prompt_completion") | {"label": label}
     converted, system = _to_messages(row, shape), _system(row)
     if system and converted["prompt"][0]["role"] != "system":
         return converted | {"prompt": [*system, *converted["prompt"]]}
     if system and system[0] != converted["prompt"][0]:
-        raise RowFault("malformed", "system", f"is another than the dialogue's own system message: {_shown(system)}")
+        raise RowFault("malformed", "system", f"is another than the dialogue's own system message: {shown(system)}")
     return converted
 
 
@@ -171,32 +158,18 @@ def _to_messages(row: Row, shape: str) -> Row:
     if shape == "hh":
         return _hh(row)
     if shape == "prompt":
-        return {"prompt": _ends_with_user(_messages(row, "prompt", "user"))}
+        return {"prompt": ends_with_user(messages_of(row, "prompt", "user"))}
     if shape == "prompt_completion":
-        prompt, answer = _messages(row, "prompt", "user"), _messages(row, "completion", "assistant")
-        _check_order(prompt, "prompt")
-        return _dialogue([*prompt, *answer], "completion")
+        prompt, answer = messages_of(row, "prompt", "user"), messages_of(row, "completion", "assistant")
+        check_order(prompt, "prompt")
+        return dialogue([*prompt, *answer], "completion")
     if shape == "messages":
-        return _dialogue(_messages(row, "messages"), "messages")
+        return dialogue(messages_of(row, "messages"), "messages")
     if shape == "alpaca":
-        return _dialogue([*_alpaca(row), {"role": "assistant", "content": _text(row, "output")}], "instruction")
+        return dialogue([*_alpaca(row), {"role": "assistant", "content": text_of(row, "output")}], "instruction")
     if row.get("chosen") is not None or row.get("rejected") is not None:  # LLaMA-Factory's ranking variant
         return _comparison(row, "conversations")
-    return _dialogue(_messages(row, "conversations"), "conversations")
-
-
-def _text(row: Row, field: str) -> str:
-    value = row.get(field)
-    if not isinstance(value, str):
-        raise RowFault("malformed", field, f"expected text, got {_shown(value)}")
-    if not value.strip():
-        raise RowFault("empty", field, "is empty")
-    return value
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."
+    return dialogue(messages_of(row, "conversations"), "conversations")
 
 
 def _first(row: Row, names: Iterable[str]) -> str | None:
@@ -208,61 +181,8 @@ def _system(row: Row) -> Messages:
     """A system message from a column beside the dialogue."""
     system = row.get("system")
     if system is not None and not isinstance(system, str):
-        raise RowFault("malformed", "system", f"expected text, got {_shown(system)}")
+        raise RowFault("malformed", "system", f"expected text, got {shown(system)}")
     return [{"role": "system", "content": system}] if system and system.strip() else []
-
-
-def _messages(row: Row, field: str, role: str | None = None) -> Messages:
-    """A field as messages: a string becomes one message of `role`; lists and ShareGPT turns are checked."""
-    value = row.get(field)
-    if isinstance(value, str) and role:
-        return [{"role": role, "content": _text(row, field)}]
-    turns = [value] if isinstance(value, Mapping) else value
-    if not isinstance(turns, list):
-        raise RowFault("malformed", field, f"expected {'text or ' if role else ''}messages, got {_shown(value)}")
-    if not turns:
-        raise RowFault("empty", field, "has no messages")
-    return [_message(turn, field) for turn in turns]
-
-
-def _message(turn: Any, field: str) -> dict[str, str]:
-    said = turn if isinstance(turn, Mapping) else {}
-    speaker = said.get("role") or said.get("from")
-    content = next((said[name] for name in ("content", "value") if said.get(name) is not None), None)
-    if isinstance(content, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
-        texts = [part.get("text") for part in content]
-        content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
-    if said.get("tool_calls") or said.get("weight") == 0:
-        what = "tool calls" if said.get("tool_calls") else "messages of weight 0"
-        raise RowFault("malformed", field, f"{what} are not supported, got {_shown(turn)}")
-    if not isinstance(speaker, str) or speaker not in ROLES or not isinstance(content, str):
-        raise RowFault("malformed", field, f"expected messages with a role and text, got {_shown(turn)}")
-    if not content.strip():
-        raise RowFault("empty", field, f"the message of {speaker!r} is empty")
-    return {"role": ROLES[speaker], "content": content}
-
-
-def _check_order(messages: Messages, field: str) -> None:
-    roles = [message["role"] for message in messages]
-    turns = roles[1:] if roles[:1] == ["system"] else roles
-    expected = ["user", "assistant"] * len(turns)
-    if turns != expected[: len(turns)]:
-        raise RowFault("roles", field, f"expected user and assistant in turn, a system message first, got {roles}")
-
-
-def _ends_with_user(messages: Messages, field: str = "prompt") -> Messages:
-    _check_order(messages, field)
-    if messages[-1]["role"] != "user":
-        raise RowFault("roles", field, f"expected it to end with a user's message, got {_shown(messages[-1])}")
-    return messages
-
-
-def _dialogue(messages: Messages, field: str) -> Row:
-    """A dialogue that ends with the assistant, as prompt and completion."""
-    if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        roles = [message["role"] for message in messages]
-        raise RowFault("roles", field, f"expected the last two to be user and assistant, got {roles}")
-    return {"prompt": _ends_with_user(messages[:-1], field), "completion": messages[-1]["content"]}
 
 
 def _alpaca(row: Row) -> Messages:
@@ -271,13 +191,13 @@ def _alpaca(row: Row) -> Messages:
     history = row.get("history") or []
     for pair in history if isinstance(history, list) else [history]:
         if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(side, str) for side in pair):
-            raise RowFault("malformed", "history", f"expected pairs of instruction and answer, got {_shown(pair)}")
+            raise RowFault("malformed", "history", f"expected pairs of instruction and answer, got {shown(pair)}")
         if not all(side.strip() for side in pair):
-            raise RowFault("empty", "history", f"has an empty turn: {_shown(pair)}")
+            raise RowFault("empty", "history", f"has an empty turn: {shown(pair)}")
         turns += [{"role": role, "content": side} for role, side in zip(("user", "assistant"), pair, strict=True)]
-    instruction, extra = _text(row, "instruction"), row.get("input")
+    instruction, extra = text_of(row, "instruction"), row.get("input")
     if extra is not None and not isinstance(extra, str):
-        raise RowFault("malformed", "input", f"expected text, got {_shown(extra)}")
+        raise RowFault("malformed", "input", f"expected text, got {shown(extra)}")
     text = f"{instruction}\n\n{extra}" if extra and extra.strip() else instruction
     return [*turns, {"role": "user", "content": text}]
 
@@ -288,14 +208,14 @@ def _prompt_field(row: Row) -> str | None:
 
 
 def _comparison(row: Row, prompt_field: str | None) -> Row:
-    chosen, rejected = _messages(row, "chosen", "assistant"), _messages(row, "rejected", "assistant")
+    chosen, rejected = messages_of(row, "chosen", "assistant"), messages_of(row, "rejected", "assistant")
     if len(chosen) > 1 or len(rejected) > 1:  # whole dialogues; a text beside them only repeats their first message
-        before = _messages(row, prompt_field) if prompt_field and isinstance(row[prompt_field], list) else []
+        before = messages_of(row, prompt_field) if prompt_field and isinstance(row[prompt_field], list) else []
         sides = [side if side[: len(before)] == before else [*before, *side] for side in (chosen, rejected)]
         return _pair(*sides)
     if prompt_field is None:
         raise RowFault("empty", "prompt", "is empty, and the sides are no whole dialogues")
-    prompt = _alpaca(row) if prompt_field == "instruction" else _messages(row, prompt_field, "user")
+    prompt = _alpaca(row) if prompt_field == "instruction" else messages_of(row, prompt_field, "user")
     return _pair([*prompt, *chosen], [*prompt, *rejected])
 
 
@@ -305,16 +225,16 @@ def _pair(chosen: Messages, rejected: Messages) -> Row:
     prompt = [message for message, _ in shared]
     for field, side in (("chosen", chosen[len(prompt) :]), ("rejected", rejected[len(prompt) :])):
         if len(side) != 1 or side[0]["role"] != "assistant":
-            seen = f"expected one assistant's message after what both sides share, got {_shown(side)}"
+            seen = f"expected one assistant's message after what both sides share, got {shown(side)}"
             raise RowFault("roles", field, seen)
     if not prompt:
         raise RowFault("empty", "prompt", "is empty: the sides share no message")
-    return _sides(_ends_with_user(prompt), chosen[-1]["content"], rejected[-1]["content"])
+    return _sides(ends_with_user(prompt), chosen[-1]["content"], rejected[-1]["content"])
 
 
 def _sides(prompt: Messages, chosen: str, rejected: str) -> Row:
     if chosen.strip() == rejected.strip():
-        raise RowFault("identical", "chosen", f"is equal to rejected: {_shown(chosen)}")
+        raise RowFault("identical", "chosen", f"is equal to rejected: {shown(chosen)}")
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
@@ -325,19 +245,19 @@ def _hh(row: Row) -> Row:
     if before and before[-1] == {"role": "assistant", "content": ""}:
         before.pop()  # the header of the answer to come
     if not fields:
-        return {"prompt": _ends_with_user(_nonempty(before, "prompt"))}
+        return {"prompt": ends_with_user(_nonempty(before, "prompt"))}
     sides = [_nonempty(_hh_side(row, field, before), field) for field in fields]
-    return _pair(*sides) if len(sides) == 2 else _dialogue(sides[0], "completion")
+    return _pair(*sides) if len(sides) == 2 else dialogue(sides[0], "completion")
 
 
 def _hh_side(row: Row, field: str, before: Messages) -> Messages:
     """One side as a whole dialogue: it is one, or it is the answer to the dialogue before it."""
     if _is_dialogue(row.get(field)):
         return _turns(row, field)
-    answer = _text(row, field).strip()
+    answer = text_of(row, field).strip()
     if not before:
         where = "prompt" if row.get("prompt") else field
-        raise RowFault("malformed", where, f"expected it to begin with 'Human:', got {_shown(row[where])}")
+        raise RowFault("malformed", where, f"expected it to begin with 'Human:', got {shown(row[where])}")
     return [*before, {"role": "assistant", "content": answer}]
 
 
@@ -348,9 +268,9 @@ def _nonempty(turns: Messages, field: str) -> Messages:
 
 
 def _turns(row: Row, field: str) -> Messages:
-    head, *parts = _DIALOGUE.split(_text(row, field).strip())
+    head, *parts = _DIALOGUE.split(text_of(row, field).strip())
     if head.strip() or not parts:
-        raise RowFault("malformed", field, f"expected it to begin with 'Human:', got {_shown(row[field][:80])}")
+        raise RowFault("malformed", field, f"expected it to begin with 'Human:', got {shown(row[field][:80])}")
     roles = ("user" if speaker == "Human" else "assistant" for speaker in parts[::2])
     return [{"role": role, "content": said.strip()} for role, said in zip(roles, parts[1::2], strict=True)]
 
@@ -358,18 +278,18 @@ def _turns(row: Row, field: str) -> Messages:
 def _scored(row: Row) -> Row:
     """Several answers to a question with scores: the best against the worst. SHP's two answers with a preference."""
     if "human_ref_A" in row:
-        prompt, texts = _text(row, "history"), [_text(row, "human_ref_A"), _text(row, "human_ref_B")]
+        prompt, texts = text_of(row, "history"), [text_of(row, "human_ref_A"), text_of(row, "human_ref_B")]
         first_is_better = _label(row.get("labels"))
         if first_is_better is None:
-            seen = _shown(row.get("labels"))
+            seen = shown(row.get("labels"))
             raise RowFault("malformed", "labels", f"expected 1 (A is better) or 0 (B is), got {seen}")
         chosen, rejected = texts if first_is_better else reversed(texts)
         return _sides([{"role": "user", "content": prompt}], chosen, rejected)
     question, field = _first(row, _QUESTIONS), _first(row, _ANSWERS)
     if question is None or field is None:
-        raise RowFault("malformed", "prompt", f"expected a prompt with completions, got {_shown(row)}")
-    asked = _alpaca(row) if question == "instruction" else _messages(row, question, "user")
-    prompt = _ends_with_user(asked)
+        raise RowFault("malformed", "prompt", f"expected a prompt with completions, got {shown(row)}")
+    asked = _alpaca(row) if question == "instruction" else messages_of(row, question, "user")
+    prompt = ends_with_user(asked)
     answers = row[field] if isinstance(row[field], list) else []
     if isinstance(row.get("scores"), list):
         pairs = list(zip(answers, row["scores"], strict=False)) if len(answers) == len(row["scores"]) else []
@@ -377,7 +297,7 @@ def _scored(row: Row) -> Row:
         said = [answer if isinstance(answer, Mapping) else {} for answer in answers]
         pairs = [(a.get(_first(a, _ANSWER_TEXTS)), a.get(_first(a, _ANSWER_SCORES))) for a in said]
     if len(pairs) < 2 or not all(isinstance(a, str) and _is_number(s) for a, s in pairs):
-        raise RowFault("malformed", field, f"expected at least two texts, each with a score, got {_shown(row[field])}")
+        raise RowFault("malformed", field, f"expected at least two texts, each with a score, got {shown(row[field])}")
     (best, high), (worst, low) = max(pairs, key=lambda pair: pair[1]), min(pairs, key=lambda pair: pair[1])
     if high == low:
         raise RowFault("tie", field, f"all scores are {high}")

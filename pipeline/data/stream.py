@@ -23,8 +23,9 @@ from transformers import TrainerCallback
 from pipeline.data import heldout, sources
 from pipeline.data.audit import DROPPED, Audit, Finding
 from pipeline.data.encode import encode_rows
+from pipeline.data.messages import RowFault
 from pipeline.data.prepare import Datasets, check_serves, shape_of
-from pipeline.data.shapes import RowFault, convert
+from pipeline.data.shapes import convert
 from pipeline.errors import UserError
 
 STATE = "stream.json"
