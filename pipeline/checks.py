@@ -1,5 +1,6 @@
 """Checks at the start and end of a stage. A failed one stops the stage and names its cause."""
 
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -7,6 +8,8 @@ import torch
 from torch import nn
 
 from pipeline.errors import UserError
+
+NUM_FIRST = 64  # prompts whose first token is looked at
 
 
 class CheckFailed(UserError):
@@ -63,6 +66,19 @@ def eos_in_labels(rows: Any, eos_token_id: int) -> None:
     if not any(eos_token_id in labels for labels in sample[column]):
         mend = "set tokenizer.eos_token to the token that ends an answer in the chat template"
         raise CheckFailed(f"no eos among the labels of the first rows: the policy would never learn to stop; {mend}")
+
+
+@torch.no_grad()
+def first_token(trainer: Any, prompts: Sequence[list[int]], tokenizer: Any) -> dict[str, Any]:
+    """The likeliest first tokens of completions: the share that is special, and the most frequent of all, as text."""
+    model, device = trainer.model, trainer.accelerator.device
+    training = model.training
+    model.eval()
+    with trainer.compute_loss_context_manager():
+        found = [model(input_ids=torch.tensor([ids], device=device)).logits[0, -1].argmax().item() for ids in prompts]
+    model.train(training)
+    special = sum(token in tokenizer.all_special_ids for token in found) / len(found)
+    return {"special": special, "prompts": len(found), "likeliest": tokenizer.decode(statistics.mode(found))}
 
 
 def same_scores(before: Sequence[float], after: Sequence[float], tolerance: float) -> float:

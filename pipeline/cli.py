@@ -87,6 +87,19 @@ def status(run_dir: Path) -> None:
     report.status(run_dir, _console())
 
 
+@cli.command()
+@click.argument("run_dir", type=click.Path(path_type=Path))
+@click.argument("stage", required=False)
+def shift(run_dir: Path, stage: str | None) -> None:
+    """Show what the reward models of a run folder leave open: prompt shift, signal, calibration, length.
+
+    STAGE is a reward stage, or the stage of type shift that measured it; by default all.
+    """
+    from pipeline.shift import show
+
+    show.reports(run_dir, stage, _console())
+
+
 def main() -> None:
     """Run the command; a user's error is one message and exit code 2, a bug keeps its traceback."""
     try:

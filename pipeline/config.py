@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 from pipeline import options
 from pipeline.document import Document, Problems, plain
 from pipeline.errors import all_of, nearest
-from pipeline.schema import RESERVED, STAGE_CLASSES, Options, RunConfig
+from pipeline.schema import RESERVED, STAGE_CLASSES, Options, RunConfig, TrainingStage
 from pipeline.wiring import wire
 
 
@@ -52,9 +52,10 @@ def _parse(raw: dict[str, Any], source: Path, problems: Problems) -> RunConfig |
             hint = f"{stage_type!r} is none; {nearest(stage_type, STAGE_CLASSES)}"
             problems.add(f"its type is its name unless `type:` is given, and {hint}", "stages", name)
         else:
-            inherited = {} if stage_type == "evaluate" else {"lora": raw.get("lora")}
+            stage_class = STAGE_CLASSES[stage_type]
+            inherited = {"lora": raw.get("lora")} if issubclass(stage_class, TrainingStage) else {}
             values = inherited | {"type": stage_type} | section
-            parsed[name] = _validated(STAGE_CLASSES[stage_type], values, problems, "stages", name)
+            parsed[name] = _validated(stage_class, values, problems, "stages", name)
     config = _validated(RunConfig, raw | {"stages": parsed, "source": source}, problems)
     if config is not None and (config.model.path is None) == (config.model.scratch is None):
         problems.add("give either `path` (a hub id or folder) or `scratch` (a new architecture)", "model")
@@ -99,7 +100,7 @@ def _sections(raw: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str, Optio
     places["model", "scratch", "architecture"] = "architecture"
     for name in stages if isinstance(stages := raw.get("stages"), dict) else ():
         stage_type = str(_at(raw, "stages", name, "type") or name)
-        if stage_type in STAGE_CLASSES and stage_type != "evaluate":
+        if issubclass(STAGE_CLASSES.get(stage_type, object), TrainingStage):
             places |= {("stages", name, "lora"): "lora", ("stages", name, "training"): stage_type}
     for loc, kind in places.items():
         if isinstance(section := _at(raw, *loc), dict):

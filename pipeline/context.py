@@ -8,10 +8,12 @@ from typing import Any
 
 from accelerate import PartialState
 
+from pipeline import manifest
 from pipeline.data.prepare import Datasets
 from pipeline.data.sources import fingerprint_of
 from pipeline.errors import UserError
 from pipeline.lineage import Place, place_of, start_of
+from pipeline.manifest import Record
 from pipeline.models import Loader, Weights, merge
 from pipeline.options import with_defaults
 from pipeline.schema import RunConfig, datasets
@@ -52,8 +54,17 @@ class StageContext:
         return self.config.run_path / self.name
 
     @property
+    def cache(self) -> Path:
+        """What stages of the run share and can make again."""
+        return self.config.run_path / "cache"
+
+    @property
     def new_output(self) -> Path:
         return self.folder / "output.new"
+
+    def record_of(self, stage: str) -> Record:
+        """The record of a finished stage."""
+        return manifest.read(self.config.run_path).stages[stage]
 
     def say(self, message: str) -> None:
         if PartialState().is_main_process:

@@ -1,5 +1,6 @@
 """The tail every training stage shares: resume, train, look at what trained, save, collect metrics."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,17 @@ def should_train(ctx: StageContext, name: str) -> bool:
     return ctx.stage.lora is None or ".default." in name or name.endswith(".default")
 
 
-def fit(ctx: StageContext, trainer: Any, datasets: dict[str, dict[str, Any]], **metrics: Any) -> Result:
+def fit(
+    ctx: StageContext,
+    trainer: Any,
+    datasets: dict[str, dict[str, Any]],
+    finish: Callable[[], dict[str, Any]] = dict,
+    **metrics: Any,
+) -> Result:
     """Train from the newest complete checkpoint, or from the start, and save the output.
 
-    `metrics` are what the stage's own checks measured before; they go into the record with the trainer's.
+    `finish` is called between the two, and returns more metrics; `metrics` are what the stage's own checks
+    measured before; they go into the record with the trainer's.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     checks.trains_exactly([model], lambda name: should_train(ctx, name))
@@ -36,6 +44,7 @@ def fit(ctx: StageContext, trainer: Any, datasets: dict[str, dict[str, Any]], **
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if checkpoint is None:
         checks.has_trained(before, trainable, ctx.name)
+    metrics |= finish()
     metrics |= first_and_last(trainer.state.log_history, {name: name for name in METRICS})
     if trainer.eval_dataset is not None:
         metrics |= {k: v for k, v in trainer.evaluate().items() if not k.endswith(("_runtime", "_per_second", "epoch"))}

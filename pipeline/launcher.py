@@ -13,7 +13,7 @@ from rich.rule import Rule
 
 from pipeline import datacheck, manifest, plan, preflight, report
 from pipeline.errors import StageFailed, UserError, unknown
-from pipeline.schema import RunConfig, parents
+from pipeline.schema import RunConfig, parents, waits_for
 
 LAUNCHER = "RLHF_LAUNCHER_PID"  # stages watch this process and end with it
 NUM_LOG_LINES = 20
@@ -26,7 +26,7 @@ def select(config: RunConfig, until: str | None, only: str | None, redo: tuple[s
             raise UserError(f"{option}: {unknown('stage', name, config.stages)}")
     if only:
         return [only]
-    return [*plan.ancestors(config, until), until] if until else list(config.stages)
+    return [*plan.ancestors(config, until, waits_for), until] if until else list(config.stages)
 
 
 def show_plan(config: RunConfig, console: Console) -> None:
@@ -71,6 +71,7 @@ def run(
         title = f"{number}/{len(pending)}  {name}" + (f" ({kind})" if kind != name else "")
         console.print(Rule(title, align="left", style="bold cyan"))
         _run_stage(config, name, overrides, launch_files[name], console)
+    report.shift_table(plan.open_run(config), console)
     report.result_table(plan.open_run(config), console)
     console.print(
         f"Everything is in {config.run_path}; `rlhf status {config.run_path}` shows how to load it.", soft_wrap=True

@@ -65,6 +65,8 @@ def root(config: RunConfig) -> Place:
 def describe_start(config: RunConfig, name: str) -> str:
     """What a stage starts from, in words."""
     stage: Stage = config.stages[name]
+    if stage.type == "shift":
+        return f"{stage.policy}, {stage.reward}"
     if not isinstance(stage, TrainingStage):
         return ", ".join([f"base, {stage.baseline}", *stage.policies])
     if stage.init == BASE and config.model.scratch:

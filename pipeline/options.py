@@ -158,6 +158,9 @@ def length_limit(stage: Any) -> tuple[str, int | None]:
     """The option that limits a row's length in tokens, and the limit. Pretraining cuts texts into pieces: None."""
     if stage.type in ("sft", "reward", "dpo"):
         return "training.max_length", effective(stage.type, stage.training)["max_length"]
+    if stage.type == "ppo" and stage.prompt_baseline == "reference":  # its rows are prompts with their answers
+        longest = stage.max_prompt_length + effective(stage.type, stage.training)["response_length"]
+        return "max_prompt_length + training.response_length", longest
     return "max_prompt_length", getattr(stage, "max_prompt_length", None)
 
 

@@ -5,6 +5,7 @@ the three questions of every build tool. Inputs are compared by content, so a mo
 """
 
 import hashlib
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,12 @@ from pipeline.data import heldout, sources
 from pipeline.data.prepare import Datasets
 from pipeline.errors import UserError
 from pipeline.manifest import Manifest, TokenizerRecord, digest
-from pipeline.schema import RunConfig, TrainingStage, datasets, functions, parents
+from pipeline.schema import RunConfig, Stage, TrainingStage, datasets, functions, parents
 
 # Options of `training:` that change what is shown or kept, not what is learned.
 _LOADING = ("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers")
 NEUTRAL = ("logging_", "log_", "save_", "report_to", "run_name", "disable_tqdm", *_LOADING)
-_WIRING = {"init", "reward", "baseline", "policies", "data", "eval_data", "accelerate_config"}
+_WIRING = {"init", "reward", "shift", "policy", "baseline", "policies", "data", "eval_data", "accelerate_config"}
 
 
 @dataclass(frozen=True)
@@ -155,12 +156,13 @@ def decide(config: RunConfig, recorded: Manifest, redo: tuple[str, ...] = ()) ->
     return list(decisions.values())
 
 
-def ancestors(config: RunConfig, name: str) -> list[str]:
-    """The stages `name` takes something from, at any distance, in order."""
+def ancestors(config: RunConfig, name: str, needs: Callable[[Stage], Iterable[str]] | None = None) -> list[str]:
+    """The stages `name` takes something from (or those that it `needs`), at any distance, in order."""
     needed = {name}
     for other in reversed(config.stages):
         if other in needed:
-            needed |= set(parents(config.stages[other]).values())
+            stage = config.stages[other]
+            needed |= set(needs(stage) if needs else parents(stage).values())
     return [other for other in config.stages if other in needed and other != name]
 
 

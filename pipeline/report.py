@@ -42,6 +42,11 @@ def _interval(values: list[float | None]) -> str:
     return escape(f"{rate} [{low}, {high}]")
 
 
+def _estimate(found: dict[str, float | None] | None) -> str:
+    values = [value for value in (found or {"value": None}).values() if value is not None]
+    return _interval(values) if len(values) == 3 else _number(values[0] if values else None, 2)
+
+
 def table(title: str, columns: Iterable[str], right: bool = False) -> Table:
     """A table in the style of all reports."""
     made = Table(title=title, title_justify="left", title_style="bold")
@@ -94,6 +99,8 @@ def _headline(record: Record) -> str:
     if record.type == "evaluate":
         policies = metrics["policies"].items()
         return "\n".join(f"{name}: {_wins(s)}" for name, s in policies if name not in ("base", metrics["baseline"]))
+    if record.type == "shift":
+        return ", ".join(f"{key} {_estimate(metrics[key])}" for key in ("icc", "within_sd", "length_correlation"))
     found = {key.replace("_", " "): metrics[key] for key in HEADLINES[record.type] if key in metrics}
     resumed = f" (resumed at step {record.resumed_from_step})" if record.resumed_from_step else ""
     return ", ".join(f"{key} {_number(value)}" for key, value in found.items()) + resumed
@@ -127,11 +134,26 @@ def result_table(finished: Manifest, console: Console) -> None:
         console.print(shown)
 
 
+def shift_table(finished: Manifest, console: Console) -> None:
+    """The reward models side by side: what their shift reports found."""
+    for name, record in finished.stages.items():
+        if record.type != "shift":
+            continue
+        metrics, held_out = record.metrics, record.metrics["comparisons"] or {"accuracy": None}
+        figures = {"ICC": metrics["icc"], "within-prompt SD": metrics["within_sd"]}
+        figures |= {"score and length": metrics["length_correlation"], "accuracy": held_out["accuracy"]}
+        told = ", ".join(f"{label} {_estimate(found)}" for label, found in figures.items())
+        console.print(f"[bold]{name}[/]: {told}", soft_wrap=True)
+        where = f"(`rlhf shift` shows the report; plots are in {record.output.path})"
+        console.print(f"{metrics['advice']} {where}", soft_wrap=True)
+
+
 def snippet(run_dir: Path, recorded: Manifest, record: Record) -> str:
     """Python that loads a stage's output with transformers and peft alone."""
     folder = run_dir / record.output.path
     if record.output.kind == "report":
-        return f"# {folder}/samples.jsonl: all completions side by side; {folder}/table.json: the table"
+        figures = "report.json: the figures, *.png: plots" if record.type == "shift" else "table.json: the table"
+        return f"# {folder}/samples.jsonl: all completions side by side; {folder}/{figures}"
     auto, options = "AutoModelForCausalLM", ""
     if record.type == "reward":
         auto, options = "AutoModelForSequenceClassification", ", num_labels=1"
@@ -147,18 +169,25 @@ def snippet(run_dir: Path, recorded: Manifest, record: Record) -> str:
     )
 
 
-def status(run_dir: Path, console: Console) -> None:
-    """The chain so far: stage, parents, duration, headline metrics, output, and how to load it."""
+def recorded_in(run_dir: Path) -> Manifest:
+    """The manifest of a run folder that a user named."""
     recorded = manifest.read(run_dir)
     if recorded is None:
         expected = "expected a run folder, as `rlhf run` prints it at its end"
         raise UserError(f"{run_dir}: no {manifest.FILE} here; {expected}")
+    return recorded
+
+
+def status(run_dir: Path, console: Console) -> None:
+    """The chain so far: stage, parents, duration, headline metrics, output, and how to load it."""
+    recorded = recorded_in(run_dir)
     shown = table(f"{recorded.name}: {run_dir}", ("stage", "type", "from", "took", "metrics", "output"))
     for name, record in recorded.stages.items():
         parents = ", ".join(dict.fromkeys(record.parents.values())) or "-"
         took = _duration(record.duration)
         shown.add_row(name, record.type, parents, took, _headline(record), record.output.path)
     console.print(shown)
+    shift_table(recorded, console)
     result_table(recorded, console)
     for name, record in recorded.stages.items():
         console.print(f"\n[bold]{name}[/]")

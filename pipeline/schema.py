@@ -6,7 +6,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 BASE = "base"  # what `init:` says for the run's base model
-RESERVED = (BASE, "tokenizer", "manifest.json")  # names in the run folder or in the config that no stage may have
+RESERVED = (
+    BASE,
+    "cache",
+    "tokenizer",
+    "manifest.json",
+)  # names in the run folder or in the config that no stage may have
 Options = dict[str, Any]
 Format = Literal[
     "auto",
@@ -105,6 +110,19 @@ class Checks(Strict):
     longer_wins: Share = None
 
 
+class GateLimits(Strict):
+    """What the gate asks of a reward model and of a policy before a stage builds on them; null: not asked."""
+
+    # The lower end of the accuracy's interval on held-out comparisons must lie above this.
+    accuracy: Share = 0.5
+    # The SD of the scores of one prompt's completions, in log-odds: its interval must reach this.
+    within_sd: Annotated[float, Field(ge=0)] | None = 0.05
+    # The correlation of score and length within prompts: its interval must reach below this.
+    length_correlation: Share = 0.85
+    # The share of prompts whose likeliest first token is eos or another special token.
+    first_token: Share = 0.5
+
+
 class Stage(Strict):
     """What all stages have. A stage's name is its key in the file; its type defaults to its name."""
 
@@ -128,31 +146,43 @@ class Offline(TrainingStage):
     eval_data: str | None = None
 
 
-class Ppo(TrainingStage):
-    """PPO against a reward model; the rows are prompts."""
+class Reinforced(TrainingStage):
+    """A stage that learns from scores of its own completions; the rows are prompts.
+
+    `added_shift` is a stress test: the SD of an offset per prompt that is added to every score. `on_alarm: stop` looks
+    at the score on `eval_data` every `eval_every` updates and ends at an alarm with the best policy so far.
+    """
+
+    reward: str | None = None
+    shift: str | None = None
+    max_prompt_length: PositiveInt = 512
+    added_shift: float = Field(default=0.0, ge=0)
+    on_alarm: Literal["warn", "stop"] = "warn"
+    eval_data: str | None = None
+    eval_every: PositiveInt = 10
+    num_eval_prompts: PositiveInt = 64
+
+
+class Ppo(Reinforced):
+    """PPO against a reward model, with or without a baseline of each prompt that is subtracted from its scores."""
 
     type: Literal["ppo"]
-    reward: str | None = None
-    max_prompt_length: PositiveInt = 512
+    prompt_baseline: Literal["none", "sft_mean", "greedy", "reference", "leave_one_out"] = "none"
+    baseline_completions: Annotated[int, Field(ge=2)] = 4
+    baseline_shrinkage: bool = False
 
 
-class Online(TrainingStage):
+class Online(Reinforced):
     """RLOO or GRPO, scored by the run's reward model and/or functions named `module:function`."""
 
     type: Literal["rloo", "grpo"]
-    reward: str | None = None
     reward_functions: list[str] = []
-    max_prompt_length: PositiveInt = 512
 
 
-class Evaluate(Stage):
-    """Sample base, baseline and policies on held-out prompts; score with the reward model and a judge."""
+class Sampled(Stage):
+    """A stage that samples policies on held-out prompts."""
 
-    type: Literal["evaluate"]
-    policies: list[str] | None = None
-    baseline: str | None = None
     reward: str | None = None
-    judge: str | None = None
     temperature: float = Field(default=1.0, gt=0)
     max_new_tokens: PositiveInt = 128
     max_prompt_length: PositiveInt = 512
@@ -160,7 +190,26 @@ class Evaluate(Stage):
     batch_size: PositiveInt = 16
 
 
-STAGE_CLASSES: dict[str, type[Stage]] = {"ppo": Ppo, "rloo": Online, "grpo": Online, "evaluate": Evaluate}
+class Evaluate(Sampled):
+    """Sample base, baseline and policies on held-out prompts; score with the reward model and a judge."""
+
+    type: Literal["evaluate"]
+    policies: list[str] | None = None
+    baseline: str | None = None
+    judge: str | None = None
+
+
+class Shift(Sampled):
+    """Measure a reward model on several completions of a policy for each held-out prompt."""
+
+    type: Literal["shift"]
+    policy: str | None = None
+    num_prompts: PositiveInt = 200
+    num_completions: Annotated[int, Field(ge=2)] = 4
+
+
+STAGE_CLASSES: dict[str, type[Stage]] = {"ppo": Ppo, "rloo": Online, "grpo": Online}
+STAGE_CLASSES |= {"evaluate": Evaluate, "shift": Shift}
 STAGE_CLASSES |= dict.fromkeys(("pretrain", "sft", "reward", "dpo"), Offline)
 FINAL_TYPES = ("ppo", "rloo", "grpo", "dpo")
 POLICY_TYPES = ("pretrain", "sft", *FINAL_TYPES)
@@ -185,6 +234,8 @@ class RunConfig(Strict):
     data: dict[Name, Data]
     too_long: Literal["drop", "truncate"] = "drop"
     checks: Checks = Checks()
+    gate: Literal["stop", "warn", "off"] = "stop"
+    gate_limits: GateLimits = GateLimits()
     stages: dict[Name, Any]
     source: Path
 
@@ -208,9 +259,16 @@ class RunConfig(Strict):
 
 def parents(stage: Stage) -> dict[str, str]:
     """The stages a stage takes its inputs from, by role."""
-    roles = _named(stage, "init", "reward", "baseline")
+    roles = _named(stage, "init", "reward", "baseline", "policy")
     roles |= {f"policies.{policy}": policy for policy in getattr(stage, "policies", None) or ()}
+    if isinstance(stage, Ppo) and stage.baseline_shrinkage:
+        roles |= _named(stage, "shift")
     return {role: name for role, name in roles.items() if name != BASE}
+
+
+def waits_for(stage: Stage) -> set[str]:
+    """The stages that must be finished before this one: its parents, and the report its gate reads."""
+    return {*parents(stage).values(), *_named(stage, "shift").values()}
 
 
 def datasets(stage: Stage) -> dict[str, str]:

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scipy import stats
 from torch.nn.utils.rnn import pad_sequence
 
+from pipeline.data.heldout import hash64
 from pipeline.errors import UserError
 
 Judge = Callable[[str, str], float]
@@ -36,6 +38,11 @@ def score(model: Any, sequences: Sequence[list[int]], pad_token_id: int, batch_s
         scores += model(**inputs).logits[:, 0].float().tolist()
     model.train(was_training)
     return scores
+
+
+def added_shift(prompt: Sequence[int], sd: float, seed: int) -> float:
+    """A prompt's offset, normal with this SD, the same wherever the prompt (token ids) is met."""
+    return sd * stats.norm.ppf((hash64(str(seed), str(list(prompt))) + 0.5) / 2**64) if sd else 0.0
 
 
 def _split(reference: str, folder: Path, key: str) -> tuple[str, str]:

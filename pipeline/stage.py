@@ -25,7 +25,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
-from pipeline import manifest, plan, tokenizers
+from pipeline import gate, manifest, plan, tokenizers
 from pipeline.config import load
 from pipeline.context import Result, StageContext
 from pipeline.errors import UserError
@@ -33,7 +33,7 @@ from pipeline.launcher import LAUNCHER
 from pipeline.lineage import output_folder, place_of
 from pipeline.manifest import Output, Record
 from pipeline.models import Loader
-from pipeline.schema import RunConfig, parents
+from pipeline.schema import RunConfig, TrainingStage, parents
 
 PACKAGES = ("rlhf-pipeline", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
 MODULES = {"rloo": "online", "grpo": "online"}
@@ -104,6 +104,8 @@ def _prepare(config: RunConfig, name: str) -> plan.Identity | UserError | None:
                 why = f"which is not finished: {decisions[parent].reason}"
                 return UserError(f"stage {name!r} needs {parent!r} ({role}), {why}. Run it first")
             manifest.verify(config.run_path, parent, recorded.stages[parent])
+        for verdict in gate.check(config, name, recorded):
+            print(f"{name}: gate: {verdict}", flush=True)
         identity = plan.identify(config, name, recorded)  # before anything is dropped: it may not be readable
         manifest.drop(config.run_path, [name, *plan.descendants(config, name)])
         return identity
@@ -136,7 +138,7 @@ def _finish(ctx: StageContext, identity: plan.Identity, result: Result, started:
     run_dir = ctx.config.run_path
     output = run_dir / output_folder(ctx.name)
     kind, full = "report", None
-    if ctx.stage.type != "evaluate":
+    if isinstance(ctx.stage, TrainingStage):
         ctx.tokenizer.save_pretrained(ctx.new_output)
         place = place_of(ctx.config, ctx.name)
         kind, full = ("adapter", place.full) if place.adapter else ("full", None)
@@ -178,6 +180,8 @@ def _same_tokenizer(config: RunConfig, name: str, key: str) -> None:
     if key != manifest.read(config.run_path).tokenizer.fingerprint:
         raise UserError(f"{config.run_path / 'tokenizer'} is not the tokenizer this run was started with. {mend}")
     for parent in parents(config.stages[name]).values():
+        if not isinstance(config.stages[parent], TrainingStage):
+            continue  # a report has no tokenizer
         folder = config.run_path / output_folder(parent)
         if tokenizers.fingerprint(tokenizers.open_saved(folder)) != key:
             raise UserError(f"{folder} holds another tokenizer than the run's; {name!r} cannot use it. {mend}")

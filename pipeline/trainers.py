@@ -4,6 +4,7 @@ Everything is imported when asked for: importing TRL costs several seconds, and 
 """
 
 import pkgutil
+from collections.abc import Callable
 from typing import Any
 
 
@@ -18,10 +19,16 @@ def config_class(stage_type: str) -> type:
 
 
 def ppo_trainer_class() -> type:
-    """TRL's PPOTrainer, as it is."""
+    """TRL's PPOTrainer as it is, but that what `observe` says of an update is logged beside its own figures."""
     from trl.experimental.ppo import PPOTrainer
 
-    return PPOTrainer
+    class ObservedPPOTrainer(PPOTrainer):
+        observe: Callable[[], dict[str, float]] = dict
+
+        def log(self, logs: dict[str, float], *args: Any) -> None:
+            super().log(logs | self.observe(), *args)
+
+    return ObservedPPOTrainer
 
 
 def dpo_trainer_class() -> type:

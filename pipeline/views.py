@@ -18,7 +18,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
 
 POLICY, REFERENCE, REWARD, VALUE = "default", "ref", "reward", "value"
 
@@ -93,10 +93,11 @@ class ScoreView(nn.Module):
         self.transformer = _Hidden(backbone, adapter)
         self.score = score.requires_grad_(trainable)
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **inputs: Any) -> torch.Tensor:
-        """Scores of every position, shape (batch, length, 1)."""
-        hidden = self.transformer(input_ids=input_ids, attention_mask=attention_mask, **inputs).hidden_states[-1]
-        return self.score(hidden)
+    def forward(self, attention_mask: torch.Tensor, **inputs: Any) -> SequenceClassifierOutput:
+        """One score per sequence, read at its last token: `logits` of shape (batch, 1)."""
+        hidden = self.transformer(attention_mask=attention_mask, **inputs).hidden_states[-1]
+        last = attention_mask.shape[1] - 1 - attention_mask.flip(1).long().argmax(1)
+        return SequenceClassifierOutput(logits=self.score(hidden[torch.arange(len(last), device=last.device), last]))
 
 
 class ReferenceView(nn.Module):

@@ -10,12 +10,14 @@ from pipeline.schema import (
     BASE,
     FINAL_TYPES,
     POLICY_TYPES,
+    Reinforced,
     RunConfig,
+    Shift,
     Source,
     TrainingStage,
     datasets,
-    parents,
     same_shape,
+    waits_for,
 )
 
 # What a stream fixes of a stage's options.
@@ -41,6 +43,11 @@ def wire(config: RunConfig, problems: Problems) -> RunConfig:
             if stage.data in config.data and config.data[stage.data].streaming and stage.type == "pretrain":
                 _check_stream(name, training, problems)
         stages[name] = stage.model_copy(update=changes)
+    if config.gate != "off":
+        stages = _with_reports(stages)
+    for name, stage in stages.items():
+        if isinstance(stage, Reinforced):
+            stages[name] = _with_report(name, stage, stages, problems)
     try:
         order = _order(stages) if not problems else ()
     except graphlib.CycleError as error:
@@ -121,6 +128,13 @@ def _references(config: RunConfig, name: str, problems: Problems) -> dict[str, A
     if kind == "ppo" or (kind in ("rloo", "grpo") and (stage.reward or not stage.reward_functions)):
         functions = " or `reward_functions`" if kind != "ppo" else ""
         find("reward", "reward", f"{kind} needs a reward: add a stage of type reward{functions}", ("reward",))
+    if kind == "shift":
+        find("reward", "reward", "there is no reward model to measure: add a stage of type reward", ("reward",))
+        policies, reward = of_type(*POLICY_TYPES), config.stages.get(changes.get("reward", stage.reward))
+        if stage.policy is None and reward is not None:
+            changes["policy"] = reward.init or next(iter(of_type("sft")), BASE)
+        elif stage.policy not in (None, BASE, *policies):
+            problems.add(unknown("policy", stage.policy, policies), "stages", name, "policy")
     if kind == "evaluate":
         find("baseline", "sft", "there is no sft stage to compare with; name the `baseline`")
         find("reward", "reward", None, ("reward",))
@@ -131,9 +145,61 @@ def _references(config: RunConfig, name: str, problems: Problems) -> dict[str, A
     return changes
 
 
+def _with_reports(stages: dict[str, Any]) -> dict[str, Any]:
+    """The stages, each reward stage followed by one of type shift unless it has one or nothing is held out."""
+    measured = {stage.reward for stage in stages.values() if stage.type == "shift"}
+    evaluates = [stage for stage in stages.values() if stage.type == "evaluate"]
+    found: dict[str, Any] = {}
+    for name, stage in stages.items():
+        found[name] = stage
+        data = evaluates[0].data if evaluates else getattr(stage, "eval_data", None)
+        report = f"{name}-shift"
+        if stage.type != "reward" or name in measured or report in stages or data is None:
+            continue
+        own = {"type": "shift", "data": data, "reward": name, "policy": stage.init}
+        if evaluates:  # what it samples is sampled once for both
+            shared = ("seed", "temperature", "max_new_tokens", "max_prompt_length", "batch_size")
+            own |= {key: getattr(evaluates[0], key) for key in shared}
+        found[report] = Shift(**own)
+    return found
+
+
+def _with_report(name: str, stage: Reinforced, stages: dict[str, Any], problems: Problems) -> Reinforced:
+    """An RL stage with the report on its reward model, and what it needs a report or held-out prompts for."""
+    reports = [key for key, other in stages.items() if other.type == "shift" and other.reward == stage.reward]
+    if stage.shift is None and reports and stage.reward is not None:
+        stage = stage.model_copy(update={"shift": reports[0]})
+    elif stage.shift is not None and stage.shift not in reports:
+        problems.add(unknown("report on its reward model", stage.shift, reports), "stages", name, "shift")
+    if stage.on_alarm == "stop" and stage.eval_data is None:
+        problems.add("`on_alarm: stop` needs `eval_data`: held-out prompts that tell the best policy", "stages", name)
+    if stage.eval_data is not None and stage.reward is None and stage.type != "ppo":
+        mend = "name one as `reward`, or leave it out"
+        problems.add(f"held-out prompts are scored by a reward model; {mend}", "stages", name, "eval_data")
+    if stage.type != "ppo":
+        return stage
+    if stage.baseline_shrinkage and (stage.shift is None or stage.prompt_baseline == "none"):
+        wrong = "needs a `prompt_baseline`, and a stage of type shift that measured the ICC of its reward model"
+        problems.add(wrong, "stages", name, "baseline_shrinkage")
+    if stage.prompt_baseline == "leave_one_out":
+        _check_groups(name, stage, problems)
+    return stage
+
+
+def _check_groups(name: str, stage: Reinforced, problems: Problems) -> None:
+    """Every batch that is scored at once holds whole groups of completions of one prompt."""
+    given, number = options.effective("ppo", stage.training), stage.baseline_completions
+    sizes = {"local_rollout_forward_batch_size": given["local_rollout_forward_batch_size"]}
+    sizes["per_device_train_batch_size"] = given["per_device_train_batch_size"] * given["gradient_accumulation_steps"]
+    for key, size in sizes.items():
+        if size % number:
+            wrong = f"{size} completions do not make whole groups of {number} (`baseline_completions`)"
+            problems.add(wrong, "stages", name, "training", key)
+
+
 def _order(stages: dict[str, Any]) -> list[str]:
     """The stages in an order in which they can run, as near to the file's as that allows."""
-    needs = {name: set(parents(stage).values()) for name, stage in stages.items()}
+    needs = {name: waits_for(stage) for name, stage in stages.items()}
     graphlib.TopologicalSorter(needs).prepare()  # raises CycleError
     order: list[str] = []
     while len(order) < len(stages):

@@ -28,7 +28,14 @@ def test_the_quickstart_command(tmp_path):
     run = clone / "runs" / "quickstart"
     finished = manifest.read(run)
     print(result.stdout[-2500:], {name: record.duration for name, record in finished.stages.items()})
-    assert list(finished.stages) == ["pretrain", "sft", "reward", "ppo", "dpo", "evaluate"]
+    assert list(finished.stages) == ["pretrain", "sft", "reward", "reward-shift", "ppo", "dpo", "evaluate"]
+    for figure in ("held-out accuracy", "within-prompt SD", "score and length"):
+        assert f"ppo: gate: reward: {figure}: passed" in result.stdout
+    shift = finished.stages["reward-shift"]
+    assert f"{shift.metrics['icc']['value']:.2f}" in result.stdout and shift.metrics["advice"] in result.stdout
+    assert {"offsets.png", "length.png", "reliability.png"} <= {
+        path.name for path in (run / "reward-shift/output").iterdir()
+    }
     policies = finished.stages["evaluate"].metrics["policies"]
     for name in ("ppo", "dpo"):
         _, low, _ = policies[name]["judge_win_rate"]

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import re
 import shlex
 from pathlib import Path
@@ -19,6 +20,8 @@ from pipeline.data import shapes
 from pipeline.data.prepare import Datasets
 from pipeline.data.shapes import WANTED_BY
 from pipeline.errors import UserError
+from pipeline.shift.advice import RULES
+from pipeline.watchdog import HEALTHY, Range
 
 REPO = Path(__file__).resolve().parent.parent
 README = (REPO / "README.md").read_text(encoding="utf-8")
@@ -82,6 +85,7 @@ SECTIONS = {
     "keys: Tokenizer": [("", schema.Tokenizer)],
     "keys: Data": [("", schema.Data)],
     "keys: Checks": [("", schema.Checks)],
+    "keys: GateLimits": [("", schema.GateLimits)],
 }
 
 
@@ -103,7 +107,8 @@ def test_every_section_of_the_schema_has_a_table():
 
 @pytest.mark.parametrize("stage_type", schema.STAGE_CLASSES)
 def test_the_table_of_stages_is_the_schema(stage_type):
-    groups = {stage_type, ALL} | ({TRAINING} if stage_type != "evaluate" else set())
+    stage_class = schema.STAGE_CLASSES[stage_type]
+    groups = {stage_type, ALL} | ({TRAINING} if issubclass(stage_class, schema.TrainingStage) else set())
     rows = table("keys by type")
     unknown = {name for row in rows for name in row[2].split(", ")} - {ALL, TRAINING, *schema.STAGE_CLASSES}
     assert not unknown
@@ -141,6 +146,35 @@ def test_example_configs_load(tmp_path):
         path = tmp_path / f"example{number}.yaml"
         path.write_text(text, encoding="utf-8")
         assert load(path).stages
+
+
+def test_the_table_of_rules_is_the_code():
+    assert [key_of(row[0]) for row in table("rules")] == [rule.name for rule in RULES]
+
+
+def test_the_table_of_healthy_ranges_is_the_code():
+    def bound(value: float, healthy: Range) -> str:
+        return f"{value:.3g}{' x first' if healthy.of_first else ''}" if math.isfinite(value) else "-"
+
+    shown = [(key_of(row[0]), *row[1:4]) for row in table("healthy")]
+    assert shown == [(r.measure, bound(r.low, r), bound(r.high, r), str(r.patience)) for r in HEALTHY]
+
+
+def test_every_prompt_baseline_is_explained():
+    kinds = schema.Ppo.model_fields["prompt_baseline"].annotation.__args__
+    assert [kind for kind in kinds if f"| `{kind}` | " not in README] == []
+
+
+def test_the_experiment_is_that_of_its_results(monkeypatch, capsys, tmp_path):
+    """The table is what the benchmark prints of the results that are kept, and the figure is beside them."""
+    monkeypatch.syspath_prepend(REPO / "tests" / "benchmarks")
+    import shift
+    from shift_report import report
+
+    report(shift.read(shift.RESULTS), tmp_path / "figure.png", shift.SHIFTS, shift.LABELS)
+    assert capsys.readouterr().out.strip() in README
+    figure = shift.RESULTS.with_suffix(".png")
+    assert figure.is_file() and f"({figure.relative_to(REPO).as_posix()})" in README
 
 
 WANTS = {WANTED_BY[stage] for stage in schema.STAGE_CLASSES}

@@ -19,12 +19,12 @@ from datasets import Dataset, IterableDataset, concatenate_datasets
 from pipeline.data import heldout, sources
 from pipeline.data.audit import QUANTILES, Audit, Finding
 from pipeline.data.measure import IDS, KINDS, LENGTHS, NO_KEY, Measure
-from pipeline.data.shapes import FIELDS, WANTED_BY, detect, missing, serves
+from pipeline.data.shapes import FIELDS, detect, missing, serves, wanted
 from pipeline.data.sources import Part
 from pipeline.errors import UserError
 from pipeline.manifest import digest, file_digest
 from pipeline.options import effective, length_limit
-from pipeline.schema import RunConfig, TrainingStage
+from pipeline.schema import RunConfig, Sampled, TrainingStage
 from pipeline.schema import datasets as datasets_of
 
 # Prepared rows are cached by this too: another version of these files may prepare them otherwise.
@@ -93,7 +93,7 @@ class Datasets:
             UserError: if the dataset cannot be read or does not fit the stage.
         """
         stage = self.config.stages[stage_name]
-        dataset, want, limit = datasets_of(stage)[role], WANTED_BY[stage.type], length_limit(stage)
+        dataset, want, limit = datasets_of(stage)[role], wanted(stage, role), length_limit(stage)
         # TRL renders the prompts of RLOO and GRPO itself, in full.
         truncates = self.config.too_long == "truncate" and stage.type not in ("rloo", "grpo")
         max_length = limit[1] if truncates else None
@@ -107,7 +107,7 @@ class Datasets:
         sizes = [len(part) for part in measured]
         split = heldout.role_split(role, isinstance(stage, TrainingStage))
         kept, dropped = self._choose(rows, dataset, want, split, limit[1])
-        if stage.type == "evaluate":  # intervals are over prompts, so each counts once
+        if isinstance(stage, Sampled):  # intervals are over prompts, so each counts once
             dropped["same_prompt"] = _repeats(_column(rows, "_digest"), kept)
             kept &= ~dropped["same_prompt"]
         dropped["weight"] = kept & ~_weighted(kept, sizes, [part.spec.weight for part in parts])

@@ -20,10 +20,11 @@ from pipeline.data.messages import (
     shown,
     text_of,
 )
+from pipeline.schema import Ppo, Stage
 
 # What a stage takes, by its type.
 WANTED_BY = {"pretrain": "text", "sft": "demonstrations", "reward": "comparisons", "dpo": "comparisons"}
-WANTED_BY |= dict.fromkeys(("ppo", "rloo", "grpo", "evaluate"), "prompts")
+WANTED_BY |= dict.fromkeys(("ppo", "rloo", "grpo", "evaluate", "shift"), "prompts")
 _DIALOGUE = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 _SHP = {"history", "human_ref_A", "human_ref_B", "labels"}
 _QUESTIONS, _ANSWERS = ("prompt", "question", "instruction"), ("completions", "answers")
@@ -92,6 +93,12 @@ def _label(value: Any) -> bool | None:
 
 def _is_dialogue(value: Any) -> bool:
     return isinstance(value, str) and value.lstrip().startswith("Human:")
+
+
+def wanted(stage: Stage, role: str) -> str:
+    """What a stage wants of a dataset. Rows whose own answer is the baseline must have one."""
+    needs_answers = isinstance(stage, Ppo) and stage.prompt_baseline == "reference" and role == "data"
+    return "demonstrations" if needs_answers else WANTED_BY[stage.type]
 
 
 def serves(shape: str, columns: Iterable[str]) -> set[str]:

@@ -23,9 +23,14 @@ def run(ctx: StageContext) -> Result:
         model, reference, args, train_dataset=rows, eval_dataset=eval_rows, processing_class=ctx.tokenizer
     )
     match_reference_dtype(trainer.model)
+
+    def first_token() -> dict[str, Any]:
+        prompts = rows.select(range(min(checks.NUM_FIRST, len(rows))))["prompt_ids"][:]
+        return {"first_token": checks.first_token(trainer, prompts, ctx.tokenizer)}
+
     if trainer.precompute_ref_logps:  # TRL computes the reference's log-probabilities when training begins
-        return fit(ctx, trainer, datasets)
-    return fit(ctx, trainer, datasets, initial_loss=_initial_loss(ctx, trainer))
+        return fit(ctx, trainer, datasets, first_token)
+    return fit(ctx, trainer, datasets, first_token, initial_loss=_initial_loss(ctx, trainer))
 
 
 def _initial_loss(ctx: StageContext, trainer: Any) -> float:

@@ -9,14 +9,13 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
 from scipy import stats
-from transformers import GenerationConfig, set_seed
 
 from pipeline import scoring
 from pipeline.context import Result, StageContext, write_json
-from pipeline.lineage import root
-from pipeline.models import Weights, load_policy, load_reward
+from pipeline.models import load_policy, load_reward
+from pipeline.sampling import Ids, Sampling, batches, completions, to_device, weights_of
+from pipeline.schema import BASE
 
-Rows = list[list[int]]  # token ids
 Entry = dict[str, Any]  # a completion: row, ids, text, length, whether it ended, KL to the baseline in nats, scores
 CONFIDENCE = 0.95
 NUM_RESAMPLES = 9999
@@ -27,15 +26,12 @@ def run(ctx: StageContext) -> Result:
     rows, _, datasets = ctx.rows()
     rows = rows.select(range(min(stage.num_prompts or len(rows), len(rows))))
     mine = range(state.process_index, len(rows), state.num_processes)
-    prompt_ids = [rows[i]["prompt_ids"] for i in mine]
-    policies = {"base": ctx.weights(root(ctx.config))}
-    policies |= {name: ctx.weights_of(name) for name in dict.fromkeys([stage.baseline, *stage.policies])}
+    sampling = Sampling(stage.temperature, stage.max_new_tokens, stage.batch_size, ctx.seed)
     table: dict[str, list[Entry]] = {}
-    baseline = _to_device(load_policy(ctx.loader, policies[stage.baseline]))
-    for name, weights in policies.items():
-        ctx.say(f"{ctx.name}: sampling {len(rows)} completions from {name}")
-        samples = _sample(ctx, weights, baseline, prompt_ids)
-        table[name] = [{"row": i} | entry for i, entry in zip(mine, samples, strict=True)]
+    baseline = to_device(load_policy(ctx.loader, weights_of(ctx, stage.baseline)))
+    for name in dict.fromkeys([BASE, stage.baseline, *stage.policies]):
+        drawn = completions(ctx, name, rows["prompt_ids"][:], sampling)
+        table[name] = _entries(ctx, name, baseline, {i: (rows[i]["prompt_ids"], drawn[i][0]) for i in mine})
     del baseline
     clear_device_cache(garbage_collection=True)
     _add_scores(ctx, rows, table)
@@ -49,47 +45,32 @@ def run(ctx: StageContext) -> Result:
     return Result({"baseline": stage.baseline, "policies": metrics}, datasets=datasets)
 
 
-def _to_device(model: Any) -> Any:
-    if not getattr(model, "is_loaded_in_4bit", False) and not getattr(model, "is_loaded_in_8bit", False):
-        model = model.to(PartialState().device)
-    return model.eval()
-
-
 @torch.no_grad()
-def _sample(ctx: StageContext, weights: Weights, baseline: Any, prompts: Rows) -> list[Entry]:
-    """One completion per prompt, with its KL to the baseline."""
-    stage, eos, pad = ctx.stage, ctx.tokenizer.eos_token_id, ctx.tokenizer.pad_token_id
-    model = _to_device(load_policy(ctx.loader, weights))
-    # Every policy samples with the same random numbers, so equal policies give equal completions.
-    set_seed(ctx.seed + PartialState().process_index)
-    options = {"do_sample": True, "temperature": stage.temperature, "top_k": 0, "top_p": 1.0}
-    options |= {"max_new_tokens": stage.max_new_tokens, "eos_token_id": eos, "pad_token_id": pad}
-    config = GenerationConfig(**options)
-    entries: list[Entry] = []
-    for start in range(0, len(prompts), stage.batch_size):
-        batch = prompts[start : start + stage.batch_size]
-        inputs = scoring.padded(batch, pad, PartialState().device, "left")
-        output = model.generate(**inputs, generation_config=config)[:, inputs["input_ids"].shape[1] :]
-        completions = [row[: row.index(eos) + 1] if eos in row else row for row in output.tolist()]
-        for ids, kl in zip(completions, _kl(ctx, model, baseline, batch, completions), strict=True):
-            entries.append({"ids": ids, "kl": kl, "length": len(ids), "ended": eos in ids})
+def _entries(ctx: StageContext, policy: str, baseline: Any, sampled: dict[int, tuple[Ids, Ids]]) -> list[Entry]:
+    """Completions (`sampled`: row -> prompt, completion) with their KL to the baseline."""
+    eos, entries = ctx.tokenizer.eos_token_id, []
+    model = to_device(load_policy(ctx.loader, weights_of(ctx, policy)))
+    for rows in batches(list(sampled), ctx.stage.batch_size):
+        prompts, drawn = zip(*map(sampled.get, rows), strict=True)
+        for row, ids, kl in zip(rows, drawn, _kl(ctx, model, baseline, prompts, drawn), strict=True):
+            entries.append({"row": row, "ids": ids, "kl": kl, "length": len(ids), "ended": eos in ids})
     del model
     clear_device_cache(garbage_collection=True)
     return entries
 
 
-def _kl(ctx: StageContext, policy: Any, baseline: Any, prompts: Rows, completions: Rows) -> list[float]:
+def _kl(ctx: StageContext, policy: Any, baseline: Any, prompts: list[Ids], drawn: list[Ids]) -> list[float]:
     """KL(policy || baseline) of each completion in nats: summed over its positions, exact over the vocabulary at each.
 
     The whole distribution at every visited position has far less variance than the log-ratio of the sampled tokens.
     """
-    rows = [p + c for p, c in zip(prompts, completions, strict=True)]
+    rows = [p + c for p, c in zip(prompts, drawn, strict=True)]
     inputs = scoring.padded(rows, ctx.tokenizer.pad_token_id, PartialState().device, "left")
     inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
     p, q = (m(**inputs).logits.float().div(ctx.stage.temperature).log_softmax(-1) for m in (policy, baseline))
     per_token = (p.exp() * (p - q)).sum(-1)
     # The logits at position t - 1 are the distribution of token t; sequences end at the right edge.
-    return [per_token[i, -len(c) - 1 : -1].sum().item() for i, c in enumerate(completions)]
+    return [per_token[i, -len(c) - 1 : -1].sum().item() for i, c in enumerate(drawn)]
 
 
 def _add_scores(ctx: StageContext, rows: Any, table: dict[str, list[Entry]]) -> None:
@@ -98,7 +79,7 @@ def _add_scores(ctx: StageContext, rows: Any, table: dict[str, list[Entry]]) -> 
     if stage.judge:
         judge = scoring.function(stage.judge, ctx.config.folder, f"stages.{ctx.name}.judge")
     if stage.reward:
-        model = _to_device(load_reward(ctx.loader, ctx.weights_of(stage.reward)))
+        model = to_device(load_reward(ctx.loader, ctx.weights_of(stage.reward)))
     for entries in table.values():
         sequences = [rows[entry["row"]]["prompt_ids"] + entry.pop("ids") for entry in entries]
         scores = [None] * len(entries)

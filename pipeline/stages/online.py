@@ -1,5 +1,6 @@
 """Step 3 with RLOO or GRPO: TRL's trainers, scored by the run's reward model and/or functions from the config."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,9 +10,11 @@ from trl import GRPOTrainer, RLOOTrainer
 from pipeline import checks, scoring
 from pipeline.context import Result, StageContext
 from pipeline.data.encode import prompt_ids
-from pipeline.fit import fit
+from pipeline.fit import fit, should_train
 from pipeline.models import continue_policy, load_reward, match_reference_dtype
+from pipeline.sampling import Sampling
 from pipeline.views import Backbone, ReferenceView
+from pipeline.watch import Watch
 
 RewardFunction = Callable[..., list[float]]
 
@@ -36,23 +39,43 @@ def judge_function(judge: scoring.Judge, name: str) -> RewardFunction:
     return function
 
 
+def with_shift(ctx: StageContext, reward: RewardFunction) -> RewardFunction:
+    """A reward with the stage's `added_shift`."""
+
+    @functools.wraps(reward)
+    def shifted(prompts: list[Any], **given: Any) -> list[float]:
+        ids = [prompt_ids(ctx.tokenizer, prompt) for prompt in prompts]
+        offsets = [scoring.added_shift(prompt, ctx.stage.added_shift, ctx.seed) for prompt in ids]
+        return [score + offset for score, offset in zip(reward(prompts=prompts, **given), offsets, strict=True)]
+
+    return shifted
+
+
 def run(ctx: StageContext) -> Result:
-    stage, args, rewards = ctx.stage, ctx.training_args(), []
-    rows, _, datasets = ctx.rows()
+    stage, args, rewards, reward_model = ctx.stage, ctx.training_args(), [], None
+    rows, eval_rows, datasets = ctx.rows()
     if stage.reward:
         reward_model = load_reward(ctx.loader, ctx.weights_of(stage.reward)).to(args.device)
         rewards.append(reward_model_function(ctx, reward_model.eval()))
     for reference in stage.reward_functions:
         judge = scoring.function(reference, ctx.config.folder, f"stages.{ctx.name}.reward_functions")
         rewards.append(judge_function(judge, reference))
+    if stage.added_shift:
+        rewards[0] = with_shift(ctx, rewards[0])
     model = continue_policy(ctx.loader, ctx.start(), stage.lora, ctx.seed)
     prompts = rows.remove_columns(["prompt_ids"])
     trainer_class = GRPOTrainer if stage.type == "grpo" else RLOOTrainer
     trainer = trainer_class(model, rewards, args, train_dataset=prompts, processing_class=ctx.tokenizer)
     match_reference_dtype(trainer.model)
-    if trainer.beta == 0:  # no KL penalty, so TRL keeps no reference
-        return fit(ctx, trainer, datasets)
-    return fit(ctx, trainer, datasets, initial_kl=_initial_kl(trainer, rows["prompt_ids"][:4]))
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    watch = Watch(ctx, trainer, {name: p for name, p in policy.named_parameters() if should_train(ctx, name)})
+    if eval_rows is not None:
+        size = min(args.per_device_train_batch_size, stage.num_eval_prompts)
+        sampling = Sampling(args.temperature, args.max_completion_length, size, ctx.seed)
+        watch.hold_out(eval_rows["prompt_ids"][:], sampling, policy, reward_model)
+    # Without a KL penalty TRL keeps no reference.
+    metrics = {"initial_kl": _initial_kl(trainer, rows["prompt_ids"][:4])} if trainer.beta else {}
+    return fit(ctx, trainer, datasets, watch.finish, **metrics)
 
 
 def _initial_kl(trainer: Any, prompts: list[list[int]]) -> float:

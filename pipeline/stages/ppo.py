@@ -4,6 +4,7 @@ With adapters on one base the four models are views of one backbone; otherwise t
 itself is TRL's, unmodified.
 """
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,16 +13,31 @@ from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from torch import nn
 
-from pipeline import checks
+from pipeline import checks, scoring
+from pipeline.baselines import (
+    Baseline,
+    CentredReward,
+    LeaveOneOut,
+    Offline,
+    Prompt,
+    Watched,
+    answers_of,
+    offline_scores,
+    reliability,
+)
 from pipeline.context import Result, StageContext, write_json
 from pipeline.errors import UserError
 from pipeline.fit import first_and_last, save_adapter, should_train
 from pipeline.lineage import shares_backbone
 from pipeline.models import Loader, Weights, continue_policy, load_policy, load_reward, num_parameters
+from pipeline.sampling import Ids, Sampling
 from pipeline.trainers import ppo_trainer_class
 from pipeline.views import POLICY, REFERENCE, REWARD, VALUE, Backbone, ReferenceView, ScoreView
+from pipeline.watch import Watch
+from pipeline.watchdog import Stopped
 
-METRICS = {"objective/kl": "kl", "objective/scores": "score", "objective/rlhf_reward": "reward"}
+METRICS = {"objective/kl": "kl", "objective/raw_scores": "score", "objective/centred_scores": "centred_score"}
+METRICS |= {"objective/rlhf_reward": "reward", "value/explained_variance": "explained_variance"}
 METRICS |= {"loss/value_avg": "value_loss", "policy/clipfrac_avg": "clip_fraction", "objective/entropy": "entropy"}
 
 
@@ -85,12 +101,16 @@ def run(ctx: StageContext) -> Result:
         # PPOTrainer computes rewards and reference outside the wrapped model, where sharded weights are not gathered.
         mend = "use accelerate_configs/multi_gpu.yaml (or zero2.yaml) for this stage"
         raise UserError(f"PPO does not run under FSDP; {mend}")
-    rows, _, datasets = ctx.rows()
+    rows, eval_rows, datasets = ctx.rows()
     args = ctx.training_args(bf16=False, fp16=False, stop_token="eos", save_strategy="no")
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * PartialState().num_processes
     if len(rows) < batch:
         fault = f"{len(rows)} prompts are fewer than one batch of {batch}"
         raise UserError(f"stages.{ctx.name}: {fault}; lower the batch sizes")
+    prompts = _prompts(rows)
+    answers = {}
+    if stage.prompt_baseline not in ("none", "leave_one_out"):
+        answers = answers_of(ctx, prompts, sampling(ctx, args))
     shared = shares_backbone(ctx.config, ctx.name)
     ctx.say(f"{ctx.name}: PPO starts from its first update (a run that was stopped in it starts it anew)")
     ctx.say(f"{ctx.name}: " + ("four views of one backbone" if shared else "four separate models"))
@@ -99,19 +119,12 @@ def run(ctx: StageContext) -> Result:
     if args.gradient_checkpointing:  # PPOTrainer's own loop never enables it
         for model in [models.policy] if shared else [models.policy, models.value]:
             model.gradient_checkpointing_enable()
-    prompts = rows.select_columns(["prompt_ids"]).rename_column("prompt_ids", "input_ids")
-    trainer = ppo_trainer_class()(
-        args=args,
-        processing_class=ctx.tokenizer,
-        model=models.policy,
-        ref_model=models.reference,
-        reward_model=models.reward,
-        value_model=models.value,
-        train_dataset=prompts,
-        eval_dataset=prompts.select(range(min(len(prompts), args.per_device_eval_batch_size))),
-    )
-    one_step_per_accumulation(trainer)
-    metrics = {"initial_kl": _train(ctx, trainer, models, prompts["input_ids"][:4])}
+    trainer, centred = _trainer(ctx, args, models, prompts.select_columns(["input_ids"]))
+    centred.baseline = _baseline(ctx, models.reward, answers, args.local_rollout_forward_batch_size)
+    watch = Watch(ctx, trainer, {n: p for n, p in models.policy.named_parameters() if should_train(ctx, n)})
+    if eval_rows is not None:
+        watch.hold_out(eval_rows["prompt_ids"][:], sampling(ctx, args), models.policy, models.reward)
+    metrics = {"initial_kl": _train(ctx, trainer, models, prompts["input_ids"][:4])} | watch.finish()
     state = trainer.state
     if PartialState().is_main_process:
         if stage.lora is not None:
@@ -121,6 +134,68 @@ def run(ctx: StageContext) -> Result:
         write_json(ctx.folder / "log_history.json", state.log_history)
     metrics |= {"updates": state.global_step, "episodes": state.episode} | first_and_last(state.log_history, METRICS)
     return Result(metrics, num_parameters(models.policy, models.value), datasets)
+
+
+def _trainer(ctx: StageContext, args: Any, models: Models, prompts: Any) -> tuple[Any, CentredReward]:
+    """TRL's trainer, and the reward model it was given, which subtracts and sees what is scored."""
+    stage = ctx.stage
+    centred = CentredReward(models.reward, ctx.tokenizer.eos_token_id, (stage.added_shift, ctx.seed))
+    trainer = ppo_trainer_class()(
+        args=args,
+        processing_class=ctx.tokenizer,
+        model=models.policy,
+        ref_model=models.reference,
+        reward_model=centred,
+        value_model=models.value,
+        train_dataset=prompts,
+        eval_dataset=prompts.select(range(min(len(prompts), args.per_device_eval_batch_size))),
+    )
+    one_step_per_accumulation(trainer)
+    group = stage.baseline_completions if stage.prompt_baseline == "leave_one_out" else 1
+    trainer.dataloader = Watched(trainer.dataloader, centred.rollout.see, group)
+    trainer.eval_dataloader = Watched(trainer.eval_dataloader, centred.rollout.forget)
+    trainer.observe = centred.observe
+    centred.watch(models.value)
+    return trainer, centred
+
+
+def sampling(ctx: StageContext, args: Any) -> Sampling:
+    """How the policy is sampled in training."""
+    return Sampling(args.temperature, args.response_length, args.local_rollout_forward_batch_size, ctx.seed)
+
+
+def _prompts(rows: Any) -> Any:
+    """Prompts as PPOTrainer takes them, `input_ids`; from rows with an answer of their own with `answer_ids`."""
+    if "prompt_ids" in rows.column_names:
+        return rows.select_columns(["prompt_ids"]).rename_column("prompt_ids", "input_ids")
+
+    def cut(row: dict[str, list[int]]) -> dict[str, list[int]]:
+        start = len(row["completion_mask"]) - row["completion_mask"][::-1].index(0)  # of the last answer
+        return {"input_ids": row["input_ids"][:start], "answer_ids": row["input_ids"][start:]}
+
+    return rows.map(cut, remove_columns=rows.column_names, desc="Taking answers apart")
+
+
+def _baseline(ctx: StageContext, reward: Any, answers: dict[Prompt, list[Ids]], batch_size: int) -> Baseline | None:
+    """What is subtracted from the scores of each prompt's completions."""
+    stage, weight, number = ctx.stage, 1.0, ctx.stage.baseline_completions
+    if stage.prompt_baseline == "none":
+        return None
+    if stage.baseline_shrinkage:
+        counts = {"sft_mean": number, "leave_one_out": number - 1}
+        icc = ctx.record_of(stage.shift).metrics["icc"]
+        if icc is None:
+            fault = f"{stage.shift} could not measure the ICC: too few prompts, or all scores are equal"
+            raise UserError(f"stages.{ctx.name}.baseline_shrinkage: {fault}. Give it more prompts, or do not shrink")
+        weight = reliability(icc["value"], counts.get(stage.prompt_baseline, 1))
+        ctx.say(f"{ctx.name}: a prompt's baseline counts {weight:.2f}, the mean of all prompts the rest")
+    if stage.prompt_baseline == "leave_one_out":
+        return LeaveOneOut(number, weight)
+    scores = offline_scores(ctx, reward, answers, batch_size)
+    for prompt, values in scores.items():
+        offset = scoring.added_shift(prompt, stage.added_shift, ctx.seed)
+        scores[prompt] = [value + offset for value in values]
+    return Offline(scores, weight)
 
 
 def one_step_per_accumulation(trainer: Any) -> None:
@@ -144,7 +219,8 @@ def _train(ctx: StageContext, trainer: Any, models: Models, prompts: list[list[i
         raise checks.CheckFailed("the value model has no trainable parameter, so the critic would never learn")
     models.policy.eval()
     kl = checks.reference_is_parent(models.policy, models.reference, prompts, trainer.accelerator.device)
-    trainer.train()
+    with contextlib.suppress(Stopped):  # the watchdog has said why
+        trainer.train()
     for what, parameters in groups.items():
         checks.has_trained(before[what], parameters, f"{ctx.name}: {what}")
     return kl

@@ -4,13 +4,15 @@ import gc
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from trl import RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from pipeline import checks, scoring
-from pipeline.context import Result, StageContext
+from pipeline.context import Result, StageContext, write_json
 from pipeline.fit import fit
 from pipeline.models import Weights, load_reward, new_reward
+from pipeline.shift.calibration import calibration
 
 SIDES = ("chosen_ids", "rejected_ids")
 NUM_RELOADED = 8  # comparisons scored again after the reward model was read back from disk
@@ -37,8 +39,25 @@ def run(ctx: StageContext) -> Result:
     )
     _match_head_dtype(trainer.model)
     result = fit(ctx, trainer, datasets)
+    if eval_rows is not None:
+        margins = _margins(ctx, trainer, eval_rows)
+        if PartialState().is_main_process:
+            write_json(ctx.new_output / "margins.json", margins)
+        result.metrics["held_out"] = calibration(margins)
     result.metrics["reload_difference"] = _compare_reloaded(ctx, trainer)
     return result
+
+
+def _margins(ctx: StageContext, trainer: Any, rows: Any) -> list[float]:
+    """score(chosen) - score(rejected) of every held-out comparison, in order; the same in all processes."""
+    state, model = PartialState(), trainer.accelerator.unwrap_model(trainer.model)
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # then all processes must score the same rows
+    mine = range(0, len(rows)) if sharded else range(state.process_index, len(rows), state.num_processes)
+    sequences = [_whole(rows[i])[side] for i in mine for side in SIDES]
+    size = trainer.args.per_device_eval_batch_size
+    scores = scoring.score(model, sequences, ctx.tokenizer.pad_token_id, size)
+    margins = zip(mine, (a - b for a, b in zip(scores[::2], scores[1::2], strict=True)), strict=True)
+    return [margin for _, margin in sorted(dict(gather_object(list(margins))).items())]
 
 
 def _match_head_dtype(model: Any) -> None:

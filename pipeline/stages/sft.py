@@ -1,5 +1,7 @@
 """Step 1: supervised fine-tuning on demonstrations, loss on what the assistant says only by default."""
 
+from typing import Any
+
 from trl import SFTTrainer
 
 from pipeline import checks
@@ -14,4 +16,10 @@ def run(ctx: StageContext) -> Result:
     model = continue_policy(ctx.loader, ctx.start(), ctx.stage.lora, ctx.seed)
     trainer = SFTTrainer(model, args, train_dataset=rows, eval_dataset=eval_rows, processing_class=ctx.tokenizer)
     checks.eos_in_labels(trainer.train_dataset, ctx.tokenizer.eos_token_id)
-    return fit(ctx, trainer, datasets)
+
+    def first_token() -> dict[str, Any]:
+        sample = rows.select(range(min(checks.NUM_FIRST, len(rows))))
+        prompts = [row["input_ids"][: row["completion_mask"].index(1)] for row in sample]
+        return {"first_token": checks.first_token(trainer, prompts, ctx.tokenizer)}
+
+    return fit(ctx, trainer, datasets, first_token)

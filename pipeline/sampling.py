@@ -1,0 +1,149 @@
+"""Completions of a policy, sampled once and kept in the run folder: reports, evaluations and baselines share them."""
+
+import contextlib
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from accelerate.utils.memory import clear_device_cache
+from filelock import FileLock
+from transformers import GenerationConfig, set_seed
+
+from pipeline import manifest, plan, scoring
+from pipeline.context import StageContext
+from pipeline.data.heldout import hash64
+from pipeline.lineage import root
+from pipeline.manifest import digest
+from pipeline.models import Weights, load_policy
+from pipeline.schema import BASE
+
+Ids = list[int]  # token ids; a completion's end with eos unless it was cut off
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn; temperature 0 takes the likeliest token.
+
+    Every batch has its own random numbers, so that it does not matter which others are sampled, or by which process,
+    and policies that are equal give equal completions.
+    """
+
+    temperature: float
+    max_new_tokens: int
+    batch_size: int
+    seed: int = 0
+
+    def config(self, tokenizer: Any) -> GenerationConfig:
+        ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        if self.temperature == 0:
+            return GenerationConfig(do_sample=False, max_new_tokens=self.max_new_tokens, **ids)
+        ids |= {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
+        return GenerationConfig(max_new_tokens=self.max_new_tokens, **ids)
+
+
+def to_device(model: Any) -> Any:
+    if not getattr(model, "is_loaded_in_4bit", False) and not getattr(model, "is_loaded_in_8bit", False):
+        model = model.to(PartialState().device)
+    return model.eval()
+
+
+@contextlib.contextmanager
+def same_random_numbers() -> Iterator[None]:
+    """Leave the random number generators of python, numpy and torch as they were before the block."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count()), device_type="cuda"):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+@torch.no_grad()
+def generate(model: Any, prompts: list[Ids], sampling: Sampling, tokenizer: Any, draw: int = 0) -> list[Ids]:
+    """One completion of each prompt, as one batch."""
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    inputs = scoring.padded(prompts, pad, next(model.parameters()).device, "left")
+    with same_random_numbers():
+        set_seed(hash64(str([sampling.seed, draw, prompts])) % 2**32)
+        output = model.generate(**inputs, generation_config=sampling.config(tokenizer))
+    output = output[:, inputs["input_ids"].shape[1] :]
+    return [row[: row.index(eos) + 1] if eos in row else row for row in output.tolist()]
+
+
+def batches(prompts: list[Ids], size: int) -> Iterator[list[Ids]]:
+    for start in range(0, len(prompts), size):
+        yield prompts[start : start + size]
+
+
+def weights_of(ctx: StageContext, policy: str) -> Weights:
+    """Where a policy's weights lie: a stage's, or the run's model before any alignment."""
+    return ctx.weights(root(ctx.config)) if policy == BASE else ctx.weights_of(policy)
+
+
+def identity_of(ctx: StageContext, stage: str) -> str:
+    """Digest of the weights of a stage, or of the base model."""
+    record = manifest.read(ctx.config.run_path).stages.get(stage)
+    if record is not None:
+        return digest([record.config_digest, record.inputs, record.output.files])
+    if ctx.config.model.path:
+        return digest([plan.base_digest(ctx.config), ctx.config.model.dtype, ctx.config.quantization])
+    return identity_of(ctx, root(ctx.config).full.split("/")[0])
+
+
+def completions(
+    ctx: StageContext, policy: str, prompts: list[Ids], sampling: Sampling, num_completions: int = 1
+) -> list[list[Ids]]:
+    """The policy's completions of each prompt, the same in all processes; drawn only where they are not kept yet.
+
+    All processes must call it. Prompts are sampled in batches of `sampling.batch_size`, in order, and kept by batch.
+    """
+    file = ctx.cache / f"completions-{digest([identity_of(ctx, policy), asdict(sampling)])[:16]}.jsonl"
+    kept = _read(file)
+    wanted = [(draw, batch) for draw in range(num_completions) for batch in batches(prompts, sampling.batch_size)]
+    keys = [digest(pair) for pair in wanted]
+    lacking = [i for i, key in enumerate(keys) if key not in kept]
+    if lacking:
+        ctx.say(f"{ctx.name}: sampling {sum(len(wanted[i][1]) for i in lacking)} completions from {policy}")
+        state, found = PartialState(), []
+        model = to_device(load_policy(ctx.loader, weights_of(ctx, policy)))
+        for i in lacking[state.process_index :: state.num_processes]:
+            draw, batch = wanted[i]
+            found.append((keys[i], generate(model, batch, sampling, ctx.tokenizer, draw)))
+        del model
+        clear_device_cache(garbage_collection=True)
+        found = gather_object(found)
+        kept |= dict(found)
+        if state.is_main_process:
+            _add(file, found)
+        state.wait_for_everyone()  # whoever reads the file next must see all of it
+    per_draw = len(keys) // num_completions
+    draws = [keys[start : start + per_draw] for start in range(0, len(keys), per_draw)]
+    drawn = ([ids for key in draw for ids in kept[key]] for draw in draws)
+    return [list(of_prompt) for of_prompt in zip(*drawn, strict=True)]
+
+
+def _read(file: Path) -> dict[str, list[Ids]]:
+    """What is kept, by batch. A line that a stopped process left unfinished is passed over."""
+    kept: dict[str, list[Ids]] = {}
+    for line in file.read_text().splitlines() if file.exists() else ():
+        try:
+            entry = json.loads(line)
+            kept[entry["batch"]] = entry["completions"]
+        except (ValueError, KeyError, TypeError):
+            continue
+    return kept
+
+
+def _add(file: Path, found: list[tuple[str, list[Ids]]]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{file}.lock"), file.open("a") as out:
+        out.write("\n" if file.stat().st_size else "")  # after a line that was cut off
+        out.writelines(json.dumps({"batch": key, "completions": ids}) + "\n" for key, ids in found)

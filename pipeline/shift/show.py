@@ -1,0 +1,80 @@
+"""A stored shift report as people read it. Nothing here imports torch, scipy or matplotlib."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from pipeline.errors import UserError
+from pipeline.report import recorded_in
+from pipeline.report import table as styled
+from pipeline.shift.advice import advice
+
+NUM_CHARACTERS = 60  # of a prompt among the extremes
+
+
+def _cell(found: dict[str, float | None] | float | None, percent: bool = False) -> str:
+    """value [low, high], as far as they are known."""
+    if found is None:
+        return "-"
+    found = found if isinstance(found, dict) else {"value": found}
+    texts = {k: f"{100 * v:.0f}" if percent else f"{v:.2f}" for k, v in found.items() if v is not None}
+    unit = " %" if percent else ""
+    return texts["value"] + unit + (escape(f" [{texts['low']}, {texts['high']}]") if "low" in texts else "")
+
+
+def _rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
+    flat, quantiles = report["flat_below"], report["score_quantiles"]
+    score = {"value": quantiles["0.5"], "low": quantiles["0.05"], "high": quantiles["0.95"]}
+    rows = [
+        ("ICC", _cell(report["icc"]), "share of variance between prompts, arbitrary"),
+        ("between-prompt SD", _cell(report["between_sd"]), "log-odds, the prompt shift"),
+        ("within-prompt SD", _cell(report["within_sd"]), "log-odds, the signal"),
+        ("flat prompts", _cell(report["flat_prompts"], True), f"within-prompt SD below {flat:g}"),
+        ("score and length", _cell(report["length_correlation"]), "correlation within prompts"),
+        ("offset and prompt length", _cell(report["offset_prompt_length"]), "correlation over prompts"),
+        ("score", _cell(score), "log-odds, median and 5 to 95 % of completions"),
+    ]
+    if found := report["comparisons"]:
+        quarters = ", ".join(f"{100 * part['accuracy']['value']:.0f}" for part in found["accuracy_by_margin"])
+        rows += [
+            ("accuracy", _cell(found["accuracy"], True), f"of {found['count']} held-out comparisons, a tie half"),
+            ("accuracy by margin", f"{quarters} %", "quarters of |margin|, from the smallest"),
+            ("loss", _cell(found["loss"]), "nats, 0.69 is chance"),
+            ("calibration error", _cell(found["ece"]), "distance of promised and observed share"),
+        ]
+    return rows
+
+
+def table(report: dict[str, Any], console: Console, title: str) -> None:
+    """A report of `pipeline.shift.measure`: its figures with 95 % intervals, its extreme prompts, and the advice."""
+    sizes = f"{report['prompts']} held-out prompts, {report['completions']} completions, 95 % intervals"
+    shown = styled(f"{title}: {sizes}", ("figure", "value", "meaning"))
+    for row in _rows(report):
+        shown.add_row(*row)
+    console.print(shown)
+    shown = styled("Largest and smallest offsets, log-odds", ("prompt", "offset", "within-prompt SD"), right=True)
+    few = report["prompts"] < len(report["largest"]) + len(report["smallest"])  # then both name the same prompts
+    for entry in report["largest"] + ([] if few else report["smallest"][::-1]):
+        text = " ".join(entry["prompt"].split())
+        text = text if len(text) <= NUM_CHARACTERS else f"{text[: NUM_CHARACTERS - 1]}…"
+        shown.add_row(escape(text), f"{entry['offset']:+.2f}", _cell(entry["within_sd"]))
+    console.print(shown)
+    console.print(advice(report), highlight=False, markup=False)
+
+
+def reports(run_dir: Path, stage: str | None, console: Console) -> None:
+    """The full shift reports of a run folder, or the one of `stage`: a stage of type shift, or a reward model."""
+    recorded = recorded_in(run_dir)
+    found = {name: record for name, record in recorded.stages.items() if record.type == "shift"}
+    chosen = {name: record for name, record in found.items() if stage in (None, name, record.parents["reward"])}
+    if not chosen:
+        seen = f"it has {', '.join(found)}" if found else "a stage of type shift makes one"
+        raise UserError(f"{run_dir}: no shift report{f' of {stage!r}' if stage else ''} here; {seen}")
+    for name, record in chosen.items():
+        title = f"{name}: scores of {record.parents['reward']}"
+        table(record.metrics, console, title)
+        console.print(
+            f"Plots, completions and the figures as JSON are in {run_dir / record.output.path}", soft_wrap=True
+        )

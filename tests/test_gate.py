@@ -1,0 +1,634 @@
+"""The gate before RL, the reports it reads, and three reward models on which it has to decide for real."""
+
+import json
+import random
+import shutil
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny
+from ruamel.yaml import YAML
+from test_chain import command
+
+from pipeline import gate, launcher, manifest, plan, schema, scoring
+from pipeline.config import load
+from pipeline.data.encode import prompt_ids
+from pipeline.errors import UserError
+from pipeline.manifest import Manifest, digest
+from pipeline.report import snippet
+from pipeline.sampling import Sampling, identity_of
+from pipeline.shift.advice import advice
+from pipeline.shift.measure import measure
+
+ROOT = Path(__file__).parents[1]
+REWARDS = ("good", "coin", "longer")
+
+
+def relabelled(rows, labels, seed=0):
+    """Comparisons with other labels: `coin` swaps the sides by seeded flips, `longer` prefers the longer side."""
+    flip = random.Random(seed)
+    for row in rows:
+        sides = row["chosen"], row["rejected"]
+        if labels == "coin" and flip.random() < 0.5:
+            sides = sides[::-1]
+        elif labels == "longer":
+            sides = sorted(sides, key=len, reverse=True)
+        if labels != "longer" or len(sides[0]) > len(sides[1]):
+            yield {"prompt": row["prompt"], "chosen": sides[0], "rejected": sides[1]}
+
+
+def read_rows(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def make_quickstart(folder, write_rows):
+    """The quickstart's config with one SFT, three reward models from it, and a short PPO on each."""
+    config = YAML(typ="safe").load(ROOT / "configs" / "quickstart.yaml")
+    source, stages = ROOT / "configs" / "quickstart", config["stages"]
+    data = {name: {"path": str(source / f"{name}.jsonl")} for name in ("corpus", "demonstrations", "prompts")}
+    data["heldout_prompts"] = {"path": str(source / "heldout_prompts.jsonl")}
+    short = {"total_episodes": 128}
+    made = {name: stages[name] for name in ("pretrain", "sft")}
+    for number, labels in enumerate(REWARDS):
+        for seed, split in ((number, "comparisons"), (number + 10, "heldout_comparisons")):
+            path = folder / f"{labels}-{split}.jsonl"
+            write_rows(path, relabelled(read_rows(source / f"{split}.jsonl"), labels, seed))
+            data[f"{labels}-{split}"] = {"path": str(path)}
+        own = {"type": "reward", "data": f"{labels}-comparisons", "eval_data": f"{labels}-heldout_comparisons"}
+        made[labels] = stages["reward"] | own
+        made[f"ppo-{labels}"] = stages["ppo"] | {
+            "type": "ppo",
+            "reward": labels,
+            "training": stages["ppo"]["training"] | short,
+        }
+    own = {"policies": ["ppo-good"], "reward": "good", "judge": None, "num_prompts": 200}
+    made["evaluate"] = stages["evaluate"] | own
+    config |= {"data": data, "stages": made, "run_dir": str(folder / "run")}
+    path = folder / "quickstart.yaml"
+    YAML().dump(config, path)
+    return path
+
+
+@pytest.fixture
+def resolve(write_config, tmp_path):
+    """`resolve(**changes)`: the tiny run's config with the gate on and with changes, loaded."""
+
+    def call(**changes):
+        return load(write_config(tmp_path, **({"gate": "stop"} | changes)))
+
+    return call
+
+
+def estimate(value, low, high):
+    return {"value": value, "low": low, "high": high}
+
+
+GOOD = {
+    "accuracy": estimate(0.7, 0.6, 0.8),
+    "within_sd": estimate(1.0, 0.9, 1.1),
+    "length_correlation": estimate(0.5, 0.4, 0.6),
+}
+GOOD_SFT = {"loss": 1.0, "first_loss": 3.0, "eval_loss": 2.0}
+GOOD_SFT |= {"first_token": {"special": 0.25, "prompts": 64, "likeliest": "A"}}
+
+
+@pytest.fixture
+def recorded(make_record):
+    """`recorded(sft, **figures)`: a manifest with an SFT and a reward model that pass, but for what is changed.
+
+    A figure that is `UNMEASURED` is not on record.
+    """
+
+    def call(sft=None, **changes):
+        figures = GOOD | changes
+        stages = {"sft": make_record(metrics=GOOD_SFT | (sft or {})), "reward": make_record(type="reward")}
+        if figures["accuracy"] is not UNMEASURED:
+            stages["reward"].metrics["held_out"] = {"count": 100, "accuracy": figures["accuracy"]}
+        if figures["within_sd"] is not UNMEASURED:
+            metrics = {key: figures[key] for key in ("within_sd", "length_correlation")}
+            stages["reward-shift"] = make_record(type="shift", metrics=metrics)
+        return Manifest(name="tiny", stages=stages)
+
+    return call
+
+
+UNMEASURED = object()
+ACCURACY, SPREAD, LENGTH = "held-out accuracy", "within-prompt SD", "score and length"
+LOSS, TOKEN = "held-out loss", "first token"
+
+
+def passed(config, found, stage="ppo"):
+    return {verdict.what: verdict.passed for verdict in gate.verdicts(config, stage, found)}
+
+
+def test_what_is_good_enough_passes(resolve, recorded):
+    config, found = resolve(), recorded()
+    assert passed(config, found) == dict.fromkeys((LOSS, TOKEN, ACCURACY, SPREAD, LENGTH), True)
+    assert [verdict.stage for verdict in gate.check(config, "ppo", found)] == ["sft"] * 2 + ["reward"] * 3
+    assert "passed: 0.70 [0.60, 0.80] on 100 comparisons" in str(gate.check(config, "ppo", found)[2])
+
+
+# The interval decides: all of it for the accuracy, its nearer end for what may only be measured badly.
+FIGURES = [
+    ("accuracy", estimate(0.6, 0.51, 0.7), ACCURACY, True, "0.60 [0.51, 0.70]"),
+    ("accuracy", estimate(0.6, 0.5, 0.7), ACCURACY, False, "0.60 [0.50, 0.70]"),
+    ("accuracy", estimate(0.3, 0.2, 0.4), ACCURACY, False, "0.30 [0.20, 0.40]"),
+    ("within_sd", estimate(0.03, 0.01, 0.05), SPREAD, True, "0.03 [0.01, 0.05]"),
+    ("within_sd", estimate(0.03, 0.01, 0.04), SPREAD, False, "0.03 [0.01, 0.04]"),
+    ("within_sd", estimate(0.04, None, None), SPREAD, False, "0.04"),
+    ("within_sd", estimate(0.06, None, None), SPREAD, True, "0.06"),
+    ("length_correlation", estimate(0.95, 0.84, 0.97), LENGTH, True, "0.95 [0.84, 0.97]"),
+    ("length_correlation", estimate(0.95, 0.86, 0.97), LENGTH, False, "0.95 [0.86, 0.97]"),
+    ("length_correlation", estimate(-0.95, -0.97, -0.84), LENGTH, True, "-0.95 [-0.97, -0.84]"),
+    ("length_correlation", estimate(-0.95, -0.97, -0.86), LENGTH, False, "-0.95 [-0.97, -0.86]"),
+    ("length_correlation", estimate(0.0, -0.95, 0.95), LENGTH, True, "0.00 [-0.95, 0.95]"),
+    ("length_correlation", estimate(0.95, None, None), LENGTH, False, "0.95"),
+]
+LIMITS = {ACCURACY: "0.5", SPREAD: "0.05", LENGTH: "0.85"}
+MENDS = {ACCURACY: "cleaner labels", SPREAD: "RL has no signal", LENGTH: "balance the lengths"}
+
+
+@pytest.mark.parametrize(("figure", "ends", "what", "passes", "seen"), FIGURES)
+def test_each_figure_of_a_reward_model(resolve, recorded, figure, ends, what, passes, seen):
+    config, found = resolve(), recorded(**{figure: ends})
+    judged = passed(config, found)
+    assert judged.pop(what) == passes
+    assert all(judged.values())
+    if passes:
+        assert len(gate.check(config, "ppo", found)) == 5
+        return
+    with pytest.raises(UserError) as raised:
+        gate.check(config, "ppo", found)
+    message = str(raised.value)
+    for word in ("ppo does not start", f"reward: {what}: FAILED: {seen}", f" {LIMITS[what]}. ", MENDS[what]):
+        assert word in message
+    assert "gate_limits" in message and "gate: warn" in message
+    assert message.count("FAILED") == 1 and "passed" not in message
+
+
+POLICIES = [
+    ({"eval_loss": 2.9}, LOSS, True, ""),
+    ({"eval_loss": 3.0}, LOSS, False, "3.000 after training, 3.000 on the first rows before"),
+    ({"eval_loss": None}, LOSS, False, "nan after training"),  # the manifest's null is NaN
+    ({"eval_loss": 2.9, "initial_loss": 2.8}, LOSS, False, "2.900 after training, 2.800"),
+    ({"first_token": {"special": 0.5, "prompts": 64, "likeliest": "<eos>"}}, TOKEN, True, ""),
+    ({"first_token": {"special": 0.75, "prompts": 64, "likeliest": "<eos>"}}, TOKEN, False, "75% of 64 prompts"),
+]
+
+
+@pytest.mark.parametrize(("metrics", "what", "passes", "seen"), POLICIES)
+@pytest.mark.parametrize("stage", ["ppo", "dpo"])
+def test_each_figure_of_a_policy(resolve, recorded, stage, metrics, what, passes, seen):
+    config, found = resolve(), recorded(metrics)
+    judged = passed(config, found, stage)
+    assert judged.pop(what) == passes
+    assert all(judged.values())
+    if not passes:
+        with pytest.raises(UserError, match=f"sft: {what}: FAILED: {seen}"):
+            gate.check(config, stage, found)
+
+
+def test_what_was_not_measured_neither_stops_nor_passes(resolve, recorded):
+    config = resolve()
+    found = recorded(accuracy=UNMEASURED, within_sd=UNMEASURED)
+    assert passed(config, found) == {LOSS: True, TOKEN: True, ACCURACY: None, "shift report": None}
+    told = [str(verdict) for verdict in gate.check(config, "ppo", found)][2:]
+    assert "not measured: it has no held-out comparisons. Give it `eval_data`" in told[0]
+    assert "not measured: there is none. Add a stage of type shift" in told[1]
+    # Completions of one length say nothing about it.
+    assert LENGTH not in passed(config, recorded(length_correlation=None))
+    bare = Manifest(name="tiny", stages=recorded().stages | {"sft": recorded().stages["reward"]})
+    assert {LOSS, TOKEN}.isdisjoint(passed(config, bare))
+
+
+def test_a_dpo_is_judged_by_its_policy_alone(resolve, recorded):
+    bad = recorded(accuracy=GOOD["accuracy"] | {"low": 0.1})
+    assert passed(resolve(), bad, "dpo") == {LOSS: True, TOKEN: True}
+    assert gate.check(resolve(), "dpo", bad)
+    assert gate.check(resolve(), "sft", bad) == gate.check(resolve(), "evaluate", bad) == []
+
+
+@pytest.mark.parametrize("kind", ["rloo", "grpo"])
+def test_rl_on_functions_alone_has_no_reward_model_to_judge(resolve, recorded, kind):
+    changes = {"stages.ppo.type": kind, "stages.ppo.training": {"num_generations": 2}}
+    bad = recorded(accuracy=GOOD["accuracy"] | {"low": 0.1})
+    assert passed(resolve(**changes), bad)[ACCURACY] is False
+    functions = resolve(**changes, **{"stages.ppo.reward_functions": ["judge:score"]})
+    assert passed(functions, bad) == {LOSS: True, TOKEN: True}
+
+
+BAD = {
+    "accuracy": estimate(0.4, 0.3, 0.5),
+    "within_sd": estimate(0.01, 0.0, 0.02),
+    "length_correlation": estimate(0.99, 0.98, 1.0),
+}
+BAD_SFT = {"first_token": {"special": 1.0, "prompts": 64, "likeliest": "<eos>"}}
+
+
+def test_all_that_failed_is_named_at_once(resolve, recorded):
+    with pytest.raises(UserError) as raised:
+        gate.check(resolve(), "ppo", recorded(BAD_SFT, **BAD))
+    assert [what in str(raised.value) for what in (TOKEN, ACCURACY, SPREAD, LENGTH)] == [True] * 4
+
+
+def test_warn_goes_on_and_off_does_not_look(resolve, recorded):
+    bad = recorded(BAD_SFT, **BAD)
+    told = [str(verdict) for verdict in gate.check(resolve(gate="warn"), "ppo", bad)]
+    assert sum("FAILED" in line for line in told) == 4
+    assert gate.check(resolve(gate="off"), "ppo", bad) == []
+
+
+def test_a_limit_of_null_is_not_asked(resolve, recorded):
+    config = resolve(gate_limits=dict.fromkeys(("accuracy", "within_sd", "length_correlation", "first_token")))
+    assert passed(config, recorded(BAD_SFT, **BAD)) == {LOSS: True}
+    assert passed(config, recorded(BAD_SFT, accuracy=UNMEASURED, within_sd=UNMEASURED)) == {LOSS: True}
+    strict = resolve(gate_limits={"accuracy": 0.65, "within_sd": None})
+    assert passed(strict, recorded(**BAD | {"accuracy": GOOD["accuracy"]}))[ACCURACY] is False
+    assert SPREAD not in passed(strict, recorded(**BAD))
+
+
+def added(config):
+    return {name: stage for name, stage in config.stages.items() if stage.type == "shift"}
+
+
+def test_a_shift_stage_is_added_with_evaluates_data_and_settings(resolve):
+    own = {"temperature": 0.7, "max_new_tokens": 5, "max_prompt_length": 99, "batch_size": 3, "seed": 11}
+    config = resolve(**{f"stages.evaluate.{key}": value for key, value in own.items()})
+    assert list(config.stages) == ["pretrain", "sft", "reward", "reward-shift", "ppo", "dpo", "evaluate"]
+    stage = config.stages["reward-shift"]
+    assert {key: getattr(stage, key) for key in own} == own
+    assert (stage.data, stage.reward, stage.policy) == ("prompts", "reward", "sft")
+    assert (stage.num_prompts, stage.num_completions) == (200, 4)
+    assert config.stages["ppo"].shift == "reward-shift"
+    assert schema.waits_for(config.stages["ppo"]) == {"sft", "reward", "reward-shift"}
+    assert schema.parents(config.stages["ppo"]) == {"init": "sft", "reward": "reward"}
+
+
+def test_without_an_evaluate_stage_it_takes_eval_data(resolve, write_config):
+    nothing = {"stages.evaluate": write_config.REMOVED}
+    assert added(resolve(**nothing)) == {}
+    config = resolve(**nothing, **{"stages.reward.eval_data": "comparisons"})
+    assert config.stages["reward-shift"].data == "comparisons"
+    assert config.stages["ppo"].shift == "reward-shift"
+
+
+def test_every_reward_model_has_its_own(resolve):
+    other = {"type": "reward", "data": "comparisons"}
+    changes = {"stages.other": other, "stages.ppo.reward": "other", "stages.evaluate.reward": "reward"}
+    config = resolve(**changes)
+    assert {name: stage.reward for name, stage in added(config).items()} == {
+        "reward-shift": "reward",
+        "other-shift": "other",
+    }
+    assert config.stages["ppo"].shift == "other-shift"
+
+
+def test_with_the_gate_off_none_is_added(write_config, tmp_path):
+    path = write_config(tmp_path, gate="off")
+    assert "gate: off\n" in path.read_text()  # unquoted, which YAML 1.1 took for false
+    config = load(path)
+    assert added(config) == {} and config.stages["ppo"].shift is None
+
+
+@pytest.mark.parametrize("mode", ["stop", "off"])
+def test_a_declared_one_with_another_name_is_found(resolve, mode):
+    config = resolve(gate=mode, **{"stages.offsets": {"type": "shift", "data": "prompts", "num_completions": 2}})
+    assert list(added(config)) == ["offsets"]
+    assert (config.stages["offsets"].reward, config.stages["offsets"].policy) == ("reward", "sft")
+    assert config.stages["ppo"].shift == "offsets"
+
+
+def test_until_ppo_runs_the_shift_stage_too(resolve):
+    config = resolve()
+    assert launcher.select(config, "ppo", None, ()) == ["pretrain", "sft", "reward", "reward-shift", "ppo"]
+    assert launcher.select(config, "dpo", None, ()) == ["pretrain", "sft", "dpo"]
+    assert launcher.select(config, "reward-shift", None, ()) == ["pretrain", "sft", "reward", "reward-shift"]
+
+
+@pytest.mark.parametrize(
+    ("own", "place", "hint"),
+    [
+        ({"policy": "sff"}, "stages.offsets.policy", "'sft'"),
+        ({"policy": "reward"}, "stages.offsets.policy", "pretrain"),
+        ({"reward": "rewart"}, "stages.offsets.reward", "'reward'"),
+        ({"reward": "sft"}, "stages.offsets.reward", "reward"),
+        ({"num_completion": 4}, "stages.offsets.num_completion", "num_completions"),
+        ({"num_completions": 1}, "stages.offsets.num_completions", "2"),
+        ({"data": "prompt"}, "stages.offsets.data", "'prompts'"),
+    ],
+)
+def test_wrong_names_are_told_with_the_nearest(resolve, own, place, hint):
+    with pytest.raises(UserError) as raised:
+        resolve(**{"stages.offsets": {"type": "shift", "data": "prompts"} | own})
+    (line,) = [line for line in str(raised.value).splitlines() if place in line]
+    assert hint in line
+
+
+def test_a_report_on_another_reward_model_is_refused(resolve):
+    with pytest.raises(UserError, match="there is no report on its reward model 'reward-shif'; did you mean 'reward-"):
+        resolve(**{"stages.ppo.shift": "reward-shif"})
+    with pytest.raises(UserError, match="sft"):
+        resolve(**{"stages.ppo.shift": "sft"})
+
+
+def test_the_report_is_an_input_only_of_shrinkage(resolve):
+    changes = {"stages.ppo.prompt_baseline": "sft_mean"}
+    assert plan.descendants(resolve(**changes), "reward-shift") == []
+    shrunk = resolve(**changes, **{"stages.ppo.baseline_shrinkage": True})
+    assert plan.descendants(shrunk, "reward-shift") == ["ppo", "evaluate"]
+    with pytest.raises(UserError, match="baseline_shrinkage"):
+        resolve(gate="off", **changes, **{"stages.ppo.baseline_shrinkage": True})
+
+
+def call(*args):
+    return subprocess.run(command(*args), capture_output=True, text=True, timeout=800, cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory, write_rows):
+    """The quickstart with three reward models: its run folder, and what `rlhf run --until` says of PPO on each."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    path = make_quickstart(folder, write_rows)
+    results = {labels: call("run", path, "--until", f"ppo-{labels}") for labels in REWARDS}
+    return SimpleNamespace(config=path, run_dir=folder / "run", results=results)
+
+
+def stopped_by(result, stage, what):
+    """A stage did not start, for this one reason, and the message is all that is said."""
+    said = result.stdout + result.stderr
+    assert result.returncode == 2, said[-3000:]
+    assert f"{stage} does not start, the gate failed" in said and "Traceback" not in said
+    failed = {line.strip() for line in said.splitlines() if ": FAILED: " in line}
+    assert len(failed) == 1 and what in failed.pop(), said[-3000:]
+    return True
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_three_reward_models_from_one_sft(quickstart):
+    recorded = manifest.read(quickstart.run_dir).stages
+    reports = {labels: recorded[f"{labels}-shift"].metrics for labels in REWARDS}
+    keys = ("icc", "within_sd", "length_correlation")
+    for labels, report in reports.items():
+        found = {key: report[key] for key in keys} | {"accuracy": report["comparisons"]["accuracy"]}
+        print(labels, {key: [round(value, 3) for value in ends.values()] for key, ends in found.items()})
+
+    assert stopped_by(quickstart.results["coin"], "ppo-coin", "coin: held-out accuracy")
+    assert stopped_by(quickstart.results["longer"], "ppo-longer", "longer: score and length")
+    good = quickstart.results["good"]
+    assert good.returncode == 0, good.stdout[-3000:] + good.stderr
+    ended = {"pretrain", "sft", "ppo-good", *REWARDS, *(f"{labels}-shift" for labels in REWARDS)}
+    assert set(recorded) == ended
+    assert recorded["ppo-good"].metrics["episodes"] == 128
+
+    log = (quickstart.run_dir / "ppo-good" / "log.txt").read_text()
+    assert log.count("ppo-good: gate: good: ") == 3 and log.count(": passed: ") == 4
+    assert "ppo-good: gate: sft: first token: passed" in log
+    # Well on either side of the limits, not just so.
+    assert reports["good"]["length_correlation"]["high"] < 0.85 < reports["longer"]["length_correlation"]["low"]
+    assert reports["good"]["comparisons"]["accuracy"]["low"] > 0.65
+    assert reports["coin"]["within_sd"]["value"] < reports["good"]["within_sd"]["value"] / 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_warn_names_what_failed_and_goes_on(quickstart):
+    result = call("run", quickstart.config, "gate=warn", "--until", "ppo-coin")
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr
+    assert "ppo-coin: gate: coin: held-out accuracy: FAILED" in result.stdout
+    assert manifest.read(quickstart.run_dir).stages["ppo-coin"].metrics["episodes"] == 128
+
+
+TOPICS = ["soup", "snow", "trains", "paint", "chess", "honey", "dogs", "glass"]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A tiny run with two reward models, one of them centred, PPO, and a DPO that hardly moves from its parent."""
+    folder = tmp_path_factory.mktemp("small")
+    longer = {"max_steps": 30, "max_length": 64}
+    reward = {"type": "reward", "data": "comparisons", "eval_data": "held_out", "training": longer}
+    centred = longer | {"center_rewards_coefficient": 1.0}
+    stages = {
+        "sft": tiny.SFT | {"training": {"max_steps": 30}},
+        "reward": reward,
+        "centred": reward | {"training": centred},
+        "ppo": tiny.PPO | {"reward": "reward"},
+        "dpo": tiny.DPO | {"training": {"max_length": 64, "learning_rate": 1e-8}},
+        "evaluate": {"data": "prompts", "policies": ["dpo"], "reward": "reward", "max_new_tokens": 12, "batch_size": 5},
+    }
+    path = tiny.make_run(folder, stages, gate="warn")
+    tiny.write_rows(folder / "prompts.jsonl", [{"prompt": f"What of {topic}?"} for topic in tiny.TOPICS])
+    held_out = [
+        {
+            "prompt": f"Tell me about {topic}.",
+            "chosen": f"I like {topic} because it is good.",
+            "rejected": f"No {topic}.",
+        }
+        for topic in TOPICS
+    ]
+    tiny.write_rows(folder / "held_out.jsonl", held_out)
+    names = ("comparisons", "demonstrations", "prompts", "held_out")
+    tiny.edit(path, {"data": {name: {"path": f"{name}.jsonl"} for name in names}})
+    result = call("run", path)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr
+    run_dir = folder / "run"
+    return SimpleNamespace(config=path, run_dir=run_dir, output=result.stdout, reports=run_dir / "reward-shift/output")
+
+
+def report_of(output):
+    return json.loads((output / "report.json").read_text())
+
+
+@pytest.mark.slow
+def test_the_report_is_that_of_its_samples(small):
+    """Figures are recomputed from samples.jsonl, its scores by the saved reward model one completion at a time."""
+    samples, report = read_rows(small.reports / "samples.jsonl"), report_of(small.reports)
+    assert len(samples) == report["prompts"] == len(tiny.TOPICS) and report["completions"] == 4 * len(samples)
+    margins = json.loads((small.run_dir / "reward" / "output" / "margins.json").read_text())
+    assert len(margins) == len(TOPICS)
+    again = measure(samples, margins)
+    assert report == again | {"advice": advice(again)}
+    record = manifest.read(small.run_dir).stages["reward-shift"]
+    assert record.metrics == report and record.output.kind == "report"
+    assert record.parents == {"reward": "reward", "policy": "sft"}
+
+    model, tokenizer = reloaded(small, "reward")
+    (cache,) = (small.run_dir / "cache").glob(f"completions-{cache_of(small, 'sft')}*.jsonl")
+    drawn = [ids for line in read_rows(cache) if line for ids in line["completions"]]
+    for i, sample in enumerate(samples):
+        ids = prompt_ids(tokenizer, [{"role": "user", "content": sample["prompt"]}])
+        assert len(ids) == sample["tokens"]
+        for k in range(4):
+            completion = drawn[k * len(samples) + i]
+            assert tokenizer.decode(completion, skip_special_tokens=True) == sample["completions"][k]
+            assert len(completion) == sample["lengths"][k] <= 12
+            (score,) = scoring.score(model, [ids + completion], tokenizer.pad_token_id)
+            assert score == pytest.approx(sample["scores"][k], abs=1e-5)
+    pairs = held_out_scores(small, "reward")
+    assert margins == pytest.approx([chosen - rejected for chosen, rejected in pairs], abs=1e-5)
+
+
+def reloaded(run, name):
+    """A saved reward model and its tokenizer, as `rlhf status` says to load them."""
+    loaded: dict = {}
+    recorded = manifest.read(run.run_dir)
+    exec(snippet(run.run_dir, recorded, recorded.stages[name]), loaded)
+    return loaded["model"].eval(), loaded["tokenizer"]
+
+
+def held_out_scores(run, name):
+    """Scores of chosen and rejected of every held-out comparison, in order."""
+    (model, tokenizer), found = reloaded(run, name), []
+    for row in read_rows(run.config.parent / "held_out.jsonl"):
+        ids = prompt_ids(tokenizer, [{"role": "user", "content": row["prompt"]}])
+        sides = [ids + tokenizer(f"{row[side]}<eos>")["input_ids"] for side in ("chosen", "rejected")]
+        found.append(scoring.score(model, sides, tokenizer.pad_token_id))
+    return found
+
+
+def cache_of(run, policy):
+    """The name of a policy's completions."""
+    config = load(run.config)
+    ctx = SimpleNamespace(config=config)
+    stage = config.stages["evaluate"]
+    how = Sampling(stage.temperature, stage.max_new_tokens, stage.batch_size, config.seed_of("evaluate"))
+    return digest([identity_of(ctx, policy), asdict(how)])[:16]
+
+
+@pytest.mark.slow
+def test_completions_are_sampled_once(small):
+    logs = {name: (small.run_dir / name / "log.txt").read_text() for name in ("reward-shift", "centred-shift")}
+    assert "reward-shift: sampling 48 completions from sft" in logs["reward-shift"]
+    assert "sampling" not in logs["centred-shift"]
+    evaluated = (small.run_dir / "evaluate" / "log.txt").read_text()
+    assert "sampling 12 completions from dpo" in evaluated and "completions from sft" not in evaluated
+    rows = read_rows(small.run_dir / "evaluate" / "output" / "samples.jsonl")
+    samples = read_rows(small.reports / "samples.jsonl")
+    assert [row["prompt"][-1]["content"] for row in rows] == [sample["prompt"] for sample in samples]
+    assert [row["sft"]["completion"] for row in rows] == [sample["completions"][0] for sample in samples]
+    assert [row["sft"]["score"] for row in rows] == pytest.approx([s["scores"][0] for s in samples], abs=1e-5)
+    # Of several completions of a prompt hardly any two are the same.
+    assert len({text for sample in samples for text in sample["completions"]}) > 24
+
+
+@pytest.mark.slow
+def test_equal_policies_give_equal_completions(small):
+    """Each sampled on its own: DPO's weights differ from SFT's by rounding errors."""
+    rows = read_rows(small.run_dir / "evaluate" / "output" / "samples.jsonl")
+    assert [row["dpo"]["completion"] for row in rows] == [row["sft"]["completion"] for row in rows]
+    dpo = manifest.read(small.run_dir).stages["evaluate"].metrics["policies"]["dpo"]
+    assert dpo["kl"] == pytest.approx(0, abs=1e-4) and dpo["score_win_rate"] == [0.5, 0.5, 0.5]
+    assert [row["base"]["completion"] for row in rows] != [row["sft"]["completion"] for row in rows]
+
+
+@pytest.mark.slow
+def test_plots_exist(small):
+    for name in ("offsets", "length", "reliability"):
+        assert (small.reports / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert {path.suffix for path in small.reports.iterdir()} == {".png", ".json", ".jsonl"}
+
+
+@pytest.mark.slow
+def test_verdicts_are_in_the_log_of_the_stage(small):
+    log = (small.run_dir / "ppo" / "log.txt").read_text()
+    assert log.count("ppo: gate: sft: ") == 1 and log.count("ppo: gate: reward: ") == 3
+    assert manifest.read(small.run_dir).stages["ppo"].metrics["episodes"] == 24
+
+
+@pytest.mark.slow
+def test_scores_are_centred_by_the_trainers_option(small):
+    """It is TRL's penalty on (chosen + rejected)^2, so both sides lie evenly around 0; the report shows it too."""
+    assert manifest.read(small.run_dir).stages["centred"].config["training.center_rewards_coefficient"] == 1.0
+    sums = {name: np.square(np.sum(held_out_scores(small, name), 1)).mean() for name in ("centred", "reward")}
+    print(sums)
+    assert sums["centred"] < sums["reward"] / 3
+    squares = {}
+    for name in ("centred", "reward"):
+        samples = read_rows(small.run_dir / f"{name}-shift" / "output" / "samples.jsonl")
+        squares[name] = np.mean([score**2 for sample in samples for score in sample["scores"]])
+    print(squares)
+    assert squares["centred"] < squares["reward"]
+
+
+@pytest.mark.slow
+def test_a_second_run_skips_the_shift_stage_and_its_options_touch_nothing_else(small):
+    def reruns(*overrides, **shift):
+        path = small.config.with_name("declared.yaml")
+        path.write_bytes(small.config.read_bytes())
+        if shift:
+            stages = YAML(typ="safe").load(path)["stages"]
+            tiny.edit(path, {"stages": stages | {"reward-shift": {"type": "shift", "reward": "reward"} | shift}})
+        decisions = plan.decide(load(path, overrides), manifest.read(small.run_dir))
+        return {decision.stage: decision.reason for decision in decisions if decision.run}
+
+    assert reruns() == {}
+    same = {"data": "prompts", "max_new_tokens": 12, "batch_size": 5}
+    assert reruns(**same) == {}  # declared as it was added
+    assert list(reruns(**same, num_completions=5)) == ["reward-shift"]
+    assert "num_completions" in reruns(**same, num_completions=5)["reward-shift"]
+    assert set(reruns("stages.reward.training.learning_rate=1e-3")) == {"reward", "reward-shift", "ppo", "evaluate"}
+    assert reruns("gate=off") == reruns("gate_limits.accuracy=0.9") == {}
+    output = call("run", small.config).stdout
+    assert output.count("skip: finished, nothing changed") == len(load(small.config).stages) == 8
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_report_of_one(small, tmp_path):
+    shutil.copytree(small.run_dir, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "cache")
+    (tmp_path / "run" / "reward-shift" / "log.txt").unlink()
+    two = ROOT / "accelerate_configs" / "cpu_2_processes.yaml"
+    name = "reward-shift"
+    chosen = ["--only", name, "--redo", name, "--accelerate-config", two]
+    result = call("run", small.config, f"run_dir={tmp_path / 'run'}", *chosen)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr
+    stages = manifest.read(tmp_path / "run").stages
+    assert stages[name].world_size == 2 and "ppo" in stages
+    log = (tmp_path / "run" / name / "log.txt").read_text()
+    assert log.count("sampling 48 completions") == log.count(f"{name}: finished in") == 1
+    output = tmp_path / "run" / name / "output"
+    theirs, ours = (read_rows(folder / "samples.jsonl") for folder in (output, small.reports))
+    for a, b in zip(theirs, ours, strict=True):
+        assert a.pop("scores") == pytest.approx(b.pop("scores"), abs=1e-5)
+        assert a == b
+    a, b = report_of(output), report_of(small.reports)
+    for key in ("icc", "between_sd", "within_sd", "length_correlation", "score_quantiles"):
+        assert a[key] == pytest.approx(b[key], abs=1e-3), key
+    assert a["comparisons"] == b["comparisons"]
+
+
+@pytest.mark.slow
+def test_the_command_shows_reports(small, cli, tmp_path):
+    code, both, _ = cli("shift", small.run_dir)
+    assert code == 0 and "reward-shift: scores of reward:" in both and "centred-shift: scores of centred:" in both
+    for stage in ("reward", "reward-shift"):
+        code, shown, _ = cli("shift", small.run_dir, stage)
+        assert code == 0 and "reward-shift: scores of reward" in shown and "centred" not in shown
+        figures = report_of(small.reports)
+        assert f"{figures['within_sd']['value']:.2f} [{figures['within_sd']['low']:.2f}" in shown
+        assert figures["advice"].split()[0] in shown and str(small.reports) in shown.replace("\n", "")
+    code, status, _ = cli("status", small.run_dir)
+    assert code == 0 and "samples.jsonl: all completions side by side" in status and "report.json" in status
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "hint"), [("rewart", "reward-shift"), ("sft", "reward-shift")])
+def test_the_command_knows_no_such_report(small, cli, stage, hint):
+    code, out, err = cli("shift", small.run_dir, stage)
+    assert code == 2 and out == "" and err.count("\n") == 1
+    assert repr(stage) in err and hint in err
+
+
+def test_the_command_on_a_folder_without_reports(cli, tmp_path, make_record):
+    code, _, err = cli("shift", tmp_path)
+    assert code == 2 and "manifest.json" in err and err.count("\n") == 1
+    code, _, err = cli("shift", tmp_path / "nowhere")
+    assert code == 2 and err.count("\n") == 1
+    manifest.write(tmp_path, Manifest(name="tiny", stages={"sft": make_record()}))
+    code, _, err = cli("shift", tmp_path)
+    assert code == 2 and "no shift report here; a stage of type shift makes one" in err
