@@ -164,7 +164,9 @@ def main() -> None:
         run(first, "load")
         after = run(first, "prepare")["seconds"]
         before, million = seconds[first, "prepare"], seconds[last, "prepare"]
-        print(f"{last:,} rows take {million / before:.1f}x what {first:,} took before, {million / after:.1f}x after")
+        ratios = [million / small for small in ((before + after) / 2, before, after)]
+        told = "{:,} rows take {:.1f}x what {:,} take ({:.1f}x before, {:.1f}x after)"
+        print(told.format(last, ratios[0], first, *ratios[1:]))
 
 
 if __name__ == "__main__":
