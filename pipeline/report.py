@@ -135,7 +135,7 @@ def result_table(finished: Manifest, console: Console) -> None:
 
 
 def shift_table(finished: Manifest, console: Console) -> None:
-    """The reward models side by side: what their shift reports found."""
+    """What the shift reports of the reward models found, in two lines each."""
     for name, record in finished.stages.items():
         if record.type != "shift":
             continue

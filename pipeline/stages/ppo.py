@@ -1,7 +1,7 @@
 """Step 3: PPO against the run's reward model, with KL to the parent policy.
 
-With adapters on one base the four models are views of one backbone; otherwise they are separate models. PPOTrainer
-itself is TRL's, unmodified.
+With adapters on one base the four models are views of one backbone; otherwise they are separate models. PPOTrainer's
+loop is TRL's, unmodified: the reward model it is given subtracts the baseline, and a subclass adds figures to its log.
 """
 
 import contextlib
