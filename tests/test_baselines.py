@@ -1,7 +1,6 @@
 """Prompt baselines: a shift of the reward model changes nothing, and PPO gets the score they promise."""
 
 import dataclasses
-import gc
 import json
 import math
 import shutil
@@ -77,15 +76,6 @@ def make_parents(folder: Path, *names: str, **top) -> Path:
     for name in names:
         stage.run(config, name)
     return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _frozen():
-    """PPOTrainer collects garbage twice an update; what was imported need not be looked through each time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
