@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 from pipeline import options
 from pipeline.document import Document, Problems, plain
 from pipeline.errors import all_of, nearest
-from pipeline.schema import RESERVED, STAGE_CLASSES, Options, RunConfig, TrainingStage
+from pipeline.schema import REPORT, RESERVED, STAGE_CLASSES, Options, RunConfig, TrainingStage
 from pipeline.wiring import wire
 
 
@@ -45,10 +45,14 @@ def _parse(raw: dict[str, Any], source: Path, problems: Problems) -> RunConfig |
         stages = {}
     parsed = {}
     for name, section in stages.items():
-        stage_type = str(section.get("type", name)) if isinstance(section, dict) else name
         if not isinstance(section, dict):
             problems.add(f"expected a section, got {section!r}", "stages", name)
-        elif stage_type not in STAGE_CLASSES:
+            continue
+        measured = name.removesuffix(REPORT)
+        if measured != name and measured in stages and "type" not in section:  # the report that is added by itself
+            section = {"type": "shift", "reward": measured} | section
+        stage_type = str(section.get("type", name))
+        if stage_type not in STAGE_CLASSES:
             hint = f"{stage_type!r} is none; {nearest(stage_type, STAGE_CLASSES)}"
             problems.add(f"its type is its name unless `type:` is given, and {hint}", "stages", name)
         else:

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
+REPORT = "-shift"  # ends the name of the report that every reward model gets by itself
 BASE = "base"  # what `init:` says for the run's base model
 RESERVED = (
     BASE,
@@ -203,6 +204,7 @@ class Shift(Sampled):
     """Measure a reward model on several completions of a policy for each held-out prompt."""
 
     type: Literal["shift"]
+    data: str | None = None
     policy: str | None = None
     num_prompts: PositiveInt = 200
     num_completions: Annotated[int, Field(ge=2)] = 4

@@ -10,6 +10,7 @@ from pipeline.schema import (
     BASE,
     FINAL_TYPES,
     POLICY_TYPES,
+    REPORT,
     Reinforced,
     RunConfig,
     Shift,
@@ -135,6 +136,11 @@ def _references(config: RunConfig, name: str, problems: Problems) -> dict[str, A
             changes["policy"] = reward.init or next(iter(of_type("sft")), BASE)
         elif stage.policy not in (None, BASE, *policies):
             problems.add(unknown("policy", stage.policy, policies), "stages", name, "policy")
+        if reward is not None:
+            changes |= _held_out(stage, reward, config.stages)
+            if changes.get("data", stage.data) is None:
+                missing = "is required where there is no evaluate stage and the reward model has no `eval_data`"
+                problems.add(missing, "stages", name, "data")
     if kind == "evaluate":
         find("baseline", "sft", "there is no sft stage to compare with; name the `baseline`")
         find("reward", "reward", None, ("reward",))
@@ -148,20 +154,25 @@ def _references(config: RunConfig, name: str, problems: Problems) -> dict[str, A
 def _with_reports(stages: dict[str, Any]) -> dict[str, Any]:
     """The stages, each reward stage followed by one of type shift unless it has one or nothing is held out."""
     measured = {stage.reward for stage in stages.values() if stage.type == "shift"}
-    evaluates = [stage for stage in stages.values() if stage.type == "evaluate"]
     found: dict[str, Any] = {}
     for name, stage in stages.items():
         found[name] = stage
-        data = evaluates[0].data if evaluates else getattr(stage, "eval_data", None)
-        report = f"{name}-shift"
-        if stage.type != "reward" or name in measured or report in stages or data is None:
+        if stage.type != "reward" or name in measured or name + REPORT in stages:
             continue
-        own = {"type": "shift", "data": data, "reward": name, "policy": stage.init}
-        if evaluates:  # what it samples is sampled once for both
-            shared = ("seed", "temperature", "max_new_tokens", "max_prompt_length", "batch_size")
-            own |= {key: getattr(evaluates[0], key) for key in shared}
-        found[report] = Shift(**own)
+        own = Shift(type="shift", reward=name, policy=stage.init)
+        own = own.model_copy(update=_held_out(own, stage, stages))
+        if own.data is not None:
+            found[name + REPORT] = own
     return found
+
+
+def _held_out(report: Shift, reward: Any, stages: dict[str, Any]) -> dict[str, Any]:
+    """What a report does not say: how the first evaluate stage samples, so that it is sampled once for both."""
+    for stage in stages.values():
+        if stage.type == "evaluate":
+            shared = ("data", "seed", "temperature", "max_new_tokens", "max_prompt_length", "batch_size")
+            return {key: getattr(stage, key) for key in shared if key not in report.model_fields_set}
+    return {} if report.data is not None else {"data": getattr(reward, "eval_data", None)}
 
 
 def _with_report(name: str, stage: Reinforced, stages: dict[str, Any], problems: Problems) -> Reinforced:

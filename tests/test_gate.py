@@ -294,6 +294,33 @@ def test_with_the_gate_off_none_is_added(write_config, tmp_path):
     assert added(config) == {} and config.stages["ppo"].shift is None
 
 
+@pytest.mark.parametrize("own", [{"seed": 5}, {"temperature": 0.5, "data": "comparisons"}, {}])
+def test_a_declared_one_says_only_what_differs(resolve, own):
+    evaluate = {f"stages.evaluate.{key}": value for key, value in {"seed": 11, "temperature": 0.7}.items()}
+    config = resolve(**evaluate, **{"stages.reward-shift": {"num_completions": 8, "policy": "base"} | own})
+    (stage,) = added(config).values()
+    expected = {"seed": 11, "temperature": 0.7, "max_new_tokens": 8, "batch_size": 4, "data": "prompts"} | own
+    assert {key: getattr(stage, key) for key in expected} == expected
+    assert (stage.reward, stage.policy, stage.num_completions, stage.num_prompts) == ("reward", "base", 8, 200)
+    assert config.stages["ppo"].shift == "reward-shift"
+
+
+def test_the_added_one_is_changed_by_its_name_on_the_command_line(write_config, tmp_path):
+    path = write_config(tmp_path, gate="stop")
+    stages = load(path, ("stages.reward-shift.num_prompts=7",)).stages
+    assert stages["reward-shift"].model_copy(update={"num_prompts": 200}) == load(path).stages["reward-shift"]
+    assert stages["reward-shift"].num_prompts == 7
+    with pytest.raises(UserError, match="'rewart-shift' is none"):
+        load(path, ("stages.rewart-shift.num_prompts=7",))
+
+
+def test_a_declared_one_needs_prompts_from_somewhere(resolve, write_config):
+    nothing = {"stages.evaluate": write_config.REMOVED, "stages.shift": {}}
+    with pytest.raises(UserError, match=r"stages.shift.data: is required"):
+        resolve(**nothing)
+    assert resolve(**nothing, **{"stages.reward.eval_data": "prompts"}).stages["shift"].data == "prompts"
+
+
 @pytest.mark.parametrize("mode", ["stop", "off"])
 def test_a_declared_one_with_another_name_is_found(resolve, mode):
     config = resolve(gate=mode, **{"stages.offsets": {"type": "shift", "data": "prompts", "num_completions": 2}})
