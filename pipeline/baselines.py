@@ -19,7 +19,7 @@ from torch import nn
 from pipeline import scoring
 from pipeline.context import StageContext
 from pipeline.manifest import digest
-from pipeline.sampling import Ids, Sampling, completions, identity_of
+from pipeline.sampling import Ids, Sampling, completions, identity_of, same_everywhere
 
 Prompt = tuple[int, ...]  # token ids
 Baseline = Callable[[list[Prompt], torch.Tensor], torch.Tensor]  # prompts and scores of completions -> what to subtract
@@ -138,6 +138,7 @@ class CentredReward(nn.Module):
 
     def __init__(self, reward: Any, eos_token_id: int, shift: tuple[float, int]):
         super().__init__()
+        self.config = getattr(reward, "config", None)  # DeepSpeed asks for its sizes
         self.transformer = _Seen(getattr(reward, reward.base_model_prefix))
         self.score = _Centred(reward.score, self._centre)
         self.rollout = Rollout()
@@ -201,7 +202,7 @@ def offline_scores(
     """Scores of completions by prompt, the same in all processes; kept in the run by prompt, scored only once."""
     names = {prompt: digest([list(prompt), ids]) for prompt, ids in answers.items()}
     file = ctx.cache / f"scores-{identity_of(ctx, ctx.stage.reward)[:16]}.json"
-    kept = json.loads(file.read_text()) if file.exists() else {}
+    kept = same_everywhere(lambda: json.loads(file.read_text()) if file.exists() else {})
     state = PartialState()
     lacking = [prompt for prompt in answers if names[prompt] not in kept]
     if lacking:

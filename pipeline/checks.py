@@ -1,5 +1,6 @@
 """Checks at the start and end of a stage. A failed one stops the stage and names its cause."""
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -79,6 +80,14 @@ def first_token(trainer: Any, prompts: Sequence[list[int]], tokenizer: Any) -> d
     model.train(training)
     special = sum(token in tokenizer.all_special_ids for token in found) / len(found)
     return {"special": special, "prompts": len(found), "likeliest": tokenizer.decode(statistics.mode(found))}
+
+
+def finite_scores(name: str, scores: Sequence[float]) -> None:
+    """Scores of the reward model of stage `name` are numbers."""
+    wrong = sum(not math.isfinite(score) for score in scores)
+    if wrong:
+        mend = "lower its learning rate, or train it in bf16 or fp32 rather than fp16"
+        raise UserError(f"{name}: {wrong} of {len(scores)} scores of the reward model are not finite: {mend}")
 
 
 def same_scores(before: Sequence[float], after: Sequence[float], tolerance: float) -> float:

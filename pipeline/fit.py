@@ -10,6 +10,7 @@ from pipeline import checkpoints, checks
 from pipeline.context import Result, StageContext, write_json
 from pipeline.lineage import place_of
 from pipeline.models import num_parameters
+from pipeline.schema import POLICY_TYPES
 
 # What of the trainer's log goes into the record.
 METRICS = ("loss", "accuracy", "margin", "rewards/accuracies", "rewards/margins", "reward", "kl", "mean_token_accuracy")
@@ -41,12 +42,17 @@ def fit(
     trainer.add_callback(checkpoints.MarkComplete())
     if checkpoint is not None and checkpoints.is_last(checkpoint) and hasattr(trainer.train_dataset, "__len__"):
         trainer.args.max_steps, trainer.args.num_train_epochs = -1, 0  # or it would make one step more
+    # Before the first step, with the model as its launcher wraps it; a checkpoint's log has it already.
+    trainer.args.eval_on_start |= trainer.eval_dataset is not None and ctx.stage.type in POLICY_TYPES
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if checkpoint is None:
         checks.has_trained(before, trainable, ctx.name)
     metrics |= finish()
     metrics |= first_and_last(trainer.state.log_history, {name: name for name in METRICS})
     if trainer.eval_dataset is not None:
+        held_out = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+        if held_out and ctx.stage.type in POLICY_TYPES:
+            metrics["initial_eval_loss"] = held_out[0]
         metrics |= {k: v for k, v in trainer.evaluate().items() if not k.endswith(("_runtime", "_per_second", "epoch"))}
     metrics["steps"] = trainer.state.global_step
     _save(ctx, trainer)

@@ -60,10 +60,10 @@ def _figure(estimate: Estimate) -> str:
 
 def _policy(name: str, record: Record, limits: GateLimits) -> list[Verdict]:
     found, metrics = [], record.metrics
-    before = metrics.get("initial_loss", metrics.get("first_loss"))
+    before = metrics.get("initial_eval_loss")
     if "eval_loss" in metrics and before is not None:
         loss = metrics["eval_loss"]  # the manifest holds NaN as null
-        seen = f"{float('nan') if loss is None else loss:.3f} after training, {before:.3f} on the first rows before"
+        seen = f"{float('nan') if loss is None else loss:.3f} after training, {before:.3f} before"
         mend = "It learned nothing that holds beyond its rows: look at its learning rate, epochs and data"
         found.append(Verdict(name, "held-out loss", loss is not None and loss < before, seen, mend))
     if limits.first_token is not None and "first_token" in metrics:

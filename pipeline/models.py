@@ -12,7 +12,13 @@ import torch
 from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import load_peft_weights
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    GenerationConfig,
+)
 from transformers.trainer_utils import set_seed
 from transformers.utils import logging as transformers_logging
 
@@ -63,10 +69,11 @@ class Loader:
         return model
 
     def causal(self, full: str) -> Any:
-        """A causal language model."""
+        """A causal language model, to be sampled from as it is."""
         model = self._load(AutoModelForCausalLM, full)
-        model.generation_config.pad_token_id = self.pad_token_id
-        model.generation_config.eos_token_id = self.eos_token_id
+        # What it was shipped with (repetition penalty, min_p) would be laid under every sampling config, and the
+        # policy would not be sampled as its log-probabilities are computed.
+        model.generation_config = GenerationConfig(pad_token_id=self.pad_token_id, eos_token_id=self.eos_token_id)
         return model
 
     def score(self, full: str) -> Any:

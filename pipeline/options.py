@@ -5,6 +5,7 @@ coerced to its field's type (YAML's `1e-5` is a string to many parsers), and fie
 refused with the reason.
 """
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -12,6 +13,7 @@ import os
 import pkgutil
 import tempfile
 import typing
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
@@ -50,6 +52,8 @@ _LORA_REASONS = {
 }
 _CLASSES = {"training": "transformers:TrainingArguments", "quantization": "transformers:BitsAndBytesConfig"}
 _CLASSES |= {"lora": "peft:LoraConfig"}
+# Variables by which a process knows that it is one of several.
+_LAUNCHED = ("ACCELERATE_", "FSDP_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "PMI_", "OMPI_", "MV2_")
 
 
 def _by_option(reasons: dict[str, str]) -> dict[str, str]:
@@ -63,6 +67,8 @@ DEFAULTS = {
     "pretrain": {"packing": True, "packing_strategy": "wrapped"},
     "sft": {"completion_only_loss": True},  # TRL's default would train on prompts too when rows are token ids
     "ppo": {"num_sample_generations": 0, "missing_eos_penalty": 1.0},
+    "rloo": {"logging_steps": 1},  # the watchdog sees what is logged
+    "grpo": {"logging_steps": 1},
 }
 
 
@@ -164,6 +170,32 @@ def length_limit(stage: Any) -> tuple[str, int | None]:
     return "max_prompt_length", getattr(stage, "max_prompt_length", None)
 
 
+@contextlib.contextmanager
+def _without_a_trace() -> Iterator[None]:
+    """Build TrainingArguments as a process of its own would, and forget it.
+
+    It joins the processes that the environment tells of, writes ACCELERATE_* variables that every stage's process
+    would inherit, and makes the device it found that of the whole process.
+    """
+    from accelerate.state import AcceleratorState, PartialState
+
+    environment, states = dict(os.environ), (PartialState._shared_state, AcceleratorState._shared_state)
+    before = [dict(state) for state in states]
+    try:
+        for name in environment:
+            if name.startswith(_LAUNCHED):
+                del os.environ[name]
+        for state in states:
+            state.clear()
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+        for state, content in zip(states, before, strict=True):
+            state.clear()
+            state.update(content)
+
+
 def rehearse(kind: str, values: dict[str, Any]) -> str | None:
     """Build the class that takes the section, to let its own cross-field checks speak before any compute.
 
@@ -176,14 +208,8 @@ def rehearse(kind: str, values: dict[str, Any]) -> str | None:
             _target(kind)(**values)
             return None
         device = {"use_cpu": True, "tf32": None, "output_dir": tempfile.gettempdir()}
-        # TrainingArguments writes ACCELERATE_* variables, which every stage's process would inherit.
-        before = dict(os.environ)
-        try:
+        with _without_a_trace():
             args = config_class(kind)(**with_defaults(kind, values) | device)
-        finally:
-            os.environ.update(before)
-            for name in os.environ.keys() - before.keys():
-                del os.environ[name]
     except (ValueError, TypeError, ImportError) as error:
         return " ".join(str(error).split())
     if kind == "ppo" and args.gradient_accumulation_steps * args.per_device_train_batch_size % args.num_mini_batches:

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from accelerate.utils.memory import clear_device_cache
 from filelock import FileLock
 from transformers import GenerationConfig, set_seed
@@ -105,8 +105,9 @@ def completions(
 
     All processes must call it. Prompts are sampled in batches of `sampling.batch_size`, in order, and kept by batch.
     """
-    file = ctx.cache / f"completions-{digest([identity_of(ctx, policy), asdict(sampling)])[:16]}.jsonl"
-    kept = _read(file)
+    identity = [identity_of(ctx, policy), ctx.tokenizer_key, asdict(sampling)]
+    file = ctx.cache / f"completions-{digest(identity)[:16]}.jsonl"
+    kept = same_everywhere(lambda: _read(file))
     wanted = [(draw, batch) for draw in range(num_completions) for batch in batches(prompts, sampling.batch_size)]
     keys = [digest(pair) for pair in wanted]
     lacking = [i for i, key in enumerate(keys) if key not in kept]
@@ -128,6 +129,13 @@ def completions(
     draws = [keys[start : start + per_draw] for start in range(0, len(keys), per_draw)]
     drawn = ([ids for key in draw for ids in kept[key]] for draw in draws)
     return [list(of_prompt) for of_prompt in zip(*drawn, strict=True)]
+
+
+def same_everywhere(look: Callable[[], Any]) -> Any:
+    """What the main process sees: files that other stages write to may change between two processes' looks."""
+    seen = [look() if PartialState().is_main_process else None]
+    broadcast_object_list(seen)
+    return seen[0]
 
 
 def _read(file: Path) -> dict[str, list[Ids]]:

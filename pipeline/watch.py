@@ -1,19 +1,28 @@
 """What an RL stage is watched with: alarms on what it logs, and its score on held-out prompts."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import gather, gather_object
 from torch import nn
 from transformers import TrainerCallback
 
 from pipeline import scoring
 from pipeline.context import StageContext
+from pipeline.errors import UserError
 from pipeline.sampling import Ids, Sampling, batches, generate, same_random_numbers
 from pipeline.watchdog import Watchdog
+
+
+@torch.no_grad()
+def finite(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether all weights of all processes are finite numbers; of split ones each process looks at its part."""
+    parts = [getattr(p, "to_local", p.detach)() for p in parameters if p.numel() and not p.is_meta]
+    mine = all(torch.stack([part.isfinite().all() for part in parts]).tolist()) if parts else True
+    return bool(gather(torch.tensor([float(mine)], device=PartialState().device)).min())
 
 
 class BestPolicy(TrainerCallback):
@@ -49,8 +58,11 @@ class BestPolicy(TrainerCallback):
             self._look(state.global_step)
 
     def _look(self, update: int) -> None:
-        with same_random_numbers():
-            score = float(self.evaluate())
+        if finite(self.parameters.values()):
+            with same_random_numbers():
+                score = float(self.evaluate())
+        else:
+            score = math.nan  # nothing can be sampled
         self.history.append({"update": update, "score": score})
         best = self._best is None or not (score <= self._best[1] or math.isnan(score))
         if best:
@@ -72,7 +84,7 @@ class Watch:
 
     def __init__(self, ctx: StageContext, trainer: Any, parameters: dict[str, nn.Parameter]):
         self._ctx, self._trainer, self._parameters = ctx, trainer, parameters
-        self._dog = Watchdog(ctx.stage.type, ctx.stage.on_alarm, self._say)
+        self._dog = Watchdog(ctx.stage.type, ctx.stage.on_alarm, self._say, lambda: finite(parameters.values()))
         self._best: BestPolicy | None = None
         trainer.add_callback(self._dog)
 
@@ -80,8 +92,16 @@ class Watch:
         self._ctx.say(f"{self._ctx.name}: {message}")
 
     def hold_out(self, prompts: list[Ids], sampling: Sampling, policy: Any, reward: Any) -> None:
-        """Score the policy's completions of these prompts as it trains."""
-        ctx, state = self._ctx, PartialState()
+        """Score the policy's completions of these prompts as it trains.
+
+        Raises:
+            UserError: if no process has all weights: it could neither sample by itself nor keep a copy of the best.
+        """
+        ctx, state, launched = self._ctx, PartialState(), self._trainer.accelerator.state
+        deepspeed = getattr(launched, "deepspeed_plugin", None)
+        if getattr(launched, "fsdp_plugin", None) or (deepspeed is not None and deepspeed.zero_stage == 3):
+            mend = "leave it out, or use accelerate_configs/multi_gpu.yaml or zero2.yaml"
+            raise UserError(f"stages.{ctx.name}.eval_data: the weights are split over the processes; {mend}")
         prompts = prompts[: ctx.stage.num_eval_prompts]
         mine = list(batches(prompts, sampling.batch_size))[state.process_index :: state.num_processes]
 

@@ -136,6 +136,8 @@ NOT_FINITE = (
     "training diverged: a learning rate too high, or numbers too large for the precision",
     "lower the learning rate, set `max_grad_norm`, train in bf16 or fp32 rather than fp16",
 )
+# Nothing can be sampled with such weights, so they are looked at after every update, before anything is logged.
+WEIGHTS = Range("weights", -math.inf, math.inf, 1, *NOT_FINITE)
 
 LENGTH = "completions/mean_length"
 # For each type of stage what its trainer's names are, and the power of the mean length (tokens) that converts its unit.
@@ -182,12 +184,20 @@ class Watchdog(TrainerCallback):
     With `on_alarm` "stop" RLOO and GRPO end after the update, as `Trainer` does it. PPOTrainer does not look at
     `control.should_training_stop`, so there `Stopped` is raised after the update, out of `trainer.train()`.
 
+    `finite` says whether all weights are, the same on every process.
+
     `alarms` is ready for JSON: an infinite bound and a value that is not finite are None. A resumed run is judged from
     its first update on, by the log in its checkpoint.
     """
 
-    def __init__(self, stage_type: str, on_alarm: Literal["warn", "stop"], say: Callable[[str], None]):
-        self.stage_type, self.on_alarm, self.say = stage_type, on_alarm, say
+    def __init__(
+        self,
+        stage_type: str,
+        on_alarm: Literal["warn", "stop"],
+        say: Callable[[str], None],
+        finite: Callable[[], bool] = lambda: True,
+    ):
+        self.stage_type, self.on_alarm, self.say, self._finite = stage_type, on_alarm, say, finite
         self.alarms: list[dict[str, Any]] = []
         self._first: dict[str, float] = {}
         self._since: dict[str, list[int]] = {}  # the updates, in a row, at which a measure was out of its range
@@ -201,18 +211,25 @@ class Watchdog(TrainerCallback):
         self._look(logs or {}, state.global_step, control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not self._finite():
+            self._compare(WEIGHTS, math.nan, state.global_step, control)
         if self._stop is not None and self.stage_type == "ppo":
             raise Stopped(self._stop)
 
     def _look(self, logs: Mapping[str, Any], update: int, control: Any) -> None:
         values = measures_of(self.stage_type, logs)
         for healthy in HEALTHY:
-            if healthy.measure in values and healthy.measure not in {alarm["measure"] for alarm in self.alarms}:
-                message = self._judge(healthy, values[healthy.measure], update)
-                if message is not None:
-                    self.say(message)
-                    if self.on_alarm == "stop":
-                        control.should_training_stop, self._stop = True, message
+            if healthy.measure in values:
+                self._compare(healthy, values[healthy.measure], update, control)
+
+    def _compare(self, healthy: Range, value: float, update: int, control: Any) -> None:
+        if healthy.measure in {alarm["measure"] for alarm in self.alarms}:
+            return
+        message = self._judge(healthy, value, update)
+        if message is not None:
+            self.say(message)
+            if self.on_alarm == "stop":
+                control.should_training_stop, self._stop = True, message
 
     def _judge(self, healthy: Range, value: float, update: int) -> str | None:
         """Keep count of one value, and return the message if it makes an alarm."""

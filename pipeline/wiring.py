@@ -153,7 +153,7 @@ def _references(config: RunConfig, name: str, problems: Problems) -> dict[str, A
 
 def _with_reports(stages: dict[str, Any]) -> dict[str, Any]:
     """The stages, each reward stage followed by one of type shift unless it has one or nothing is held out."""
-    measured = {stage.reward for stage in stages.values() if stage.type == "shift"}
+    measured = {stages[name].reward for name in stages if _comes_before_rl(name, stages)}
     found: dict[str, Any] = {}
     for name, stage in stages.items():
         found[name] = stage
@@ -164,6 +164,12 @@ def _with_reports(stages: dict[str, Any]) -> dict[str, Any]:
         if own.data is not None:
             found[name + REPORT] = own
     return found
+
+
+def _comes_before_rl(name: str, stages: dict[str, Any]) -> bool:
+    """Whether a stage is a report that says what RL will meet, and not one on the completions of what RL has made."""
+    report = stages[name]
+    return report.type == "shift" and (report.policy not in stages or stages[report.policy].type not in FINAL_TYPES)
 
 
 def _held_out(report: Shift, reward: Any, stages: dict[str, Any]) -> dict[str, Any]:
@@ -178,8 +184,9 @@ def _held_out(report: Shift, reward: Any, stages: dict[str, Any]) -> dict[str, A
 def _with_report(name: str, stage: Reinforced, stages: dict[str, Any], problems: Problems) -> Reinforced:
     """An RL stage with the report on its reward model, and what it needs a report or held-out prompts for."""
     reports = [key for key, other in stages.items() if other.type == "shift" and other.reward == stage.reward]
-    if stage.shift is None and reports and stage.reward is not None:
-        stage = stage.model_copy(update={"shift": reports[0]})
+    earlier = [key for key in reports if _comes_before_rl(key, stages)]
+    if stage.shift is None and earlier and stage.reward is not None:
+        stage = stage.model_copy(update={"shift": earlier[0]})
     elif stage.shift is not None and stage.shift not in reports:
         problems.add(unknown("report on its reward model", stage.shift, reports), "stages", name, "shift")
     if stage.on_alarm == "stop" and stage.eval_data is None:

@@ -613,6 +613,37 @@ def test_looking_at_held_out_prompts_changes_nothing(parents, method):
     assert len(record.metrics["held_out_scores"]) > 2 and "kept_update" not in record.metrics
 
 
+@pytest.mark.parametrize("method", ["leave_one_out", "grpo"])
+def test_a_policy_that_diverges_is_an_alarm_and_the_best_is_kept(parents, capsys, method):
+    """Its weights are no numbers after the first update: nothing could be sampled any more."""
+    record = train(parents, f"{method}-diverged", method, {"learning_rate": 1e38}, on_alarm="stop", **STOP)
+    metrics = record.metrics
+    assert [(alarm["measure"], alarm["update"]) for alarm in metrics["alarms"]] == [("weights", 1)]
+    assert metrics["kept_update"] == 0 and metrics["held_out_scores"][0]["score"] is not None
+    assert torch.equal(weights(parents, f"{method}-diverged"), weights(parents, "sft"))
+    assert "watchdog: weights is nan at update 1" in capsys.readouterr().out
+
+
+SHIPPED = {"repetition_penalty": 3.0, "min_p": 0.5, "no_repeat_ngram_size": 1}
+
+
+def test_what_a_model_is_shipped_with_plays_no_part(tmp_path):
+    """A repetition penalty would be in what is sampled but in no log-probability, which PPO shows as KL."""
+    config = load(write_config(tmp_path, "shipped", {"ppo": options_of("none")}))
+    path = tmp_path / "model" / "generation_config.json"
+    plain = path.read_text()
+    path.write_text(json.dumps(json.loads(plain) | SHIPPED))
+    for name in ("sft", "reward", "shift", "ppo"):
+        stage.run(config, name)
+    assert history(tmp_path, "ppo")[0]["objective/kl"] == pytest.approx(0, abs=1e-4)
+    samples = (tmp_path / "run" / "shift" / "output" / "samples.jsonl").read_text()
+    path.write_text(plain)
+    shutil.rmtree(tmp_path / "run")
+    for name in ("sft", "reward", "shift"):
+        stage.run(config, name)
+    assert (tmp_path / "run" / "shift" / "output" / "samples.jsonl").read_text() == samples
+
+
 LOO = {"prompt_baseline": "leave_one_out"}
 SMALL = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}
 WRONG = [

@@ -278,6 +278,36 @@ def test_ppo_refuses_a_critic_that_cannot_learn(sft_and_reward):
         checks.trains_exactly([merged], lambda name: True)
 
 
+def test_the_held_out_loss_before_training_is_the_parents(tmp_path):
+    """Not that of the first training steps: how often it is logged does not matter."""
+    stages = {name: spec | {"eval_data": "held_out"} for name, spec in {"sft": tiny.SFT, "dpo": tiny.DPO}.items()}
+    held_out = {"sft": tiny.demonstrations()[:5], "dpo": tiny.comparisons()[:5]}
+    path = tiny.make_run(tmp_path, stages, training=tiny.TRAINING | {"logging_steps": 4})
+    for name, rows in held_out.items():
+        tiny.write_rows(tmp_path / f"{name}.jsonl", [row | {"prompt": f"{row['prompt']} Well?"} for row in rows])
+    data = {name: {"path": f"{name}.jsonl"} for name in ("comparisons", "demonstrations", *stages)}
+    tiny.edit(path, {"data": data, "stages": {name: spec | {"eval_data": name} for name, spec in stages.items()}})
+    found = {name: record.metrics for name, record in run(path, *stages).stages.items()}
+    assert found["dpo"]["initial_eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    rows = [row | {"prompt": f"{row['prompt']} Well?"} for row in held_out["sft"]]
+    trainer = SFTTrainer(
+        model=causal(tmp_path),
+        args=bare_args(SFTConfig, tmp_path),
+        train_dataset=Dataset.from_list(tiny.conversational(rows)),
+        eval_dataset=Dataset.from_list(tiny.conversational(rows)),
+        processing_class=AutoTokenizer.from_pretrained(tmp_path / "model"),
+    )
+    assert found["sft"]["initial_eval_loss"] == pytest.approx(trainer.evaluate()["eval_loss"], abs=1e-5)
+    assert found["sft"]["eval_loss"] < found["sft"]["initial_eval_loss"]
+
+
+def test_a_reward_model_whose_scores_are_no_numbers_is_told(tmp_path):
+    diverging = tiny.REWARD | {"training": tiny.REWARD.get("training", {}) | {"learning_rate": 1e38}}
+    path = tiny.make_run(tmp_path, {"reward": diverging | {"init": "base"}})
+    with pytest.raises(UserError, match="reward: 16 of 16 scores of the reward model are not finite: lower its learn"):
+        run(path, "reward")
+
+
 class Killed(Exception):
     pass
 

@@ -92,7 +92,7 @@ GOOD = {
     "within_sd": estimate(1.0, 0.9, 1.1),
     "length_correlation": estimate(0.5, 0.4, 0.6),
 }
-GOOD_SFT = {"loss": 1.0, "first_loss": 3.0, "eval_loss": 2.0}
+GOOD_SFT = {"loss": 1.0, "first_loss": 1.5, "initial_eval_loss": 3.0, "eval_loss": 2.0}
 GOOD_SFT |= {"first_token": {"special": 0.25, "prompts": 64, "likeliest": "A"}}
 
 
@@ -172,9 +172,9 @@ def test_each_figure_of_a_reward_model(resolve, recorded, figure, ends, what, pa
 
 POLICIES = [
     ({"eval_loss": 2.9}, LOSS, True, ""),
-    ({"eval_loss": 3.0}, LOSS, False, "3.000 after training, 3.000 on the first rows before"),
+    ({"eval_loss": 3.0}, LOSS, False, "3.000 after training, 3.000 before"),
     ({"eval_loss": None}, LOSS, False, "nan after training"),  # the manifest's null is NaN
-    ({"eval_loss": 2.9, "initial_loss": 2.8}, LOSS, False, "2.900 after training, 2.800"),
+    ({"eval_loss": 2.9, "initial_eval_loss": 2.8}, LOSS, False, "2.900 after training, 2.800 before"),
     ({"first_token": {"special": 0.5, "prompts": 64, "likeliest": "<eos>"}}, TOKEN, True, ""),
     ({"first_token": {"special": 0.75, "prompts": 64, "likeliest": "<eos>"}}, TOKEN, False, "75% of 64 prompts"),
 ]
@@ -327,6 +327,20 @@ def test_a_declared_one_with_another_name_is_found(resolve, mode):
     assert list(added(config)) == ["offsets"]
     assert (config.stages["offsets"].reward, config.stages["offsets"].policy) == ("reward", "sft")
     assert config.stages["ppo"].shift == "offsets"
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_report_on_what_rl_has_made_is_not_what_it_waits_for(resolve, write_config, first):
+    late, own = {"type": "shift", "policy": "ppo"}, {"type": "shift", "policy": "base"}
+    config = resolve(**{"stages.late": late})
+    assert config.stages["ppo"].shift == "reward-shift"
+    order = list(config.stages)
+    assert order.index("reward-shift") < order.index("ppo") < order.index("late")
+    both = [("stages.late", late), ("stages.own", own)]
+    config = resolve(**dict(both if first else both[::-1]))
+    assert sorted(added(config)) == ["late", "own"] and config.stages["ppo"].shift == "own"
+    with pytest.raises(UserError, match="circle"):
+        resolve(**{"stages.late": late, "stages.ppo.shift": "late"})
 
 
 def test_until_ppo_runs_the_shift_stage_too(resolve):
@@ -521,10 +535,10 @@ def held_out_scores(run, name):
 def cache_of(run, policy):
     """The name of a policy's completions."""
     config = load(run.config)
-    ctx = SimpleNamespace(config=config)
+    ctx, tokenizer = SimpleNamespace(config=config), manifest.read(run.run_dir).tokenizer.fingerprint
     stage = config.stages["evaluate"]
     how = Sampling(stage.temperature, stage.max_new_tokens, stage.batch_size, config.seed_of("evaluate"))
-    return digest([identity_of(ctx, policy), asdict(how)])[:16]
+    return digest([identity_of(ctx, policy), tokenizer, asdict(how)])[:16]
 
 
 @pytest.mark.slow

@@ -40,10 +40,10 @@ def healthy_logs(stage_type, num_updates=30):
             yield shared | zero | kl
 
 
-def watch(stage_type, logs, on_alarm="warn"):
+def watch(stage_type, logs, on_alarm="warn", finite=lambda: True):
     """What a watchdog says and decides about a run whose trainer logs these."""
     said, control, state = [], TrainerControl(), SimpleNamespace(global_step=0, log_history=[])
-    watchdog = Watchdog(stage_type, on_alarm, said.append)
+    watchdog = Watchdog(stage_type, on_alarm, said.append, finite)
     watchdog.on_train_begin(None, state, control)
     for update, entry in enumerate(logs, start=1):
         state.global_step = update
@@ -108,6 +108,19 @@ def test_each_range_fires_once_and_says_what_to_do(stage_type, name, measure, ba
 
 def test_every_range_and_both_its_bounds_are_tried():
     assert {measure for _, _, measure, _ in BAD} == set(RANGES) == {m for t in MEASURES.values() for m, _ in t.values()}
+
+
+def test_weights_that_are_not_finite_are_an_alarm_at_once(stage_type="grpo"):
+    """Nothing need be logged: the next completions cannot be sampled any more."""
+    looks = iter([True] * 4 + [False] * 26)
+    result = watch(stage_type, ({} for _ in range(30)), "stop", lambda: next(looks))
+    [alarm] = result.alarms
+    assert (alarm["measure"], alarm["value"], alarm["update"]) == ("weights", None, 5)
+    assert len(result.said) == 1 and "watchdog: weights is nan at update 5" in result.said[0]
+    assert "lower the learning rate" in result.said[0] and result.control.should_training_stop
+    looks = iter([True] * 4 + [False] * 26)
+    with pytest.raises(Stopped, match="weights is nan at update 5"):
+        watch("ppo", ({} for _ in range(30)), "stop", lambda: next(looks))
 
 
 def test_bounds_are_where_they_are_written():

@@ -6,6 +6,7 @@ loop is TRL's, unmodified: the reward model it is given subtracts the baseline, 
 
 import contextlib
 import gc
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -99,7 +100,7 @@ def separate_models(loader: Loader, parent: Weights, reward: Weights, lora: dict
 
 def run(ctx: StageContext) -> Result:
     stage = ctx.stage
-    if PartialState().distributed_type.value == "FSDP":
+    if _launched_with("FSDP"):
         # PPOTrainer computes rewards and reference outside the wrapped model, where sharded weights are not gathered.
         mend = "use accelerate_configs/multi_gpu.yaml (or zero2.yaml) for this stage"
         raise UserError(f"PPO does not run under FSDP; {mend}")
@@ -113,7 +114,8 @@ def run(ctx: StageContext) -> Result:
     answers = {}
     if stage.prompt_baseline not in ("none", "leave_one_out"):
         answers = answers_of(ctx, prompts, sampling(ctx, args))
-    shared = shares_backbone(ctx.config, ctx.name)
+    # DeepSpeed takes each model as a whole, and would place and cast the one behind several views several times.
+    shared = shares_backbone(ctx.config, ctx.name) and not _launched_with("DEEPSPEED")
     ctx.say(f"{ctx.name}: PPO starts from its first update (a run that was stopped in it starts it anew)")
     ctx.say(f"{ctx.name}: " + ("four views of one backbone" if shared else "four separate models"))
     make = shared_models if shared else separate_models
@@ -136,6 +138,11 @@ def run(ctx: StageContext) -> Result:
         write_json(ctx.folder / "log_history.json", state.log_history)
     metrics |= {"updates": state.global_step, "episodes": state.episode} | first_and_last(state.log_history, METRICS)
     return Result(metrics, num_parameters(models.policy, models.value), datasets)
+
+
+def _launched_with(what: str) -> bool:
+    """Whether `accelerate launch` was told so; PartialState does not tell FSDP from DDP."""
+    return os.environ.get(f"ACCELERATE_USE_{what}", "false").lower() == "true"
 
 
 def _trainer(ctx: StageContext, args: Any, models: Models, prompts: Any) -> tuple[Any, CentredReward]:

@@ -41,6 +41,7 @@ def run(ctx: StageContext) -> Result:
     result = fit(ctx, trainer, datasets)
     if eval_rows is not None:
         margins = _margins(ctx, trainer, eval_rows)
+        checks.finite_scores(ctx.name, margins)
         if PartialState().is_main_process:
             write_json(ctx.new_output / "margins.json", margins)
         result.metrics["held_out"] = calibration(margins)
@@ -80,6 +81,7 @@ def _compare_reloaded(ctx: StageContext, trainer: Any) -> float:
     trainer.model.eval()
     model, pad_token_id = trainer.accelerator.unwrap_model(trainer.model), ctx.tokenizer.pad_token_id
     in_memory = scoring.score(model, sequences, pad_token_id)
+    checks.finite_scores(ctx.name, in_memory)
     PartialState().wait_for_everyone()
     if not PartialState().is_main_process:
         return 0.0

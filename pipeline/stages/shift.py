@@ -7,7 +7,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from rich.console import Console
 
-from pipeline import scoring
+from pipeline import checks, scoring
 from pipeline.context import Result, StageContext, write_json
 from pipeline.models import load_reward
 from pipeline.sampling import Sampling, completions, to_device
@@ -28,6 +28,7 @@ def run(ctx: StageContext) -> Result:
     k = stage.num_completions
     scored = [(i, scores[n * k : (n + 1) * k]) for n, i in enumerate(mine)]
     scores_of = dict(gather_object(scored))
+    checks.finite_scores(stage.reward, [score for found in scores_of.values() for score in found])
     prompts = [_prompt(rows[i], drawn[i], scores_of[i]) for i in range(len(rows))]
     margins_file = ctx.config.run_path / stage.reward / "output" / "margins.json"
     margins = json.loads(margins_file.read_text()) if margins_file.exists() else None
