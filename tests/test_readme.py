@@ -238,7 +238,7 @@ def test_both_marked_commands_exist():
         assert len(command.splitlines()) == 1
         assert command.startswith("python3 -m venv .venv && .venv/bin/pip install -e ")
     assert quickstart.strip().endswith("&& .venv/bin/rlhf run configs/quickstart.yaml")
-    assert tests.strip().endswith("&& .venv/bin/pytest")
+    assert tests.strip().endswith("&& .venv/bin/pytest -n 2")
 
 
 def test_ci_installs_as_readme_says():
