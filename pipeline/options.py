@@ -43,6 +43,7 @@ _REASONS = {
 _PPO_REASONS = {
     "PPO computes in `model.dtype`: PPOTrainer samples outside autocast, its first ratio would not be 1": "bf16 fp16",
     "PPO's length is `total_episodes`": "max_steps",
+    "PPOTrainer clips no gradients; lower the learning rate instead": "max_grad_norm",
     "PPOTrainer cannot resume from a checkpoint; a stopped PPO stage starts anew": "save_strategy save_steps",
 }
 _LORA_REASONS = {
