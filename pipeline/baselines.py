@@ -17,9 +17,9 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from pipeline import scoring
-from pipeline.context import StageContext
+from pipeline.context import StageContext, same_everywhere
 from pipeline.manifest import digest
-from pipeline.sampling import Ids, Sampling, completions, identity_of, same_everywhere
+from pipeline.sampling import Ids, Sampling, completions, identity_of
 
 Prompt = tuple[int, ...]  # token ids
 Baseline = Callable[[list[Prompt], torch.Tensor], torch.Tensor]  # prompts and scores of completions -> what to subtract

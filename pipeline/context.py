@@ -2,11 +2,13 @@
 
 import functools
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
 from pipeline import manifest
 from pipeline.data.prepare import Datasets
@@ -126,6 +128,13 @@ class StageContext:
                     )
             recorded[role] |= audit.record()
         return rows.get("data"), rows.get("eval_data"), recorded
+
+
+def same_everywhere(look: Callable[[], Any]) -> Any:
+    """What the main process finds, in all of them: files may change between two processes' looks."""
+    found = [look() if PartialState().is_main_process else None]
+    broadcast_object_list(found)
+    return found[0]
 
 
 def write_json(path: Path, value: Any) -> None:

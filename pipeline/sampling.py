@@ -3,7 +3,7 @@
 import contextlib
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
 from filelock import FileLock
 from transformers import GenerationConfig, set_seed
 
 from pipeline import manifest, plan, scoring
-from pipeline.context import StageContext
+from pipeline.context import StageContext, same_everywhere
 from pipeline.data.heldout import hash64
 from pipeline.lineage import root
 from pipeline.manifest import digest
@@ -129,13 +129,6 @@ def completions(
     draws = [keys[start : start + per_draw] for start in range(0, len(keys), per_draw)]
     drawn = ([ids for key in draw for ids in kept[key]] for draw in draws)
     return [list(of_prompt) for of_prompt in zip(*drawn, strict=True)]
-
-
-def same_everywhere(look: Callable[[], Any]) -> Any:
-    """What the main process sees: files that other stages write to may change between two processes' looks."""
-    seen = [look() if PartialState().is_main_process else None]
-    broadcast_object_list(seen)
-    return seen[0]
 
 
 def _read(file: Path) -> dict[str, list[Ids]]:

@@ -22,12 +22,11 @@ from pipeline.quiet import quieten_transformers  # isort: skip
 import torch
 import transformers
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
 from pipeline import gate, manifest, plan, tokenizers
 from pipeline.config import load
-from pipeline.context import Result, StageContext
+from pipeline.context import Result, StageContext, same_everywhere
 from pipeline.errors import UserError
 from pipeline.launcher import LAUNCHER
 from pipeline.lineage import output_folder, place_of
@@ -67,13 +66,11 @@ def run(config: RunConfig, name: str) -> None:
     training = getattr(config.stages[name], "training", config.training)
     state = _join_processes(bool(training.get("use_cpu")))
     with _locked(config.run_path / name) if state.is_main_process else contextlib.nullcontext():
-        # One process looks and decides; the others follow, so that all do the same even while files change.
-        decided = [_prepare(config, name) if state.is_main_process else None]
-        broadcast_object_list(decided)
-        if isinstance(decided[0], UserError):
-            raise decided[0]
-        if decided[0] is not None:
-            _execute(config, name, decided[0], state)
+        decided = same_everywhere(lambda: _prepare(config, name))
+        if isinstance(decided, UserError):
+            raise decided
+        if decided is not None:
+            _execute(config, name, decided, state)
         elif state.is_main_process:
             print(f"{name}: finished already, and nothing changed", flush=True)
 

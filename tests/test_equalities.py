@@ -280,13 +280,13 @@ def test_ppo_refuses_a_critic_that_cannot_learn(sft_and_reward):
 
 def test_the_held_out_loss_before_training_is_the_parents(tmp_path):
     """Not that of the first training steps: how often it is logged does not matter."""
-    stages = {name: spec | {"eval_data": "held_out"} for name, spec in {"sft": tiny.SFT, "dpo": tiny.DPO}.items()}
+    stages = {name: spec | {"eval_data": name} for name, spec in {"sft": tiny.SFT, "dpo": tiny.DPO}.items()}
     held_out = {"sft": tiny.demonstrations()[:5], "dpo": tiny.comparisons()[:5]}
     path = tiny.make_run(tmp_path, stages, training=tiny.TRAINING | {"logging_steps": 4})
     for name, rows in held_out.items():
         tiny.write_rows(tmp_path / f"{name}.jsonl", [row | {"prompt": f"{row['prompt']} Well?"} for row in rows])
     data = {name: {"path": f"{name}.jsonl"} for name in ("comparisons", "demonstrations", *stages)}
-    tiny.edit(path, {"data": data, "stages": {name: spec | {"eval_data": name} for name, spec in stages.items()}})
+    tiny.edit(path, {"data": data})
     found = {name: record.metrics for name, record in run(path, *stages).stages.items()}
     assert found["dpo"]["initial_eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
     rows = [row | {"prompt": f"{row['prompt']} Well?"} for row in held_out["sft"]]

@@ -110,10 +110,10 @@ def test_every_range_and_both_its_bounds_are_tried():
     assert {measure for _, _, measure, _ in BAD} == set(RANGES) == {m for t in MEASURES.values() for m, _ in t.values()}
 
 
-def test_weights_that_are_not_finite_are_an_alarm_at_once(stage_type="grpo"):
+def test_weights_that_are_not_finite_are_an_alarm_at_once():
     """Nothing need be logged: the next completions cannot be sampled any more."""
     looks = iter([True] * 4 + [False] * 26)
-    result = watch(stage_type, ({} for _ in range(30)), "stop", lambda: next(looks))
+    result = watch("grpo", ({} for _ in range(30)), "stop", lambda: next(looks))
     [alarm] = result.alarms
     assert (alarm["measure"], alarm["value"], alarm["update"]) == ("weights", None, 5)
     assert len(result.said) == 1 and "watchdog: weights is nan at update 5" in result.said[0]
