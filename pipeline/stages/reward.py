@@ -51,7 +51,9 @@ def run(ctx: StageContext) -> Result:
 
 def _margins(ctx: StageContext, trainer: Any, rows: Any) -> list[float]:
     """score(chosen) - score(rejected) of every held-out comparison, in order; the same in all processes."""
-    state, model = PartialState(), trainer.accelerator.unwrap_model(trainer.model)
+    state = PartialState()
+    # Without accelerate's autocast wrapper: the model read back from disk, and the one PPO scores with, have none.
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # then all processes must score the same rows
     mine = range(0, len(rows)) if sharded else range(state.process_index, len(rows), state.num_processes)
     sequences = [_whole(rows[i])[side] for i in mine for side in SIDES]
@@ -79,7 +81,8 @@ def _compare_reloaded(ctx: StageContext, trainer: Any) -> float:
     sample = trainer.train_dataset.select(range(min(NUM_RELOADED, len(trainer.train_dataset))))
     sequences = [_whole(row)[side] for row in sample for side in SIDES]
     trainer.model.eval()
-    model, pad_token_id = trainer.accelerator.unwrap_model(trainer.model), ctx.tokenizer.pad_token_id
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    pad_token_id = ctx.tokenizer.pad_token_id
     in_memory = scoring.score(model, sequences, pad_token_id)
     checks.finite_scores(ctx.name, in_memory)
     PartialState().wait_for_everyone()
