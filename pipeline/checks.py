@@ -2,13 +2,17 @@
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather
 from torch import nn
 
+from pipeline import divergence
 from pipeline.errors import UserError
+from pipeline.models import to_device
 
 NUM_FIRST = 64  # prompts whose first token is looked at
 
@@ -42,22 +46,63 @@ def has_trained(before: list[float], parameters: Sequence[nn.Parameter], what: s
         raise CheckFailed(f"{what}: no parameter changed during training, although all {len(before)} should train")
 
 
-def reference_is_parent(policy: Any, reference: Any, rows: Sequence[list[int]], device: torch.device) -> float:
-    """KL of the policy to the reference on the tokens of `rows`, in nats per token; must be 0 before any update.
+@torch.no_grad()
+def parent_log_probs(policy: nn.Module, rows: Sequence[list[int]]) -> list[torch.Tensor]:
+    """What a stage's parent says of `rows`: the log-probability in nats of every token but the first.
 
-    `policy` and `reference` map `input_ids` of shape (1, length) to an output with `logits`.
+    `policy` is the model that will train, as it was loaded: nothing has been added to it yet. It is placed on this
+    process's device.
     """
-    largest = 0.0
-    with torch.no_grad():
-        for ids in rows:
-            inputs = {"input_ids": torch.tensor([ids], device=device)}
-            p = policy(**inputs).logits.float().log_softmax(-1)
-            q = reference(**inputs).logits.float().log_softmax(-1)
-            largest = max(largest, (p.exp() * (p - q)).sum(-1).abs().max().item())
+    training = policy.training
+    to_device(policy)
+    found = [divergence.log_probs(policy, ids) for ids in rows]
+    policy.train(training)
+    return found
+
+
+@torch.no_grad()
+def policy_is_parent(policy: nn.Module, rows: Sequence[list[int]], expected: Sequence[torch.Tensor]) -> None:
+    """The policy still says of `rows` what `parent_log_probs` found.
+
+    An adapter that changes the weights below it when another one is added would change policy and reference alike.
+    """
+    training = policy.training
+    policy.eval()
+    moved = 0.0
+    for ids, log_probs in zip(rows, expected, strict=True):
+        moved = max(moved, (divergence.log_probs(policy, ids) - log_probs).abs().max().item())
+    policy.train(training)
+    if not moved < 1e-3:
+        seen = f"log-probabilities of tokens differ by up to {moved:.4g} nats before the first update, expected 0"
+        raise CheckFailed(f"the policy is not its parent: {seen}")
+
+
+@torch.no_grad()
+def reference_is_parent(policy: nn.Module, reference: nn.Module, rows: Sequence[list[int]]) -> float:
+    """KL of the policy to the reference on the tokens of `rows`, in nats per token; must be 0 before any update."""
+    training = policy.training
+    policy.eval()
+    largest = max(divergence.largest_kl(policy, reference, ids) for ids in rows)
+    policy.train(training)
     if not largest < 1e-4:
         seen = f"KL to it is {largest:.4g} nats per token before the first update, expected 0"
         raise CheckFailed(f"the reference is not the parent: {seen}. Their weights differ")
     return largest
+
+
+@torch.no_grad()
+def finite(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether all weights of all processes are finite numbers; of split ones each process looks at its part."""
+    parts = [getattr(p, "to_local", p.detach)() for p in parameters if p.numel() and not p.is_meta]
+    mine = all(torch.stack([part.isfinite().all() for part in parts]).tolist()) if parts else True
+    return bool(gather(torch.tensor([float(mine)], device=PartialState().device)).min())
+
+
+def finite_weights(name: str, parameters: Iterable[nn.Parameter]) -> None:
+    """What stage `name` trained can be handed on."""
+    if not finite(parameters):
+        seen = "its weights are no longer finite numbers, so training diverged; nothing is handed on"
+        raise UserError(f"{name}: {seen}. Lower its learning rate, or train it in bf16 or fp32 rather than fp16")
 
 
 def eos_in_labels(rows: Any, eos_token_id: int) -> None:
@@ -72,14 +117,22 @@ def eos_in_labels(rows: Any, eos_token_id: int) -> None:
 @torch.no_grad()
 def first_token(trainer: Any, prompts: Sequence[list[int]], tokenizer: Any) -> dict[str, Any]:
     """The likeliest first tokens of completions: the share that is special, and the most frequent of all, as text."""
-    model, device = trainer.model, trainer.accelerator.device
+    model = trainer.model
     training = model.training
     model.eval()
     with trainer.compute_loss_context_manager():
-        found = [model(input_ids=torch.tensor([ids], device=device)).logits[0, -1].argmax().item() for ids in prompts]
+        found = [divergence.last_logits(model, ids).argmax().item() for ids in prompts]
     model.train(training)
     special = sum(token in tokenizer.all_special_ids for token in found) / len(found)
     return {"special": special, "prompts": len(found), "likeliest": tokenizer.decode(statistics.mode(found))}
+
+
+def finite_values(name: str, what: str, values: Sequence[float]) -> None:
+    """What was measured of the policy of stage `name` are numbers."""
+    wrong = sum(not math.isfinite(value) for value in values)
+    if wrong:
+        mend = "Its weights have diverged: train it again with a lower learning rate"
+        raise UserError(f"{name}: its {what} is not finite on {wrong} of {len(values)} completions. {mend}")
 
 
 def finite_scores(name: str, scores: Sequence[float]) -> None:

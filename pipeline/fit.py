@@ -55,6 +55,7 @@ def fit(
             metrics["initial_eval_loss"] = held_out[0]
         metrics |= {k: v for k, v in trainer.evaluate().items() if not k.endswith(("_runtime", "_per_second", "epoch"))}
     metrics["steps"] = trainer.state.global_step
+    checks.finite_weights(ctx.name, trainable)
     _save(ctx, trainer)
     if PartialState().is_main_process:
         write_json(ctx.folder / "log_history.json", trainer.state.log_history)
@@ -101,8 +102,8 @@ def _save(ctx: StageContext, trainer: Any) -> None:
 
 
 def save_adapter(ctx: StageContext, model: Any, state: dict[str, Any] | None = None) -> None:
-    """Save the adapter alone; its config names its base: a hub id, or the full weights' folder relative to it."""
+    """Save the adapter alone; its config names its base: a hub id or a folder, one of the run relative to it."""
     full = place_of(ctx.config, ctx.name).full
-    model.peft_config["default"].base_model_name_or_path = f"../../{full}" if full else ctx.config.model.path
+    model.peft_config["default"].base_model_name_or_path = f"../../{full}" if full else ctx.loader.base
     model.save_pretrained(ctx.new_output, selected_adapters=["default"], state_dict=state, save_embedding_layers=False)
     (ctx.new_output / "README.md").unlink(missing_ok=True)  # PEFT's model card template, to be filled in by hand

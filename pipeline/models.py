@@ -4,6 +4,8 @@ An adapter of the parent's shape is continued; everything else first becomes a f
 meets two kinds of parents only, a full folder or an adapter on one, and the reference is always the parent.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,9 @@ import torch
 from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import load_peft_weights
+from safetensors import safe_open
+from torch import nn
+from torch.nn import functional
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,6 +28,25 @@ from transformers.trainer_utils import set_seed
 from transformers.utils import logging as transformers_logging
 
 Options = dict[str, Any]
+HEAD = "score.weight"  # the name of a reward model's head among saved weights
+
+
+class ScoreHead(nn.Linear):
+    """The linear map from a hidden state to a score; its weights and its arithmetic are float32, whatever the model's.
+
+    A bfloat16 weight of 0.02 has steps of 1.2e-4, so steps of an optimizer at 1e-5 would round to nothing, and a score
+    of 5 would have steps of 0.03.
+    """
+
+    def __init__(self, weight: torch.Tensor):
+        """`weight` has the shape (1, hidden size)."""
+        super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")  # draws no random numbers
+        self.weight = nn.Parameter(weight.detach().to(torch.float32, copy=True))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Scores of hidden states: (..., hidden size) of any precision -> (..., 1) in float32."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return functional.linear(hidden.float(), self.weight)
 
 
 @dataclass(frozen=True)
@@ -77,13 +101,25 @@ class Loader:
         return model
 
     def score(self, full: str) -> Any:
-        """A model with one score per sequence; its head is new where `full` holds a language model."""
+        """A model with one score per sequence; its head is float32, and new where `full` holds a language model."""
         verbosity = transformers_logging.get_verbosity()
         transformers_logging.set_verbosity_error()  # it would report the missing head as a fault
         try:
-            return self._load(AutoModelForSequenceClassification, full, num_labels=1)
+            model = self._load(AutoModelForSequenceClassification, full, num_labels=1)
         finally:
             transformers_logging.set_verbosity(verbosity)
+        saved = _saved_head(full)  # as it was saved: loading has rounded the model's to its precision
+        model.score = ScoreHead(model.score.weight if saved is None else saved.to(model.score.weight.device))
+        return model
+
+
+def _saved_head(folder: str) -> torch.Tensor | None:
+    """The score head among the full weights in a folder, or None."""
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            if HEAD in tensors.keys():  # noqa: SIM118 - it is no mapping
+                return tensors.get_tensor(HEAD)
+    return None
 
 
 def from_scratch(architecture: Options, tokenizer: Any, dtype: str, seed: int) -> Any:
@@ -160,16 +196,31 @@ def merge(loader: Loader, weights: Weights, folder: Path, tokenizer: Any) -> Wei
     return Weights(str(folder))
 
 
-def match_reference_dtype(model: Any) -> None:
-    """Give the reference adapter the policy adapter's dtype.
+@contextlib.contextmanager
+def precision_kept(model: Any) -> Iterator[None]:
+    """Keep the precision of what trains on a quantised base while a trainer is made of the model.
 
-    On a 4-bit base TRL casts the trainable adapter to bf16 but not its frozen copy, so that policy and reference
-    would differ from the first step by the rounding of their activations.
+    TRL casts it to bfloat16, rounded, where small steps of the optimizer are lost; and not the reference's copy of it,
+    so that policy and reference would differ from the first step.
     """
-    parameters = dict(model.named_parameters())
-    for name, parameter in parameters.items():
-        if ".ref." in name:
-            parameter.data = parameter.data.to(parameters[name.replace(".ref.", ".default.")].dtype)
+    saved = {}
+    if is_quantised(model):
+        saved = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    yield
+    for name, parameter in model.named_parameters():
+        if name in saved:
+            parameter.data = saved[name].to(parameter.device)
+
+
+def to_device(model: Any) -> Any:
+    """The model in eval mode on this process's device; a quantised one was loaded there."""
+    if not is_quantised(model):
+        model = model.to(PartialState().device)
+    return model.eval()
+
+
+def is_quantised(model: Any) -> bool:
+    return getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
 
 
 def num_parameters(*models: torch.nn.Module) -> dict[str, int]:

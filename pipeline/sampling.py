@@ -21,7 +21,7 @@ from pipeline.context import StageContext, same_everywhere
 from pipeline.data.heldout import hash64
 from pipeline.lineage import root
 from pipeline.manifest import digest
-from pipeline.models import Weights, load_policy
+from pipeline.models import Weights, load_policy, to_device
 from pipeline.schema import BASE
 
 Ids = list[int]  # token ids; a completion's end with eos unless it was cut off
@@ -46,12 +46,6 @@ class Sampling:
             return GenerationConfig(do_sample=False, max_new_tokens=self.max_new_tokens, **ids)
         ids |= {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
         return GenerationConfig(max_new_tokens=self.max_new_tokens, **ids)
-
-
-def to_device(model: Any) -> Any:
-    if not getattr(model, "is_loaded_in_4bit", False) and not getattr(model, "is_loaded_in_8bit", False):
-        model = model.to(PartialState().device)
-    return model.eval()
 
 
 @contextlib.contextmanager

@@ -1,28 +1,21 @@
 """What an RL stage is watched with: alarms on what it logs, and its score on held-out prompts."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather, gather_object
+from accelerate.utils import gather_object
 from torch import nn
 from transformers import TrainerCallback
 
 from pipeline import scoring
+from pipeline.checks import finite
 from pipeline.context import StageContext
 from pipeline.errors import UserError
 from pipeline.sampling import Ids, Sampling, batches, generate, same_random_numbers
 from pipeline.watchdog import Watchdog
-
-
-@torch.no_grad()
-def finite(parameters: Iterable[nn.Parameter]) -> bool:
-    """Whether all weights of all processes are finite numbers; of split ones each process looks at its part."""
-    parts = [getattr(p, "to_local", p.detach)() for p in parameters if p.numel() and not p.is_meta]
-    mine = all(torch.stack([part.isfinite().all() for part in parts]).tolist()) if parts else True
-    return bool(gather(torch.tensor([float(mine)], device=PartialState().device)).min())
 
 
 class BestPolicy(TrainerCallback):

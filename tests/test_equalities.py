@@ -26,7 +26,7 @@ from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, S
 from pipeline import checkpoints, checks, manifest, stage
 from pipeline.config import load
 from pipeline.errors import UserError
-from pipeline.models import Loader, Weights, merge
+from pipeline.models import Loader, Weights, continue_policy, merge
 from pipeline.stages import ppo
 from pipeline.trainers import config_class, ppo_trainer_class
 
@@ -241,7 +241,8 @@ def test_shared_backbone_ppo_is_four_separate_models(sft_and_reward, tmp_path, g
     parent, reward = outputs / "sft" / "output", outputs / "reward" / "output"
     tokenizer = AutoTokenizer.from_pretrained(outputs / "tokenizer", padding_side="left")
     loader = Loader(base=str(base), pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
-    shared = ppo.shared_models(loader, Weights(str(base), str(parent)), Weights(str(base), str(reward)), tiny.LORA, 0)
+    policy = continue_policy(loader, Weights(str(base), str(parent)), tiny.LORA, 0)
+    shared = ppo.shared_models(policy, Weights(str(base), str(reward)))
     before = {name: p.detach().clone() for name, p in shared.policy.named_parameters()}
     heads = [copy.deepcopy(view.score.weight) for view in (shared.reward, shared.value)]
     separate = four_separate_models(base, parent, reward)
@@ -301,11 +302,15 @@ def test_the_held_out_loss_before_training_is_the_parents(tmp_path):
     assert found["sft"]["eval_loss"] < found["sft"]["initial_eval_loss"]
 
 
-def test_a_reward_model_whose_scores_are_no_numbers_is_told(tmp_path):
-    diverging = tiny.REWARD | {"training": tiny.REWARD.get("training", {}) | {"learning_rate": 1e38}}
-    path = tiny.make_run(tmp_path, {"reward": diverging | {"init": "base"}})
-    with pytest.raises(UserError, match="reward: 16 of 16 scores of the reward model are not finite: lower its learn"):
-        run(path, "reward")
+@pytest.mark.parametrize("name", ["sft", "reward", "dpo"])
+def test_weights_that_are_no_numbers_are_not_handed_on(tmp_path, name):
+    """TRL logs a loss of 0.0 for NaN, and a NaN counts as a weight that has changed."""
+    spec = {"sft": tiny.SFT, "reward": tiny.REWARD, "dpo": tiny.DPO}[name]
+    diverging = spec | {"init": "base", "training": spec.get("training", {}) | {"learning_rate": 1e38}}
+    path = tiny.make_run(tmp_path, {name: diverging})
+    with pytest.raises(UserError, match=f"{name}: its weights are no longer finite numbers.* Lower its learning rate"):
+        run(path, name)
+    assert name not in manifest.read(tmp_path / "run").stages
 
 
 class Killed(Exception):

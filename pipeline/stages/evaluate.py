@@ -10,10 +10,10 @@ from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
 from scipy import stats
 
-from pipeline import scoring
+from pipeline import checks, divergence, scoring
 from pipeline.context import Result, StageContext, write_json
-from pipeline.models import load_policy, load_reward
-from pipeline.sampling import Ids, Sampling, batches, completions, to_device, weights_of
+from pipeline.models import load_policy, load_reward, to_device
+from pipeline.sampling import Ids, Sampling, completions, weights_of
 from pipeline.schema import BASE
 
 Entry = dict[str, Any]  # a completion: row, ids, text, length, whether it ended, KL to the baseline in nats, scores
@@ -50,27 +50,14 @@ def _entries(ctx: StageContext, policy: str, baseline: Any, sampled: dict[int, t
     """Completions (`sampled`: row -> prompt, completion) with their KL to the baseline."""
     eos, entries = ctx.tokenizer.eos_token_id, []
     model = to_device(load_policy(ctx.loader, weights_of(ctx, policy)))
-    for rows in batches(list(sampled), ctx.stage.batch_size):
-        prompts, drawn = zip(*map(sampled.get, rows), strict=True)
-        for row, ids, kl in zip(rows, drawn, _kl(ctx, model, baseline, prompts, drawn), strict=True):
-            entries.append({"row": row, "ids": ids, "kl": kl, "length": len(ids), "ended": eos in ids})
+    prompts, drawn = ([pair[side] for pair in sampled.values()] for side in (0, 1))
+    distances = divergence.kl_of_completions(model, baseline, prompts, drawn, ctx.stage.temperature)
+    for row, ids, kl in zip(sampled, drawn, distances, strict=True):
+        entries.append({"row": row, "ids": ids, "kl": kl, "length": len(ids), "ended": eos in ids})
+    checks.finite_values(policy, f"KL to {ctx.stage.baseline}", distances)
     del model
     clear_device_cache(garbage_collection=True)
     return entries
-
-
-def _kl(ctx: StageContext, policy: Any, baseline: Any, prompts: list[Ids], drawn: list[Ids]) -> list[float]:
-    """KL(policy || baseline) of each completion in nats: summed over its positions, exact over the vocabulary at each.
-
-    The whole distribution at every visited position has far less variance than the log-ratio of the sampled tokens.
-    """
-    rows = [p + c for p, c in zip(prompts, drawn, strict=True)]
-    inputs = scoring.padded(rows, ctx.tokenizer.pad_token_id, PartialState().device, "left")
-    inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    p, q = (m(**inputs).logits.float().div(ctx.stage.temperature).log_softmax(-1) for m in (policy, baseline))
-    per_token = (p.exp() * (p - q)).sum(-1)
-    # The logits at position t - 1 are the distribution of token t; sequences end at the right edge.
-    return [per_token[i, -len(c) - 1 : -1].sum().item() for i, c in enumerate(drawn)]
 
 
 def _add_scores(ctx: StageContext, rows: Any, table: dict[str, list[Entry]]) -> None:
@@ -85,6 +72,7 @@ def _add_scores(ctx: StageContext, rows: Any, table: dict[str, list[Entry]]) -> 
         scores = [None] * len(entries)
         if stage.reward:
             scores = scoring.score(model, sequences, tokenizer.pad_token_id, stage.batch_size)
+            checks.finite_scores(stage.reward, scores)
         for i, entry in enumerate(entries):
             row = rows[entry["row"]]
             text = tokenizer.decode(sequences[i][len(row["prompt_ids"]) :], skip_special_tokens=True)

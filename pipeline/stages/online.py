@@ -11,11 +11,13 @@ from pipeline import checks, scoring
 from pipeline.context import Result, StageContext
 from pipeline.data.encode import prompt_ids
 from pipeline.fit import fit, should_train
-from pipeline.models import continue_policy, load_reward, match_reference_dtype
+from pipeline.models import continue_policy, load_policy, load_reward, precision_kept
 from pipeline.sampling import Sampling
+from pipeline.trainers import reference_given
 from pipeline.views import Backbone, ReferenceView
 from pipeline.watch import Watch
 
+NUM_COMPARED = 4  # prompts on which the policy is compared with its parent and with the reference
 RewardFunction = Callable[..., list[float]]
 
 
@@ -62,27 +64,30 @@ def run(ctx: StageContext) -> Result:
         rewards.append(judge_function(judge, reference))
     if stage.added_shift:
         rewards[0] = with_shift(ctx, rewards[0])
-    model = continue_policy(ctx.loader, ctx.start(), stage.lora, ctx.seed)
+    parent = ctx.start()
+    model = continue_policy(ctx.loader, parent, stage.lora, ctx.seed)
+    first = rows["prompt_ids"][:NUM_COMPARED]
+    expected = checks.parent_log_probs(model, first)
+    reference = load_policy(ctx.loader, parent) if stage.lora is None and args.beta else None
     prompts = rows.remove_columns(["prompt_ids"])
     trainer_class = GRPOTrainer if stage.type == "grpo" else RLOOTrainer
-    trainer = trainer_class(model, rewards, args, train_dataset=prompts, processing_class=ctx.tokenizer)
-    match_reference_dtype(trainer.model)
+    with precision_kept(model), reference_given(stage.type, reference):
+        trainer = trainer_class(model, rewards, args, train_dataset=prompts, processing_class=ctx.tokenizer)
     policy = trainer.accelerator.unwrap_model(trainer.model)
     watch = Watch(ctx, trainer, {name: p for name, p in policy.named_parameters() if should_train(ctx, name)})
     if eval_rows is not None:
         size = min(args.per_device_train_batch_size, stage.num_eval_prompts)
         sampling = Sampling(args.temperature, args.max_completion_length, size, ctx.seed)
         watch.hold_out(eval_rows["prompt_ids"][:], sampling, policy, reward_model)
+    checks.policy_is_parent(model, first, expected)
     # Without a KL penalty TRL keeps no reference.
-    metrics = {"initial_kl": _initial_kl(trainer, rows["prompt_ids"][:4])} if trainer.beta else {}
+    metrics = {"initial_kl": _initial_kl(trainer, first)} if trainer.beta else {}
     return fit(ctx, trainer, datasets, watch.finish, **metrics)
 
 
 def _initial_kl(trainer: Any, prompts: list[list[int]]) -> float:
-    """KL to the reference before the first update."""
+    """KL to the reference before the first update, in the precision of the training."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     reference = ReferenceView(Backbone(model)) if isinstance(model, PeftModel) else trainer.ref_model
-    model.eval()
-    kl = checks.reference_is_parent(model, reference, prompts, trainer.args.device)
-    model.train()
-    return kl
+    with trainer.accelerator.autocast():
+        return checks.reference_is_parent(model, reference, prompts)

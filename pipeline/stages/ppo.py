@@ -32,7 +32,15 @@ from pipeline.context import Result, StageContext, write_json
 from pipeline.errors import UserError
 from pipeline.fit import first_and_last, save_adapter, should_train
 from pipeline.lineage import shares_backbone
-from pipeline.models import Loader, Weights, continue_policy, load_policy, load_reward, num_parameters
+from pipeline.models import (
+    Loader,
+    ScoreHead,
+    Weights,
+    continue_policy,
+    load_policy,
+    load_reward,
+    num_parameters,
+)
 from pipeline.sampling import Ids, Sampling
 from pipeline.trainers import ppo_trainer_class
 from pipeline.views import POLICY, REFERENCE, REWARD, VALUE, Backbone, ReferenceView, ScoreView
@@ -42,6 +50,9 @@ from pipeline.watchdog import Stopped
 METRICS = {"objective/kl": "kl", "objective/raw_scores": "score", "objective/centred_scores": "centred_score"}
 METRICS |= {"objective/rlhf_reward": "reward", "value/explained_variance": "explained_variance"}
 METRICS |= {"loss/value_avg": "value_loss", "policy/clipfrac_avg": "clip_fraction", "objective/entropy": "entropy"}
+
+
+NUM_COMPARED = 4  # prompts on which the policy is compared with its parent and with the reference
 
 
 @dataclass(frozen=True)
@@ -54,24 +65,24 @@ class Models:
     value: nn.Module
 
 
-def shared_models(loader: Loader, parent: Weights, reward: Weights, lora: dict[str, Any], seed: int) -> Models:
-    """The four models as views of one backbone; the value model starts from the reward model."""
-    model = continue_policy(loader, parent, lora, seed)
-    _add_copy(model, POLICY, REFERENCE)
+def shared_models(policy: PeftModel, reward: Weights) -> Models:
+    """The four models as views of one backbone, the policy's; the value model starts from the reward model."""
+    _add_copy(policy, POLICY, REFERENCE)
     saved = load_peft_weights(reward.adapter, device="cpu")
     head = next(saved.pop(name) for name in list(saved) if name.endswith(".score.weight"))
     config = LoraConfig.from_pretrained(reward.adapter)
     config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, False
     for adapter in (REWARD, VALUE):
-        model.add_adapter(adapter, config)
-        result = set_peft_model_state_dict(model, saved, adapter_name=adapter)
+        policy.add_adapter(adapter, config)
+        result = set_peft_model_state_dict(policy, saved, adapter_name=adapter)
         assert not result.unexpected_keys, f"the reward adapter does not fit the backbone: {result.unexpected_keys[:3]}"
-    for name, parameter in model.named_parameters():
+    for name, parameter in policy.named_parameters():
         parameter.requires_grad_(f".{POLICY}." in name or f".{VALUE}." in name)
-    backbone = Backbone(model)
+    backbone = Backbone(policy)
     backbone.keep_adapter_in_recomputation()
-    views = [ScoreView(backbone, adapter, _head(model, head), adapter == VALUE) for adapter in (REWARD, VALUE)]
-    return Models(model, ReferenceView(backbone), *views)
+    heads = {adapter: ScoreHead(head.to(policy.device)) for adapter in (REWARD, VALUE)}
+    views = [ScoreView(backbone, adapter, heads[adapter], adapter == VALUE) for adapter in (REWARD, VALUE)]
+    return Models(policy, ReferenceView(backbone), *views)
 
 
 def _add_copy(model: PeftModel, adapter: str, copy: str) -> None:
@@ -82,16 +93,10 @@ def _add_copy(model: PeftModel, adapter: str, copy: str) -> None:
             parameters[name.replace(f".{adapter}.", f".{copy}.")].data.copy_(parameter.data)
 
 
-def _head(model: PeftModel, weight: Any) -> nn.Linear:
-    head = nn.Linear(weight.shape[1], 1, bias=False)
-    head.weight.data.copy_(weight)
-    return head.to(device=model.device, dtype=weight.dtype)
-
-
-def separate_models(loader: Loader, parent: Weights, reward: Weights, lora: dict[str, Any] | None, seed: int) -> Models:
+def separate_models(loader: Loader, policy: Any, parent: Weights, reward: Weights) -> Models:
     """The four models one by one, as full fine-tuning and reward models on another base need them."""
     return Models(
-        policy=continue_policy(loader, parent, lora, seed),
+        policy=policy,
         reference=load_policy(loader, parent).requires_grad_(False),
         reward=load_reward(loader, reward).requires_grad_(False),
         value=load_reward(loader, reward, trainable=True),
@@ -118,8 +123,12 @@ def run(ctx: StageContext) -> Result:
     shared = shares_backbone(ctx.config, ctx.name) and not _launched_with("DEEPSPEED")
     ctx.say(f"{ctx.name}: PPO starts from its first update (a run that was stopped in it starts it anew)")
     ctx.say(f"{ctx.name}: " + ("four views of one backbone" if shared else "four separate models"))
-    make = shared_models if shared else separate_models
-    models = make(ctx.loader, ctx.start(), ctx.weights_of(stage.reward), stage.lora, ctx.seed)
+    parent, first = ctx.start(), prompts["input_ids"][:NUM_COMPARED]
+    policy = continue_policy(ctx.loader, parent, stage.lora, ctx.seed)
+    expected = checks.parent_log_probs(policy, first)
+    reward = ctx.weights_of(stage.reward)
+    models = shared_models(policy, reward) if shared else separate_models(ctx.loader, policy, parent, reward)
+    checks.policy_is_parent(policy, first, expected)
     if args.gradient_checkpointing:  # PPOTrainer's own loop never enables it
         for model in [models.policy] if shared else [models.policy, models.value]:
             model.gradient_checkpointing_enable()
@@ -128,7 +137,7 @@ def run(ctx: StageContext) -> Result:
     watch = Watch(ctx, trainer, {n: p for n, p in models.policy.named_parameters() if should_train(ctx, n)})
     if eval_rows is not None:
         watch.hold_out(eval_rows["prompt_ids"][:], sampling(ctx, args), models.policy, models.reward)
-    metrics = {"initial_kl": _train(ctx, trainer, models, prompts["input_ids"][:4])} | watch.finish()
+    metrics = {"initial_kl": _train(ctx, trainer, models, first)} | watch.finish()
     state = trainer.state
     if PartialState().is_main_process:
         if stage.lora is not None:
@@ -227,11 +236,12 @@ def _train(ctx: StageContext, trainer: Any, models: Models, prompts: list[list[i
     if not before["value model"]:
         raise checks.CheckFailed("the value model has no trainable parameter, so the critic would never learn")
     models.policy.eval()
-    kl = checks.reference_is_parent(models.policy, models.reference, prompts, trainer.accelerator.device)
+    kl = checks.reference_is_parent(models.policy, models.reference, prompts)
     with contextlib.suppress(Stopped), _quick_collections():  # the watchdog has said why it stopped
         trainer.train()
     for what, parameters in groups.items():
         checks.has_trained(before[what], parameters, f"{ctx.name}: {what}")
+    checks.finite_weights(ctx.name, groups["policy"])
     return kl
 
 

@@ -5,7 +5,7 @@ from trl import SFTTrainer
 from pipeline.context import Result, StageContext
 from pipeline.data.stream import KeepPlace, TextStream
 from pipeline.fit import fit
-from pipeline.models import continue_policy, from_scratch
+from pipeline.models import continue_policy, from_scratch, precision_kept
 from pipeline.schema import BASE
 
 
@@ -23,9 +23,9 @@ def run(ctx: StageContext) -> Result:
         model = from_scratch(scratch.architecture, ctx.tokenizer, ctx.config.model.dtype, ctx.seed)
     else:
         model = continue_policy(ctx.loader, ctx.start(), ctx.stage.lora, ctx.seed)
-    trainer = SFTTrainer(
-        model, args, train_dataset=rows, eval_dataset=eval_rows, processing_class=ctx.tokenizer, callbacks=callbacks
-    )
+    data = {"train_dataset": rows, "eval_dataset": eval_rows, "processing_class": ctx.tokenizer}
+    with precision_kept(model):
+        trainer = SFTTrainer(model, args, callbacks=callbacks, **data)
     result = fit(ctx, trainer, datasets)
     if stream is not None:
         result.datasets["data"] |= stream.record()

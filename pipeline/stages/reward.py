@@ -11,7 +11,7 @@ from trl.trainer.reward_trainer import DataCollatorForPreference
 from pipeline import checks, scoring
 from pipeline.context import Result, StageContext, write_json
 from pipeline.fit import fit
-from pipeline.models import Weights, load_reward, new_reward
+from pipeline.models import Weights, load_reward, new_reward, precision_kept
 from pipeline.shift.calibration import calibration
 
 SIDES = ("chosen_ids", "rejected_ids")
@@ -29,15 +29,15 @@ def run(ctx: StageContext) -> Result:
     args = ctx.training_args(max_length=None, remove_unused_columns=False)
     model = new_reward(ctx.loader, ctx.start(), ctx.stage.lora, ctx.seed)
     pad = DataCollatorForPreference(ctx.tokenizer.pad_token_id, args.pad_to_multiple_of)
-    trainer = RewardTrainer(
-        model,
-        args,
-        data_collator=lambda batch: pad(list(map(_whole, batch))),
-        train_dataset=rows,
-        eval_dataset=eval_rows,
-        processing_class=ctx.tokenizer,
-    )
-    _match_head_dtype(trainer.model)
+    with precision_kept(model):
+        trainer = RewardTrainer(
+            model,
+            args,
+            data_collator=lambda batch: pad(list(map(_whole, batch))),
+            train_dataset=rows,
+            eval_dataset=eval_rows,
+            processing_class=ctx.tokenizer,
+        )
     result = fit(ctx, trainer, datasets)
     if eval_rows is not None:
         margins = _margins(ctx, trainer, eval_rows)
@@ -63,16 +63,6 @@ def _margins(ctx: StageContext, trainer: Any, rows: Any) -> list[float]:
     return [margin for _, margin in sorted(dict(gather_object(list(margins))).items())]
 
 
-def _match_head_dtype(model: Any) -> None:
-    """Give the score head the dtype of the hidden states it reads.
-
-    On a 4-bit base TRL casts all that trains to bf16, the head too, whatever the base computes in.
-    """
-    if hasattr(model, "peft_config"):
-        head = model.get_base_model().score
-        head.modules_to_save["default"].to(head.original_module.weight.dtype)
-
-
 def _compare_reloaded(ctx: StageContext, trainer: Any) -> float:
     """Largest difference between the scores of the trained model and of the saved one.
 
@@ -92,9 +82,5 @@ def _compare_reloaded(ctx: StageContext, trainer: Any) -> float:
     saved = str(ctx.new_output)
     weights = Weights(saved) if ctx.stage.lora is None else Weights(ctx.weights_of(ctx.name).full, saved)
     reloaded = load_reward(ctx.loader, weights).to(trainer.accelerator.device)
-    # Adapters are read back in fp32, and those of a 4-bit base train in bf16: compare in the precision of training.
-    trained = dict(model.named_parameters())
-    for name, parameter in reloaded.named_parameters():
-        parameter.data = parameter.data.to(trained[name].dtype)
     from_disk = scoring.score(reloaded, sequences, pad_token_id)
     return checks.same_scores(in_memory, from_disk, 1e-5 * max(1.0, max(in_memory) - min(in_memory)))

@@ -7,14 +7,15 @@ from trl import SFTTrainer
 from pipeline import checks
 from pipeline.context import Result, StageContext
 from pipeline.fit import fit
-from pipeline.models import continue_policy
+from pipeline.models import continue_policy, precision_kept
 
 
 def run(ctx: StageContext) -> Result:
     rows, eval_rows, datasets = ctx.rows()
     args = ctx.training_args()
     model = continue_policy(ctx.loader, ctx.start(), ctx.stage.lora, ctx.seed)
-    trainer = SFTTrainer(model, args, train_dataset=rows, eval_dataset=eval_rows, processing_class=ctx.tokenizer)
+    with precision_kept(model):
+        trainer = SFTTrainer(model, args, train_dataset=rows, eval_dataset=eval_rows, processing_class=ctx.tokenizer)
     checks.eos_in_labels(trainer.train_dataset, ctx.tokenizer.eos_token_id)
 
     def first_token() -> dict[str, Any]:

@@ -9,8 +9,8 @@ from rich.console import Console
 
 from pipeline import checks, scoring
 from pipeline.context import Result, StageContext, write_json
-from pipeline.models import load_reward
-from pipeline.sampling import Sampling, completions, to_device
+from pipeline.models import load_reward, to_device
+from pipeline.sampling import Sampling, completions
 from pipeline.shift import advice, measure, plots, show
 
 

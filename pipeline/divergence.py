@@ -1,0 +1,117 @@
+"""How far two language models are apart, in memory that does not grow with the batch times the vocabulary.
+
+Logits are the largest tensors of a language model: 16 rows of 768 tokens and a vocabulary of 152,000 are 7.5 GB in
+float32. So they are computed at the positions that are asked for only, for few rows at a time, and every step after
+that works on a few of these positions.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+
+Ids = list[int]  # token ids
+Model = Callable[..., Any]  # maps `input_ids` and `attention_mask` of shape (rows, length) to an output with `logits`
+# How many logits one forward pass may give: 256 MiB in float32. A single row may need more.
+MAX_LOGITS = 2**26
+# How many logits are compared at once: 16 MiB in float32.
+MAX_COMPARED = 2**22
+
+
+def kl_of_completions(
+    policy: nn.Module, reference: Model, prompts: Sequence[Ids], completions: Sequence[Ids], temperature: float = 1.0
+) -> list[float]:
+    """KL(policy || reference) of each completion in nats: summed over its positions, exact over the vocabulary at each.
+
+    The whole distribution at every visited position has far less variance than the log-ratio of the sampled tokens.
+    The models have one architecture.
+    """
+    rows = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+    lengths = [len(completion) for completion in completions]
+    found: list[float] = []
+    for start, stop in _batches(lengths, _vocabulary(policy)):
+        inputs = _inputs(policy, rows[start:stop], max(lengths[start:stop]) + 1)
+        p = policy(**inputs).logits
+        q = reference(**inputs).logits
+        for row, length in enumerate(lengths[start:stop]):
+            # The logits at position t - 1 are the distribution of token t; rows end at the right edge.
+            ours, theirs = (logits[row, -length - 1 : -1] for logits in (p, q))
+            found.append(kl_per_token(ours, theirs, temperature).sum().item())
+        del p, q, ours, theirs  # before the next ones are made
+    return found
+
+
+def kl_per_token(p: torch.Tensor, q: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """KL(p || q) in nats at each position, from logits of shape (positions, vocabulary)."""
+    found = []
+    for ours, theirs in _pieces(p, q):
+        p_logs = ours.float().div(temperature).log_softmax(-1)
+        q_logs = theirs.float().div(temperature).log_softmax(-1)
+        found.append((p_logs.exp() * (p_logs - q_logs)).sum(-1))
+    return torch.cat(found)
+
+
+def largest_kl(policy: nn.Module, reference: Model, ids: Ids) -> float:
+    """The largest KL(policy || reference) in nats over the positions of one row."""
+    inputs = _inputs(policy, [ids], len(ids))
+    return kl_per_token(policy(**inputs).logits[0], reference(**inputs).logits[0]).abs().max().item()
+
+
+def log_probs(model: nn.Module, ids: Ids) -> torch.Tensor:
+    """The log-probability in nats of every token but the first, given those before it; shape (tokens - 1,)."""
+    logits = model(**_inputs(model, [ids], len(ids))).logits[0, :-1]
+    tokens = torch.tensor(ids[1:], device=logits.device).unsqueeze(1)
+    found = []
+    for part, targets in _pieces(logits, tokens):
+        found.append(part.float().log_softmax(-1).gather(1, targets).squeeze(1))
+    return torch.cat(found)
+
+
+def last_logits(model: nn.Module, ids: Ids) -> torch.Tensor:
+    """The logits of the token after a prompt, shape (vocabulary,)."""
+    return model(**_inputs(model, [ids], 1)).logits[0, -1]
+
+
+def _pieces(logits: torch.Tensor, other: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Both tensors, cut into pieces of few positions, so that what is computed from a piece is small."""
+    step = max(1, MAX_COMPARED // logits.shape[-1])
+    return zip(logits.split(step), other.split(step), strict=True)
+
+
+def _inputs(model: nn.Module, rows: Sequence[Ids], number: int) -> dict[str, Any]:
+    """Inputs of rows, padded on the left, for the logits of their last `number` positions where the model can do so."""
+    device = next(model.parameters()).device
+    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_side="left")
+    mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], True, 0, "left")
+    inputs: dict[str, Any] = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+    if len(rows) > 1:
+        inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    if "logits_to_keep" in inspect.signature(_bare(model).forward).parameters:
+        inputs["logits_to_keep"] = number
+    return inputs
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """The language model without PEFT around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _vocabulary(model: nn.Module) -> int:
+    return _bare(model).config.get_text_config().vocab_size
+
+
+def _batches(lengths: Sequence[int], vocabulary: int) -> Iterator[tuple[int, int]]:
+    """Ranges of rows, by their completions' lengths, whose logits stay below `MAX_LOGITS`; one row at least."""
+    start = 0
+    while start < len(lengths):
+        stop = start + 1
+        while stop < len(lengths):
+            longest = max(lengths[start : stop + 1]) + 1
+            if (stop + 1 - start) * longest * vocabulary > MAX_LOGITS:
+                break
+            stop += 1
+        yield start, stop
+        start = stop
