@@ -196,6 +196,20 @@ def merge(loader: Loader, weights: Weights, folder: Path, tokenizer: Any) -> Wei
     return Weights(str(folder))
 
 
+def float32_logits(model: Any) -> None:
+    """Let a policy give its logits in float32, so that log-probabilities are computed in it, whatever the weights are.
+
+    The sum of a completion's log-probabilities is hundreds of nats, where bfloat16 has steps of one nat.
+    """
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    inner.register_forward_hook(_logits_to_float32)
+
+
+def _logits_to_float32(_: nn.Module, __: Any, output: Any) -> Any:
+    output.logits = output.logits.float()
+    return output
+
+
 @contextlib.contextmanager
 def precision_kept(model: Any) -> Iterator[None]:
     """Keep the precision of what trains on a quantised base while a trainer is made of the model.

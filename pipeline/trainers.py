@@ -47,7 +47,6 @@ def dpo_trainer_class(identity: str) -> type:
     on, becomes part of the key. And they are computed in the precision of the training, or the first margins would
     not be 0.
     """
-    from accelerate.utils import convert_outputs_to_fp32
     from trl import DPOTrainer
 
     class TokenisedDPOTrainer(DPOTrainer):
@@ -60,10 +59,8 @@ def dpo_trainer_class(identity: str) -> type:
             return super()._precompute_ref_logps(keyed, name, batch_size)
 
         def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
-            if self.accelerator.mixed_precision == "no":
-                return super().compute_ref_log_probs(model, inputs)
             with self.accelerator.autocast():
-                return super().compute_ref_log_probs(convert_outputs_to_fp32(model), inputs)
+                return super().compute_ref_log_probs(model, inputs)
 
     return TokenisedDPOTrainer
 

@@ -232,6 +232,12 @@ def _check_weights(config: RunConfig, problems: Problems) -> None:
         if not isinstance(stage, TrainingStage):
             continue
         parent = config.stages.get(stage.init)
+        if stage.lora is None and config.model.dtype != "float32":
+            problems.add(
+                f"all weights would train in {config.model.dtype}, which rounds most steps of an optimizer to nothing; "
+                "set model.dtype to float32 (with `bf16: true`, TRL's default, it computes in bf16), or give LoRA",
+                *("stages", name, "lora"),
+            )
         if config.quantization and stage.lora is None:
             message = "a quantised base cannot be trained in full; give LoRA options or drop `quantization`"
             problems.add(message, "stages", name, "lora")

@@ -9,7 +9,7 @@ from pipeline import checks
 from pipeline.context import Result, StageContext
 from pipeline.errors import UserError
 from pipeline.fit import fit
-from pipeline.models import continue_policy, load_policy, precision_kept
+from pipeline.models import continue_policy, float32_logits, load_policy, precision_kept
 from pipeline.trainers import dpo_trainer_class
 
 NUM_COMPARED = 4  # comparisons on which the policy is compared with its parent
@@ -23,10 +23,13 @@ def run(ctx: StageContext) -> Result:
     rows, eval_rows, datasets = ctx.rows()
     args, parent, lora = ctx.training_args(), ctx.start(), ctx.stage.lora
     model = continue_policy(ctx.loader, parent, lora, ctx.seed)
+    float32_logits(model)
     texts = [row["prompt_ids"] + row["chosen_ids"] for row in rows.select(range(min(NUM_COMPARED, len(rows))))]
     expected = checks.parent_log_probs(model, texts)
     # With adapters TRL copies the policy's into a second one, "ref"; in full mode the parent is loaded again.
     reference = load_policy(ctx.loader, parent) if lora is None else None
+    if reference is not None:
+        float32_logits(reference)
     with precision_kept(model):
         trainer = dpo_trainer_class(ctx.identity)(
             model, reference, args, train_dataset=rows, eval_dataset=eval_rows, processing_class=ctx.tokenizer
@@ -46,7 +49,7 @@ def _initial_loss(ctx: StageContext, trainer: Any) -> float:
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(size)])
     batch = {k: v.to(trainer.args.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
     trainer.model.eval()
-    with torch.no_grad(), trainer.compute_loss_context_manager():
+    with torch.no_grad(), trainer.accelerator.autocast():  # as in training
         loss = trainer.compute_loss(trainer.model, batch).item()
     trainer.model.train()
     margin = max(map(abs, trainer._metrics["eval"].get("rewards/margins", [0.0])))

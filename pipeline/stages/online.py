@@ -11,7 +11,7 @@ from pipeline import checks, scoring
 from pipeline.context import Result, StageContext
 from pipeline.data.encode import prompt_ids
 from pipeline.fit import fit, should_train
-from pipeline.models import continue_policy, load_policy, load_reward, precision_kept
+from pipeline.models import continue_policy, float32_logits, load_policy, load_reward, precision_kept
 from pipeline.sampling import Sampling
 from pipeline.trainers import reference_given
 from pipeline.views import Backbone, ReferenceView
@@ -66,9 +66,12 @@ def run(ctx: StageContext) -> Result:
         rewards[0] = with_shift(ctx, rewards[0])
     parent = ctx.start()
     model = continue_policy(ctx.loader, parent, stage.lora, ctx.seed)
+    float32_logits(model)
     first = rows["prompt_ids"][:NUM_COMPARED]
     expected = checks.parent_log_probs(model, first)
     reference = load_policy(ctx.loader, parent) if stage.lora is None and args.beta else None
+    if reference is not None:
+        float32_logits(reference)
     prompts = rows.remove_columns(["prompt_ids"])
     trainer_class = GRPOTrainer if stage.type == "grpo" else RLOOTrainer
     with precision_kept(model), reference_given(stage.type, reference):

@@ -37,6 +37,7 @@ from pipeline.models import (
     ScoreHead,
     Weights,
     continue_policy,
+    float32_logits,
     load_policy,
     load_reward,
     num_parameters,
@@ -95,9 +96,11 @@ def _add_copy(model: PeftModel, adapter: str, copy: str) -> None:
 
 def separate_models(loader: Loader, policy: Any, parent: Weights, reward: Weights) -> Models:
     """The four models one by one, as full fine-tuning and reward models on another base need them."""
+    reference = load_policy(loader, parent).requires_grad_(False)
+    float32_logits(reference)
     return Models(
         policy=policy,
-        reference=load_policy(loader, parent).requires_grad_(False),
+        reference=reference,
         reward=load_reward(loader, reward).requires_grad_(False),
         value=load_reward(loader, reward, trainable=True),
     )
@@ -125,6 +128,7 @@ def run(ctx: StageContext) -> Result:
     ctx.say(f"{ctx.name}: " + ("four views of one backbone" if shared else "four separate models"))
     parent, first = ctx.start(), prompts["input_ids"][:NUM_COMPARED]
     policy = continue_policy(ctx.loader, parent, stage.lora, ctx.seed)
+    float32_logits(policy)
     expected = checks.parent_log_probs(policy, first)
     reward = ctx.weights_of(stage.reward)
     models = shared_models(policy, reward) if shared else separate_models(ctx.loader, policy, parent, reward)
