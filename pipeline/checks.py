@@ -120,8 +120,7 @@ def first_token(trainer: Any, prompts: Sequence[list[int]], tokenizer: Any) -> d
     model = trainer.model
     training = model.training
     model.eval()
-    with trainer.compute_loss_context_manager():
-        found = [divergence.last_logits(model, ids).argmax().item() for ids in prompts]
+    found = [divergence.last_logits(model, ids).argmax().item() for ids in prompts]
     model.train(training)
     special = sum(token in tokenizer.all_special_ids for token in found) / len(found)
     return {"special": special, "prompts": len(found), "likeliest": tokenizer.decode(statistics.mode(found))}

@@ -15,10 +15,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 Ids = list[int]  # token ids
 Model = Callable[..., Any]  # maps `input_ids` and `attention_mask` of shape (rows, length) to an output with `logits`
-# How many logits one forward pass may give: 256 MiB in float32. A single row may need more.
-MAX_LOGITS = 2**26
-# How many logits are compared at once: 16 MiB in float32.
-MAX_COMPARED = 2**22
+# How many logits one forward pass may give: 64 MiB in float32. A single row may need more.
+MAX_LOGITS = 2**24
+# How many logits are compared at once: 4 MiB in float32.
+MAX_COMPARED = 2**20
 
 
 def kl_of_completions(

@@ -232,15 +232,15 @@ def _check_weights(config: RunConfig, problems: Problems) -> None:
         if not isinstance(stage, TrainingStage):
             continue
         parent = config.stages.get(stage.init)
-        if stage.lora is None and config.model.dtype != "float32":
+        if config.quantization and stage.lora is None:
+            message = "a quantised base cannot be trained in full; give LoRA options or drop `quantization`"
+            problems.add(message, "stages", name, "lora")
+        elif stage.lora is None and config.model.dtype != "float32":
             problems.add(
                 f"all weights would train in {config.model.dtype}, which rounds most steps of an optimizer to nothing; "
                 "set model.dtype to float32 (with `bf16: true`, TRL's default, it computes in bf16), or give LoRA",
                 *("stages", name, "lora"),
             )
-        if config.quantization and stage.lora is None:
-            message = "a quantised base cannot be trained in full; give LoRA options or drop `quantization`"
-            problems.add(message, "stages", name, "lora")
         elif config.quantization and parent is not None and not same_shape(parent.lora or {}, stage.lora):
             merged = "which would have to be merged into quantised weights; use the same LoRA options in both stages"
             message = f"differs in shape from the adapter of {stage.init!r}, {merged}"

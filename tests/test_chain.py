@@ -1,6 +1,7 @@
 """The real chain through the real command: what runs again and why, after `kill -9`, and under two processes."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -158,8 +159,11 @@ def test_killed_in_every_stage_it_finishes_with_the_same_records(tmp_path):
 
 
 def test_two_processes(tmp_path):
+    """With TRL's defaults, as users run it: bf16 autocast and gradient checkpointing."""
     small = tiny.PPO | {"training": tiny.PPO["training"] | {"per_device_train_batch_size": 2}}
     config = make_chain(tmp_path, ppo=small)
+    defaults = {key: tiny.TRAINING[key] for key in tiny.TRAINING.keys() - {"bf16", "gradient_checkpointing"}}
+    tiny.edit(config, {"training": defaults})
     output = rlhf("run", config, "--accelerate-config", ROOT / "accelerate_configs" / "cpu_2_processes.yaml")
     found = records(config)
     assert list(found) == CHAIN, output[-3000:]
@@ -168,6 +172,8 @@ def test_two_processes(tmp_path):
         manifest.verify(tmp_path / "run", name, record)
         # Written once, by one process: one line says so.
         assert (tmp_path / "run" / name / "log.txt").read_text().count(f"{name}: finished in") == 1
-    assert found["ppo"].metrics["initial_kl"] == pytest.approx(0, abs=1e-6)
+    assert found["ppo"].metrics["initial_kl"] == 0
+    assert found["dpo"].metrics["initial_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert found["reward"].metrics["reload_difference"] == 0
     assert found["ppo"].metrics["episodes"] == 24  # three updates of 2 processes x 4
     assert not list((tmp_path / "run").rglob("*.tmp"))

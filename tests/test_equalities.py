@@ -235,6 +235,13 @@ def sft_and_reward(tmp_path_factory):
     return folder
 
 
+def test_an_adapter_names_its_base_wherever_it_is_loaded_from(sft_and_reward):
+    """The config says `model`, beside itself; PEFT would look that up in the working directory."""
+    for name in ("sft", "reward"):
+        config = json.loads((sft_and_reward / "run" / name / "output" / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == str(sft_and_reward / "model")
+
+
 @pytest.mark.parametrize("gradient_checkpointing", [False, True], ids=["plain", "checkpointing"])
 def test_shared_backbone_ppo_is_four_separate_models(sft_and_reward, tmp_path, gradient_checkpointing):
     base, outputs = sft_and_reward / "model", sft_and_reward / "run"
@@ -365,3 +372,16 @@ def test_damaged_checkpoints_fall_back(tmp_path, capsys):
     found, messages = checkpoints.newest_complete(tmp_path)
     assert found == tmp_path / "checkpoint-2"
     assert ["checkpoint-6" in messages[0], "checkpoint-4" in messages[1]] == [True, True]
+
+
+@pytest.mark.parametrize("lora", [tiny.LORA, None], ids=["lora", "full"])
+def test_reference_log_probs_of_a_cache_are_those_of_the_stage(tmp_path, lora):
+    """TRL's cache of them knows rows and weights only; `ld_alpha` changes them, and all stages share the cache."""
+    options = {"precompute_ref_log_probs": True, "learning_rate": 1e-9}
+    stages = {"sft": tiny.SFT}
+    for name, more in {"half": {"ld_alpha": 0.5}, "whole": {}, "quarter": {"ld_alpha": 0.25}}.items():
+        stages[name] = tiny.DPO | {"type": "dpo", "training": tiny.DPO["training"] | options | more}
+    found = run(tiny.make_run(tmp_path, stages, lora=lora), *stages).stages
+    for name in ("half", "whole", "quarter"):
+        assert found[name].metrics["initial_loss"] == pytest.approx(math.log(2), abs=1e-5), name
+        assert found[name].metrics["first_rewards/margins"] == pytest.approx(0, abs=1e-4), name

@@ -14,6 +14,7 @@ import tiny
 import torch
 from peft import PeftModel
 from test_equalities import run
+from test_readme import table
 
 from pipeline import context, divergence, fit, manifest, models, scoring
 from pipeline.config import load
@@ -23,14 +24,15 @@ from pipeline.lineage import place_of
 from pipeline.stages import dpo, online, ppo, pretrain, reward, sft
 
 FOUR_BIT = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"}
-# What a user writes for each precision; TRL's own default is bf16 autocast.
+# What a user writes for each precision; bf16 autocast is TRL's default.
 PRECISIONS: dict[str, dict[str, Any]] = {
-    "float32 weights, bf16 autocast": {},
-    "bfloat16 weights, bf16 autocast": {"dtype": "bfloat16"},
-    "bfloat16 weights, no autocast": {"dtype": "bfloat16", "bf16": False},
-    "float32 weights, no autocast": {"bf16": False},
-    "4-bit base, bf16 autocast": {"dtype": "bfloat16", "quantization": FOUR_BIT},
+    "float32, bf16 autocast": {},
+    "bfloat16, bf16 autocast": {"dtype": "bfloat16"},
+    "bfloat16, no autocast": {"dtype": "bfloat16", "bf16": False},
+    "float32, no autocast": {"bf16": False},
+    "4-bit, bf16 autocast": {"dtype": "bfloat16", "quantization": FOUR_BIT},
 }
+README = Path(__file__).parents[1] / "README.md"
 WEIGHTS = {"LoRA": tiny.LORA, "all": None}
 CHAIN = ("pretrain", "sft", "reward", "ppo", "rloo", "grpo", "dpo", "shift", "evaluate")
 TRAINED = CHAIN[:-2]
@@ -131,32 +133,50 @@ def check_read_back(kept: Kept, config: Any, ctx: context.StageContext, name: st
             assert torch.equal(divergence.log_probs(read, ids), divergence.log_probs(kept.model, ids)), name
 
 
-def cells(folder: Path, weights: str, precision: str, kept: Kept, capture: Any) -> dict[str, str]:
-    """What becomes of each type of stage: `yes`, or why the plan refuses it."""
-    path = make_run(folder, weights, PRECISIONS[precision])
-    try:
-        config = load(path)
-    except UserError as error:
-        lines = str(error).splitlines()[1:]
-        refused = {name: next((line for line in lines if f"stages.{name}." in line), "") for name in TRAINED}
-        assert all(refused.values()), error
-        return {name: f"refused: {line.rpartition(': ')[2]}" for name, line in refused.items()}
+def check_stage(found: manifest.Record) -> None:
+    """It started at its parent, and the reward model read back from disk scored the same."""
+    expected = {
+        "ppo": ("initial_kl", 0),
+        "rloo": ("initial_kl", 0),
+        "grpo": ("initial_kl", 0),
+        "dpo": ("initial_loss", pytest.approx(math.log(2), abs=1e-6)),
+        "reward": ("reload_difference", 0),
+    }
+    if found.type in expected:
+        metric, value = expected[found.type]
+        assert found.metrics[metric] == value, found.type
+    if found.type == "evaluate":
+        assert found.metrics["policies"]["sft"]["kl"] == 0
+
+
+def run_all(path: Path, kept: Kept, contexts: list[context.StageContext]) -> dict[str, str]:
+    """Run every stage and check it; what the table says of each."""
+    config = load(path)
     for name in CHAIN:
         found = run(path, name).stages[name]
         manifest.verify(config.run_path, name, found)
-        ctx = capture[-1]
+        check_stage(found)
         if name in TRAINED:
             check_trained(kept, name)
-            check_read_back(kept, config, ctx, name)
-        if name in ("ppo", "rloo", "grpo"):
-            assert found.metrics["initial_kl"] == 0
-        if name == "dpo":
-            assert found.metrics["initial_loss"] == pytest.approx(math.log(2), abs=1e-6)
-        if name == "reward":
-            assert found.metrics["reload_difference"] == 0
-        if name == "evaluate":
-            assert found.metrics["policies"]["sft"]["kl"] == 0
+            check_read_back(kept, config, contexts[-1], name)
     return dict.fromkeys(CHAIN, "yes")
+
+
+def refusals(error: UserError) -> dict[str, str]:
+    """What the table says of stages that the config refuses: of the training ones, all."""
+    lines = str(error).splitlines()[1:]
+    reasons = {}
+    for name in TRAINED:
+        (line,) = (line for line in lines if f": stages.{name}.lora: " in line)
+        reasons[name] = line.partition(f"stages.{name}.lora: ")[2]
+    assert len(set(reasons.values())) == 1
+    return dict.fromkeys(TRAINED, "refused") | {"why": reasons["sft"].partition(";")[0]}
+
+
+def in_readme(precision: str, weights: str, found: dict[str, str]) -> str:
+    """The README's row of a precision."""
+    cells = [precision, weights, *(found.get(name, "-") for name in CHAIN), found.get("why", "")]
+    return f"| {' | '.join(cells)} |".replace("|  |", "| |")
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
@@ -165,5 +185,15 @@ def test_every_stage_in_every_precision(tmp_path, monkeypatch, kept, precision, 
     contexts: list[context.StageContext] = []
     init = context.StageContext.__init__
     monkeypatch.setattr(context.StageContext, "__init__", lambda self, *a: (init(self, *a), contexts.append(self))[0])
-    found = cells(tmp_path, weights, precision, kept, contexts)
-    print(found)
+    path = make_run(tmp_path, weights, PRECISIONS[precision])
+    try:
+        found = run_all(path, kept, contexts)
+    except UserError as error:
+        found = refusals(error)
+    row = in_readme(precision, weights, found)
+    assert row in README.read_text(encoding="utf-8").splitlines(), f"README.md has no such row:\n{row}"
+
+
+def test_the_table_has_no_other_rows():
+    rows = table("precision")
+    assert [(row[0], row[1]) for row in rows] == [(p, w) for p in PRECISIONS for w in WEIGHTS]
