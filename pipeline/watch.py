@@ -77,7 +77,9 @@ class Watch:
 
     def __init__(self, ctx: StageContext, trainer: Any, parameters: dict[str, nn.Parameter]):
         self._ctx, self._trainer, self._parameters = ctx, trainer, parameters
-        self._dog = Watchdog(ctx.stage.type, ctx.stage.on_alarm, self._say, lambda: finite(parameters.values()))
+        stage = ctx.stage
+        centred = stage.type == "ppo" and stage.prompt_baseline != "none"
+        self._dog = Watchdog(stage.type, stage.on_alarm, self._say, lambda: finite(parameters.values()), centred)
         self._best: BestPolicy | None = None
         trainer.add_callback(self._dog)
 

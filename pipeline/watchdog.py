@@ -131,6 +131,12 @@ HEALTHY = (
     ),
 )
 
+# Causes and remedy of a low explained variance where a `prompt_baseline` has taken the shift out of the scores.
+CENTRED = (
+    "the value model is worse than a constant: its learning rate does not suit it, or a few completions score far off "
+    "the others",
+    "lower the learning rate or `vf_coef`, enlarge the batch, read the completions with the lowest and highest scores",
+)
 # Causes and remedy of a value that is NaN or infinite, whatever the measure.
 NOT_FINITE = (
     "training diverged: a learning rate too high, or numbers too large for the precision",
@@ -184,7 +190,7 @@ class Watchdog(TrainerCallback):
     With `on_alarm` "stop" RLOO and GRPO end after the update, as `Trainer` does it. PPOTrainer does not look at
     `control.should_training_stop`, so there `Stopped` is raised after the update, out of `trainer.train()`.
 
-    `finite` says whether all weights are, the same on every process.
+    `finite` says whether all weights are, the same on every process; `centred` that PPO has a `prompt_baseline`.
 
     `alarms` is ready for JSON: an infinite bound and a value that is not finite are None. A resumed run is judged from
     its first update on, by the log in its checkpoint.
@@ -196,8 +202,10 @@ class Watchdog(TrainerCallback):
         on_alarm: Literal["warn", "stop"],
         say: Callable[[str], None],
         finite: Callable[[], bool] = lambda: True,
+        centred: bool = False,
     ):
         self.stage_type, self.on_alarm, self.say, self._finite = stage_type, on_alarm, say, finite
+        self._centred = centred
         self.alarms: list[dict[str, Any]] = []
         self._first: dict[str, float] = {}
         self._since: dict[str, list[int]] = {}  # the updates, in a row, at which a measure was out of its range
@@ -245,6 +253,8 @@ class Watchdog(TrainerCallback):
         if finite and len(since) < healthy.patience:
             return None
         causes, remedy = (healthy.causes, healthy.remedy) if finite else NOT_FINITE
+        if finite and self._centred and name == "explained_variance":
+            causes, remedy = CENTRED
         alarm: dict[str, Any] = {"measure": name, "value": value if finite else None}
         alarm |= {key: bound if math.isfinite(bound) else None for key, bound in (("low", low), ("high", high))}
         self.alarms.append(alarm | {"update": update, "causes": causes})

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from benchmarks import levels
 from safetensors.torch import load_file
 from test_chain import ROOT, rlhf
 from test_equalities import QUANTISED
@@ -262,6 +263,50 @@ def test_centred_score_by_hand(parents):
     }
     assert centred.observe() == pytest.approx(figures, abs=1e-5)
     assert centred.observe() == {}  # seen once
+
+
+@pytest.fixture(scope="module")
+def with_levels(of_kind, tmp_path_factory):
+    """`with_levels(kind)`: the same parents with a reward model that has learnt a level for each prompt beside r."""
+    folders = {}
+
+    def folder(kind: str) -> Path:
+        if kind not in folders:
+            folders[kind] = tmp_path_factory.mktemp(f"levels-{kind}")
+            shutil.copytree(of_kind(kind), folders[kind], dirs_exist_ok=True)
+            ctx = context(folders[kind], "levels", KINDS[kind])
+            prompts, pad = prompts_of(ctx, TASKS), ctx.tokenizer.pad_token_id
+            drawn = completions(ctx, "sft", prompts, Sampling(1.0, PPO["response_length"], 12), 8)
+            reward = load_reward(ctx.loader, ctx.weights_of("reward"), trainable=True)
+            scores = [scoring.score(reward, [p + ids for ids in d], pad) for p, d in zip(prompts, drawn, strict=True)]
+            deltas = np.random.default_rng(0).normal(size=len(prompts)) * 5 * levels.within_sd(scores)
+            levels.refit(reward, prompts, drawn, deltas, pad, steps=300, learning_rate=3e-3, prompts_per_step=8)
+            after = [scoring.score(reward, [p + ids for ids in d], pad) for p, d in zip(prompts, drawn, strict=True)]
+            learnt = [np.mean(a) - np.mean(b) for a, b in zip(after, scores, strict=True)]
+            assert np.corrcoef(learnt, deltas)[0, 1] > 0.99
+            levels.install(folders[kind] / "run", "reward", reward)
+        return folders[kind]
+
+    return folder
+
+
+@pytest.mark.parametrize(("method", "kind"), [("sft_mean", "lora"), ("leave_one_out", "lora"), ("sft_mean", "full")])
+def test_a_level_within_the_reward_model_is_not_in_the_advantages(
+    of_kind, with_levels, given, advantages, method, kind
+):
+    """The value model starts from the reward model, level included, and must foretell what is left without it."""
+    correlation, explained = {}, {}
+    for folder in (of_kind(kind), with_levels(kind)):
+        given.clear()
+        advantages.clear()
+        name = f"level-{method}"
+        train(folder, name, method, top=KINDS[kind])
+        means = torch.cat([part.sum(1) for part in advantages]) / torch.tensor([len(row[1]) for row in given])
+        correlation[folder] = np.corrcoef(means, [score for *_, score in given])[0, 1]
+        explained[folder] = [entry["value/explained_variance"] for entry in history(folder, name)]
+    print(correlation, explained)
+    assert explained[with_levels(kind)][0] >= -0.05
+    assert correlation[with_levels(kind)] >= 0.95 * correlation[of_kind(kind)]
 
 
 def test_prompts_that_are_not_trained_on_are_scored_as_they_are(parents):

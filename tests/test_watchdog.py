@@ -40,10 +40,10 @@ def healthy_logs(stage_type, num_updates=30):
             yield shared | zero | kl
 
 
-def watch(stage_type, logs, on_alarm="warn", finite=lambda: True):
+def watch(stage_type, logs, on_alarm="warn", finite=lambda: True, centred=False):
     """What a watchdog says and decides about a run whose trainer logs these."""
     said, control, state = [], TrainerControl(), SimpleNamespace(global_step=0, log_history=[])
-    watchdog = Watchdog(stage_type, on_alarm, said.append, finite)
+    watchdog = Watchdog(stage_type, on_alarm, said.append, finite, centred)
     watchdog.on_train_begin(None, state, control)
     for update, entry in enumerate(logs, start=1):
         state.global_step = update
@@ -104,6 +104,17 @@ def test_each_range_fires_once_and_says_what_to_do(stage_type, name, measure, ba
     assert f"at update {alarm['update']}" in message and f"since update {since}\n" in message
     assert f"{alarm['value']:.3g}" in message and healthy.causes in message and healthy.remedy in message
     assert not result.control.should_training_stop
+
+
+def test_a_baseline_that_is_set_is_no_remedy():
+    """Of the critic's errors alone: NaN and other measures have the same causes with a baseline."""
+    name = "value/explained_variance"
+    [plain], [centred] = (watch("ppo", run_with("ppo", name, [-1.2]), centred=set_).said for set_ in (False, True))
+    assert "prompt_baseline" in plain and "prompt_baseline" not in centred and "shift" not in centred
+    assert plain.splitlines()[0] == centred.splitlines()[0] and "`vf_coef`" in centred
+    for other, bad in ((name, math.nan), ("objective/kl", 63.0)):
+        logs = run_with("ppo", other, [bad])
+        assert watch("ppo", logs).said == watch("ppo", logs, centred=True).said != []
 
 
 def test_every_range_and_both_its_bounds_are_tried():

@@ -133,6 +133,11 @@ def run(ctx: StageContext) -> Result:
     reward = ctx.weights_of(stage.reward)
     models = shared_models(policy, reward) if shared else separate_models(ctx.loader, policy, parent, reward)
     checks.policy_is_parent(policy, first, expected)
+    if stage.prompt_baseline != "none":
+        # The critic starts from the reward model, but foretells the score less b(x), whose mean is about 0 whatever
+        # level the reward model has learnt for a prompt: with its head it would start wrong by that level.
+        for parameter in models.value.score.parameters():
+            nn.init.zeros_(parameter)
     if args.gradient_checkpointing:  # PPOTrainer's own loop never enables it
         for model in [models.policy] if shared else [models.policy, models.value]:
             model.gradient_checkpointing_enable()
