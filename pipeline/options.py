@@ -50,7 +50,20 @@ _LORA_REASONS = {
     "the stage's type decides it": "task_type",
     "the pipeline saves a reward model's score head, and adapters of one base share the rest": "modules_to_save",
     "the pipeline decides which adapter trains": "inference_mode",
+    "the adapter lies on the run's base": "base_model_name_or_path revision auto_mapping peft_type peft_version",
+    "weights outside of adapters cannot differ from stage to stage": (
+        "bias trainable_token_indices target_parameters layer_replication ensure_weight_tying"
+    ),
+    "an adapter with a bias cannot be merged into a layer that has none": "lora_bias",
+    "it changes the base's weights, which all stages share": "loftq_config corda_config eva_config lora_ga_config",
+    "PPO and the reference put several adapters on one base, which it does not support": (
+        "alora_invocation_tokens arrow_config kasa_config megatron_config megatron_core monteclora_config "
+        "qalora_group_size use_bdlora use_qalora velora_config runtime_config"
+    ),
 }
+# Where an adapter starts at exactly 0 and the weights beneath it stay as they are.
+_LORA_STARTS = (True, "gaussian")
+_ONLINE_REASONS = {"policy and reference, and old and new policy, can be compared without it only": "disable_dropout"}
 _CLASSES = {"training": "transformers:TrainingArguments", "quantization": "transformers:BitsAndBytesConfig"}
 _CLASSES |= {"lora": "peft:LoraConfig"}
 # Variables by which a process knows that it is one of several.
@@ -68,14 +81,29 @@ DEFAULTS = {
     "pretrain": {"packing": True, "packing_strategy": "wrapped"},
     "sft": {"completion_only_loss": True},  # TRL's default would train on prompts too when rows are token ids
     "ppo": {"num_sample_generations": 0, "missing_eos_penalty": 1.0},
-    "rloo": {"logging_steps": 1},  # the watchdog sees what is logged
-    "grpo": {"logging_steps": 1},
+    # The watchdog sees what is logged. TRL's default would leave dropout on in the reference and in the old policy.
+    "rloo": {"logging_steps": 1, "disable_dropout": True},
+    "grpo": {"logging_steps": 1, "disable_dropout": True},
 }
+# Options that count something: below 1 there is nothing to train on.
+_AT_LEAST_ONE = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "num_mini_batches",
+    "num_ppo_epochs",
+    "local_rollout_forward_batch_size",
+    "response_length",
+    "num_generations",
+    "max_completion_length",
+    "num_iterations",
+)
 
 
 def owned_by(kind: str) -> dict[str, str]:
     """The options of a section that the pipeline sets itself, with the reasons."""
     own = {"lora": _by_option(_LORA_REASONS), "quantization": {}, "ppo": OWNED | _by_option(_PPO_REASONS)}
+    own |= dict.fromkeys(("rloo", "grpo", "dpo"), OWNED | _by_option(_ONLINE_REASONS))
     return own.get(kind, OWNED)
 
 
@@ -132,10 +160,22 @@ def check_section(kind: str, values: dict[str, Any]) -> tuple[dict[str, Any], li
         else:
             try:
                 coerced[key] = _adapter(kind, key).validate_python(value)
+                if fault := _unfit(kind, key, coerced[key]):
+                    problems.append((key, fault))
             except ValidationError as error:
                 expected = getattr(types[key], "__name__", None) or str(types[key])
                 problems.append((key, f"expected {expected}, got {value!r}: {error.errors()[0]['msg']}"))
     return coerced, problems
+
+
+def _unfit(kind: str, key: str, value: Any) -> str | None:
+    """Why a value of the right type cannot work, or None."""
+    if kind == "lora" and key == "init_lora_weights" and value not in _LORA_STARTS:
+        why = "an adapter must start at exactly 0 and leave the base's weights alone"
+        return f"{value!r} starts a stage as another model than its parent; {why}: true or gaussian"
+    if key in _AT_LEAST_ONE and value is not None and value < 1:
+        return f"must be at least 1, got {value}"
+    return None
 
 
 def _check_architecture(values: dict[str, Any]) -> list[tuple[str, str]]:
@@ -213,6 +253,26 @@ def rehearse(kind: str, values: dict[str, Any]) -> str | None:
             args = config_class(kind)(**with_defaults(kind, values) | device)
     except (ValueError, TypeError, ImportError) as error:
         return " ".join(str(error).split())
-    if kind == "ppo" and args.gradient_accumulation_steps * args.per_device_train_batch_size % args.num_mini_batches:
+    return _sizes_of_ppo(args) if kind == "ppo" else None
+
+
+def _sizes_of_ppo(args: Any) -> str | None:
+    """What is wrong with the sizes of a PPO stage, or None.
+
+    An update's batch is cut into mini-batches, and these into micro-batches.
+    """
+    batch = args.gradient_accumulation_steps * args.per_device_train_batch_size
+    if batch % args.num_mini_batches:
         return "gradient_accumulation_steps * per_device_train_batch_size must be a multiple of num_mini_batches"
+    mini = batch // args.num_mini_batches
+    micro = min(mini, args.per_device_train_batch_size)
+    if mini % micro:
+        seen = f"a mini-batch of {mini} is cut into micro-batches of {micro} and {mini % micro}, which weigh the same"
+        return f"{seen}; make {mini} (batch / num_mini_batches) a multiple of per_device_train_batch_size"
+    if batch // micro % args.gradient_accumulation_steps:
+        seen = f"an update has {batch // micro} micro-batches and takes a step every {args.gradient_accumulation_steps}"
+        mend = "choose gradient_accumulation_steps and num_mini_batches so that one divides the other"
+        return f"{seen}, so that gradients of one update would be applied in the next; {mend}"
+    if args.whiten_rewards and mini < 8:
+        return f"whiten_rewards needs mini-batches of at least 8, and these have {mini}; lower num_mini_batches"
     return None

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline import scoring
+from pipeline import positions, scoring
 from pipeline.data.audit import Audit
 from pipeline.data.prepare import Datasets
 from pipeline.data.stream import TextStream
@@ -72,9 +73,28 @@ def _facts(config: RunConfig, name: str, audits: dict[str, Audit], tokenizer: An
     for field, reference in functions(stage):
         scoring.source_of(reference, config.folder, f"stages.{name}.{field}")
         scoring.function(reference, config.folder, f"stages.{name}.{field}")
+    positions.check(config, name, audits)
     if not isinstance(stage, TrainingStage):
         return Facts(audits)
     return Facts(audits, _steps(stage, audits["data"]), _parameters(config, stage, tokenizer))
+
+
+def _only_linear(model: PeftModel) -> None:
+    """An adapter is on linear layers alone, and the output layer is not among them.
+
+    PEFT keeps the adapters of embeddings under other names, and copies and loads them in other ways.
+    """
+    inner = model.get_base_model()
+    outputs = inner.get_output_embeddings()
+    for name, module in model.named_modules():
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        path = name.removeprefix("base_model.model.")
+        if not any(parameter.requires_grad for key, parameter in module.named_parameters() if ".default." in key):
+            raise ValueError(f"target_modules: {path!r} is no linear layer; name linear layers, or `all-linear`")
+        if module is outputs:
+            fault = "is the output layer, which a reward model does not have"
+            raise ValueError(f"target_modules: {path!r} {fault}; name other layers, or `all-linear`")
 
 
 def _steps(stage: TrainingStage, found: Audit) -> int:
@@ -110,6 +130,7 @@ def _parameters(config: RunConfig, stage: TrainingStage, tokenizer: Any) -> dict
             where = "lora"
             if stage.lora is not None:
                 model = get_peft_model(model, lora_config(stage.lora, "CAUSAL_LM"))
+                _only_linear(model)
         except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{where}: {reason_of(error)}") from None
     return num_parameters(model)

@@ -199,9 +199,22 @@ def _with_report(name: str, stage: Reinforced, stages: dict[str, Any], problems:
     if stage.baseline_shrinkage and (stage.shift is None or stage.prompt_baseline == "none"):
         wrong = "needs a `prompt_baseline`, and a stage of type shift that measured the ICC of its reward model"
         problems.add(wrong, "stages", name, "baseline_shrinkage")
+    if stage.baseline_shrinkage and stage.shift in stages:
+        _check_temperature(name, stage, stages[stage.shift], problems)
     if stage.prompt_baseline == "leave_one_out":
         _check_groups(name, stage, problems)
     return stage
+
+
+def _check_temperature(name: str, stage: Reinforced, report: Shift, problems: Problems) -> None:
+    """The ICC that shrinkage uses was measured on completions as PPO draws them."""
+    temperature = options.effective("ppo", stage.training)["temperature"]
+    if report.temperature != temperature:
+        wrong = (
+            f"{stage.shift!r} measures the ICC at temperature {report.temperature:g}, PPO samples at {temperature:g}"
+        )
+        mend = f"give stages.{stage.shift} `temperature: {temperature:g}`, or PPO's training that of the report"
+        problems.add(f"{wrong}; {mend}", "stages", name, "baseline_shrinkage")
 
 
 def _check_groups(name: str, stage: Reinforced, problems: Problems) -> None:
@@ -228,6 +241,10 @@ def _order(stages: dict[str, Any]) -> list[str]:
 def _check_weights(config: RunConfig, problems: Problems) -> None:
     """Refuse what the weights cannot do: training 4-bit weights, adapters on a model that does not exist yet."""
     scratch = config.model.scratch
+    attention = config.model.attn_implementation or ""
+    if attention.startswith("flash_attention") and config.model.dtype == "float32":
+        message = "flash attention does not compute in float32, as PPO and evaluate would; set model.dtype to bfloat16"
+        problems.add(f"{message}, or attn_implementation to sdpa", "model", "attn_implementation")
     for name, stage in config.stages.items():
         if not isinstance(stage, TrainingStage):
             continue

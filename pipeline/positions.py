@@ -1,0 +1,67 @@
+"""The longest sequence of a stage against the positions of the model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import AutoConfig
+
+from pipeline.data.audit import Audit
+from pipeline.errors import UserError, reason_of
+from pipeline.options import effective
+from pipeline.schema import RunConfig
+
+# What limits the new tokens of a completion, by type of stage.
+NEW_TOKENS = {
+    "ppo": "training.response_length",
+    "rloo": "training.max_completion_length",
+    "grpo": "training.max_completion_length",
+    "evaluate": "max_new_tokens",
+    "shift": "max_new_tokens",
+}
+
+
+def check(config: RunConfig, name: str, audits: Mapping[str, Audit]) -> None:
+    """Compare the longest sequence that stage `name` can meet with the model's positions.
+
+    A model with learnt positions ends in an index error beyond them, one with rotary positions writes nonsense without
+    a word. A model that names no limit has none.
+
+    Raises:
+        UserError: with the length, the limit and the option to lower.
+    """
+    positions = getattr(_architecture(config).get_text_config(), "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions <= 0:
+        return
+    for audit in audits.values():
+        length, made_of, mend = _longest(config.stages[name], audit)
+        if length > positions:
+            seen = f"{made_of}, but the model has {positions} positions (`max_position_embeddings`)"
+            raise UserError(f"{audit.dataset}: {seen}; {mend}")
+
+
+def _architecture(config: RunConfig) -> Any:
+    model = config.model
+    if model.scratch:
+        return AutoConfig.for_model(**model.scratch.architecture)
+    options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    try:
+        return AutoConfig.from_pretrained(config.resolve(model.path), **options)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path: no model at {model.path!r}: {reason_of(error)}") from None
+
+
+def _longest(stage: Any, audit: Audit) -> tuple[int, str, str]:
+    """The longest sequence in tokens, what it is made of, and how to make it shorter."""
+    longest = audit.lengths["row"][-1] if audit.lengths else 0
+    if stage.type == "pretrain":
+        options = effective("pretrain", stage.training)
+        if audit.streamed or options["packing"]:
+            return options["max_length"], f"pieces have {options['max_length']} tokens", "lower `training.max_length`"
+        longest = min(longest, options["max_length"])
+    if stage.type not in NEW_TOKENS:
+        return longest, f"its longest row has {longest} tokens", "lower `training.max_length`"
+    key = NEW_TOKENS[stage.type]
+    options = effective(stage.type, stage.training) if key.startswith("training.") else vars(stage)
+    new = options[key.removeprefix("training.")]
+    made_of = f"its longest prompt of {longest} tokens and `{key}` = {new} make {longest + new} tokens"
+    return longest + new, made_of, f"lower `{key}` or `max_prompt_length`"

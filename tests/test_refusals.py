@@ -1,0 +1,190 @@
+"""What cannot work is refused by the plan, with its key and line; what is beside it works in a whole chain."""
+
+import pytest
+import tiny
+from test_equalities import run
+
+from pipeline import launcher, manifest
+from pipeline.config import load
+from pipeline.errors import UserError
+
+STAGES = {"sft": tiny.SFT, "reward": tiny.REWARD, "ppo": tiny.PPO, "dpo": tiny.DPO}
+GRPO = {"data": "demonstrations", "training": {"max_completion_length": 8, "num_generations": 4, "beta": 0.04}}
+
+
+def refused(path, *overrides):
+    """The message of the config's refusal."""
+    with pytest.raises(UserError) as refusal:
+        load(path, overrides)
+    return str(refusal.value)
+
+
+def refused_by_plan(path, *overrides):
+    """The message of the plan's refusal; the config alone passes."""
+    config = load(path, overrides)
+    with pytest.raises(UserError) as refusal:
+        launcher.show_plan(config, None)
+    return str(refusal.value)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return tiny.make_run(tmp_path_factory.mktemp("refusals"), STAGES | {"rloo": GRPO, "grpo": GRPO})
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora", "orthogonal", "loftq", "corda", "eva", "false"])
+def test_adapters_that_do_not_start_at_zero(path, start):
+    message = refused(path, f"lora.init_lora_weights={start}")
+    assert "lora.init_lora_weights: " in message and "starts a stage as another model than its parent" in message
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "reason"),
+    [
+        ("bias", "all", "cannot differ from stage to stage"),
+        ("bias", "lora_only", "cannot differ from stage to stage"),
+        ("trainable_token_indices", "[1]", "cannot differ from stage to stage"),
+        ("layer_replication", "[[0, 1], [1, 2]]", "cannot differ from stage to stage"),
+        ("target_parameters", "[weight]", "cannot differ from stage to stage"),
+        ("loftq_config", "{loftq_bits: 4}", "changes the base's weights"),
+        ("alora_invocation_tokens", "[1]", "several adapters on one base"),
+        ("use_qalora", "true", "several adapters on one base"),
+        ("lora_bias", "true", "cannot be merged"),
+        ("base_model_name_or_path", "other", "lies on the run's base"),
+    ],
+)
+def test_lora_options_that_a_chain_cannot_carry(path, option, value, reason):
+    message = refused(path, f"lora.{option}={value}")
+    assert f"lora.{option}: is set by the pipeline" in message and reason in message
+
+
+@pytest.mark.parametrize(
+    ("modules", "words"),
+    [
+        ("[q_proj, embed_tokens]", "target_modules: 'model.embed_tokens' is no linear layer"),
+        ("[q_proj, lm_head]", "target_modules: 'lm_head' is the output layer, which a reward model does not have"),
+    ],
+)
+def test_adapters_on_embeddings(path, modules, words):
+    message = refused_by_plan(path, f"lora.target_modules={modules}")
+    assert all(f"stages.{name}: lora: {words}" in message for name in STAGES)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_dora": True, "init_lora_weights": "gaussian"},
+        {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 4}},
+        {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1]},
+    ],
+    ids=["dora", "rslora, patterns", "some layers"],
+)
+def test_other_lora_options_run_through_the_chain(tmp_path, options):
+    stages = STAGES | {"grpo": GRPO}
+    found = run(tiny.make_run(tmp_path, stages, lora=tiny.LORA | options), *stages).stages
+    assert found["ppo"].metrics["initial_kl"] == found["grpo"].metrics["initial_kl"] == 0
+    assert found["dpo"].metrics["initial_loss"] == pytest.approx(0.693147, abs=1e-6)
+    for name, record in found.items():
+        manifest.verify(tmp_path / "run", name, record)
+
+
+@pytest.mark.parametrize("name", ["rloo", "grpo", "dpo"])
+def test_dropout_in_policy_and_reference(path, name):
+    message = refused(path, f"stages.{name}.training.disable_dropout=false")
+    assert "disable_dropout: is set by the pipeline: policy and reference" in message
+
+
+@pytest.mark.parametrize("name", ["rloo", "grpo"])
+def test_dropout_of_adapters_is_off_in_rl(tmp_path, name):
+    """With dropout the old policy would be another than the new one: terms clipped and a KL at a step of nothing."""
+    still = {"learning_rate": 1e-12, "num_iterations": 2}
+    stages = {"sft": tiny.SFT, "reward": tiny.REWARD, name: GRPO | {"training": GRPO["training"] | still}}
+    run(tiny.make_run(tmp_path, stages, lora=tiny.LORA | {"lora_dropout": 0.5}), *stages)
+    history = manifest.json.loads((tmp_path / "run" / name / "log_history.json").read_text())
+    logged = [entry for entry in history if "kl" in entry]
+    assert len(logged) >= 2  # RLOO logs it when it samples
+    for entry in logged:
+        assert entry["kl"] == pytest.approx(0, abs=1e-6)
+        assert entry["clip_ratio/region_mean"] == 0
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ((4, 3, 2), "a mini-batch of 6 is cut into micro-batches of 4 and 2"),
+        ((4, 3, 4), "an update has 4 micro-batches and takes a step every 3"),
+        ((4, 3, 5), "must be a multiple of num_mini_batches"),
+        ((0, 2, 1), "must be at least 1, got 0"),
+    ],
+)
+def test_sizes_for_which_gradients_leak_into_the_next_update(path, sizes, words):
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches")
+    overrides = [f"stages.ppo.training.{name}={size}" for name, size in zip(names, sizes, strict=True)]
+    message = refused(path, *overrides)
+    assert "stages.ppo.training" in message and words in message
+
+
+@pytest.mark.parametrize("sizes", [(4, 2, 1), (4, 4, 2), (64, 1, 4), (4, 3, 3), (2, 2, 4)])
+def test_sizes_that_make_whole_updates(path, sizes):
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches")
+    assert load(path, tuple(f"stages.ppo.training.{n}={size}" for n, size in zip(names, sizes, strict=True)))
+
+
+def test_whitening_of_few_rows(path):
+    assert "mini-batches of at least 8, and these have 4" in refused(
+        path, "stages.ppo.training.whiten_rewards=true", "stages.ppo.training.num_mini_batches=2"
+    )
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["sft", "reward", "ppo", "dpo"])
+def test_all_weights_in_half_precision(path, dtype, name):
+    message = refused(path, f"model.dtype={dtype}", f"stages.{name}.lora=null")
+    assert f"stages.{name}.lora: all weights would train in {dtype}, which rounds" in message
+
+
+@pytest.mark.parametrize("version", ["flash_attention_2", "flash_attention_3"])
+def test_flash_attention_in_float32(path, version):
+    message = refused(path, f"model.attn_implementation={version}")
+    assert "model.attn_implementation: flash attention does not compute in float32" in message
+    assert load(path, (f"model.attn_implementation={version}", "model.dtype=bfloat16"))
+
+
+def test_shrinkage_by_an_icc_of_another_temperature(path):
+    shift = "stages.reward-shift.data=comparisons"
+    on = ("gate=warn", shift, "stages.ppo.prompt_baseline=sft_mean", "stages.ppo.baseline_shrinkage=true")
+    message = refused(path, *on, "stages.ppo.training.temperature=0.7")
+    assert "'reward-shift' measures the ICC at temperature 1, PPO samples at 0.7" in message
+    assert load(path, (*on, "stages.ppo.training.temperature=1.0"))
+
+
+@pytest.mark.parametrize(
+    ("override", "stage", "words"),
+    [
+        ("stages.ppo.training.response_length=125", "ppo", "`training.response_length` = 125 make"),
+        ("stages.grpo.training.max_completion_length=125", "grpo", "`training.max_completion_length` = 125 make"),
+        ("stages.evaluate.max_new_tokens=125", "evaluate", "`max_new_tokens` = 125 make"),
+        ("stages.pretrain.training.max_length=129", "pretrain", "pieces have 129 tokens"),
+    ],
+)
+def test_more_tokens_than_positions(tmp_path, override, stage, words):
+    """The tiny model has 128 positions."""
+    stages = STAGES | {"pretrain": {"data": "texts", "training": {"max_length": 64}}, "grpo": GRPO}
+    stages |= {"evaluate": {"data": "held_out", "max_new_tokens": 8}}
+    path = tiny.make_run(tmp_path, stages)
+    tiny.write_rows(tmp_path / "texts.jsonl", [{"text": row["chosen"]} for row in tiny.comparisons()])
+    tiny.write_rows(tmp_path / "held_out.jsonl", [{"prompt": f"What of {topic}?"} for topic in tiny.TOPICS])
+    names = ("comparisons", "demonstrations", "texts", "held_out")
+    tiny.edit(path, {"data": {name: {"path": f"{name}.jsonl"} for name in names}})
+    message = refused_by_plan(path, override)
+    assert f"stages.{stage}: " in message and words in message
+    assert "but the model has 128 positions" in message and message.count("positions (") == 1
+
+
+def test_a_row_of_more_tokens_than_positions(tmp_path):
+    path = tiny.make_run(tmp_path, {"sft": tiny.SFT, "dpo": tiny.DPO | {"training": {"max_length": 1024}}})
+    long = {"prompt": "Once more?", "chosen": "tea and rain " * 40, "rejected": "No."}
+    tiny.write_rows(tmp_path / "comparisons.jsonl", [*tiny.comparisons(), long])
+    message = refused_by_plan(path)
+    assert "stages.dpo: comparisons: its longest row has " in message and "lower `training.max_length`" in message
+    assert "stages.sft" not in message
