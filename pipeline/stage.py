@@ -24,7 +24,7 @@ import transformers
 from accelerate import PartialState
 from filelock import FileLock, Timeout
 
-from pipeline import gate, manifest, options, plan, tokenizers
+from pipeline import checkpoints, gate, manifest, options, plan, tokenizers
 from pipeline.config import load
 from pipeline.context import Result, StageContext, same_everywhere
 from pipeline.errors import UserError
@@ -130,6 +130,8 @@ def _prepare(config: RunConfig, name: str) -> plan.Identity | UserError | None:
         for verdict in gate.check(config, name, recorded):
             print(f"{name}: gate: {verdict}", flush=True)
         identity = plan.identify(config, name, recorded)  # before anything is dropped: it may not be readable
+        folder = config.run_path / name / "checkpoints"
+        checkpoints.check_processes(folder, name, identity.digest(), PartialState().num_processes)
         manifest.drop(config.run_path, [name, *plan.descendants(config, name)])
         return identity
     except UserError as error:
