@@ -12,10 +12,12 @@ from typing import Any
 from accelerate import PartialState
 from transformers import TrainerCallback
 
+from pipeline.errors import UserError
 from pipeline.manifest import checksums
 
 MARKER = "complete.json"
 IDENTITY = "identity.txt"
+PROCESSES = "num_processes.txt"
 
 
 class MarkComplete(TrainerCallback):
@@ -64,8 +66,29 @@ def newest_complete(folder: Path) -> tuple[Path | None, list[str]]:
     return None, messages
 
 
-def open_folder(folder: Path, identity: str) -> bool:
-    """Make the checkpoint folder ready for a stage with this identity.
+def check_processes(folder: Path, stage: str, identity: str, num_processes: int) -> None:
+    """Whether a stage can go on from its checkpoints with so many processes.
+
+    The trainer finds its place in the data by the number of steps, and a step is one batch of every process.
+
+    Raises:
+        UserError: if they were made with another number.
+    """
+    stamp = folder / IDENTITY
+    if not stamp.exists() or stamp.read_text() != identity or not any(folder.glob(f"checkpoint-*/{MARKER}")):
+        return
+    made_by = folder / PROCESSES
+    before = made_by.read_text() if made_by.exists() else "an unknown number"
+    if before != str(num_processes):
+        raise UserError(
+            f"the checkpoints of stage {stage!r} are of a training with {before} process(es), and now there are "
+            f"{num_processes}: some rows would be trained on again, or never. Go on with {before}, or start from the "
+            f"beginning: remove {folder}, or give `rlhf run CONFIG --redo {stage}`"
+        )
+
+
+def open_folder(folder: Path, identity: str, num_processes: int) -> bool:
+    """Make the checkpoint folder ready for a stage with this identity and number of processes.
 
     Checkpoints of another config or other inputs are removed; returns whether there were any.
     """
@@ -75,5 +98,6 @@ def open_folder(folder: Path, identity: str) -> bool:
     if foreign:
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / PROCESSES).write_text(str(num_processes))
     stamp.write_text(identity)
     return removed

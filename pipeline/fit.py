@@ -63,8 +63,8 @@ def fit(
 
 
 def _newest(ctx: StageContext) -> Path | None:
-    folder = ctx.folder / "checkpoints"
-    if PartialState().is_main_process and checkpoints.open_folder(folder, ctx.identity):
+    folder, state = ctx.folder / "checkpoints", PartialState()
+    if state.is_main_process and checkpoints.open_folder(folder, ctx.identity, state.num_processes):
         ctx.say(f"{ctx.name}: config or inputs changed since its checkpoints were made; starting from the beginning")
     PartialState().wait_for_everyone()
     checkpoint, messages = checkpoints.newest_complete(folder)

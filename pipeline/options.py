@@ -201,6 +201,15 @@ def effective(stage_type: str, training: dict[str, Any]) -> dict[str, Any]:
     return {key: field.default for key, field in fields.items()} | with_defaults(stage_type, training)
 
 
+def precision(stage_type: str, training: dict[str, Any]) -> str:
+    """The autocast of a stage as accelerate names it: bf16, fp16 or no. TRL's default is bf16, and PPO has none."""
+    if stage_type == "ppo":
+        return "no"
+    if training.get("fp16"):
+        return "fp16"
+    return "no" if training.get("bf16") is False else "bf16"
+
+
 def length_limit(stage: Any) -> tuple[str, int | None]:
     """The option that limits a row's length in tokens, and the limit. Pretraining cuts texts into pieces: None."""
     if stage.type in ("sft", "reward", "dpo"):

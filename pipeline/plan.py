@@ -4,13 +4,11 @@ A stage is current when it has a record, its config and inputs are those of the 
 the three questions of every build tool. Inputs are compared by content, so a moved run folder stays current.
 """
 
-import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from pipeline import manifest, scoring, tokenizers
+from pipeline import basemodel, manifest, scoring, tokenizers
 from pipeline.data import heldout, sources
 from pipeline.data.prepare import Datasets
 from pipeline.errors import UserError
@@ -63,24 +61,6 @@ def _config_of(config: RunConfig, name: str) -> dict[str, Any]:
     return _flat(own | shared | ({} if own["type"] == "pretrain" else {"too_long": config.too_long}))
 
 
-def base_digest(config: RunConfig) -> str:
-    """Digest of the base model: weights by size and both ends (they are large), other files by content."""
-    where = Path(config.resolve(config.model.path))
-    if not where.is_dir():
-        return digest([config.model.path, config.model.revision])
-    parts = []
-    for file in sorted(where.iterdir()):
-        if file.suffix in (".safetensors", ".bin"):
-            with file.open("rb") as weights:
-                ends = [weights.read(1 << 20)]
-                weights.seek(max(0, file.stat().st_size - (1 << 20)))
-                ends.append(weights.read())
-            parts.append([file.name, file.stat().st_size, [hashlib.sha256(end).hexdigest() for end in ends]])
-        elif file.suffix in (".json", ".jinja", ".model", ".txt"):
-            parts.append([file.name, manifest.file_digest(file)])
-    return digest(parts)
-
-
 def _data_inputs(config: RunConfig, name: str, read: Datasets) -> dict[str, str]:
     stage, inputs = config.stages[name], {}
     for role, dataset in datasets(stage).items():
@@ -101,7 +81,7 @@ def identify(config: RunConfig, name: str, recorded: Manifest, read: Datasets | 
     """The identity of a stage whose parents are finished; a parent that is not has an empty digest."""
     inputs = _data_inputs(config, name, read or Datasets(config))
     if config.model.path:
-        inputs["base model"] = base_digest(config)
+        inputs["base model"] = basemodel.digest_of(config)
     for role, parent in parents(config.stages[name]).items():
         record = recorded.stages.get(parent)
         inputs[role] = digest(record.output.files) if record else ""
@@ -194,7 +174,7 @@ def _tokenizer_source(config: RunConfig) -> str:
     if template.is_file():
         settings["chat_template"] = manifest.file_digest(template)
     if config.model.path:
-        return digest([settings, base_digest(config)])
+        return digest([settings, basemodel.digest_of(config)])
     scratch = config.model.scratch.tokenizer
     content = [sources.fingerprint_of(config, name) for name in scratch.data]
     return digest([settings, scratch.vocab_size, content])

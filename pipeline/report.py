@@ -154,19 +154,25 @@ def snippet(run_dir: Path, recorded: Manifest, record: Record) -> str:
     if record.output.kind == "report":
         figures = "report.json: the figures, *.png: plots" if record.type == "shift" else "table.json: the table"
         return f"# {folder}/samples.jsonl: all completions side by side; {folder}/{figures}"
-    auto, options = "AutoModelForCausalLM", ""
-    if record.type == "reward":
-        auto, options = "AutoModelForSequenceClassification", ", num_labels=1"
-    tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{folder}")'
-    imports = f"from transformers import AutoTokenizer, {auto}"
+    scores = record.type == "reward"
+    auto = "AutoModelForCausalLM"
+    padding = ""
+    options = ""
+    if scores:
+        auto = "AutoModelForSequenceClassification"
+        padding = ', padding_side="right"'
+        options = ", num_labels=1"
+    lines = [f"from transformers import AutoTokenizer, {auto}"]
+    lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{folder}"{padding})')
     if record.output.kind == "full":
-        return f'{imports}\nmodel = {auto}.from_pretrained("{folder}"{options})\n{tokenizer}'
+        return "\n".join([*lines, f'model = {auto}.from_pretrained("{folder}"{options})'])
     full, dtype = record.output.full, recorded.model["dtype"]
     base = recorded.model["path"] if full is None else run_dir / full
-    return (
-        f'{imports}\nfrom peft import PeftModel\nbase = {auto}.from_pretrained("{base}", dtype="{dtype}"{options})\n'
-        f'model = PeftModel.from_pretrained(base, "{folder}")\n{tokenizer}'
-    )
+    lines.insert(1, "from peft import PeftModel")
+    lines.append(f'base = {auto}.from_pretrained("{base}", dtype="{dtype}"{options})')
+    if scores:  # a score is read at the last token that is not pad, and the base may have another pad token, or none
+        lines.append("base.config.pad_token_id = tokenizer.pad_token_id")
+    return "\n".join([*lines, f'model = PeftModel.from_pretrained(base, "{folder}")'])
 
 
 def recorded_in(run_dir: Path) -> Manifest:

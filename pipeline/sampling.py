@@ -16,7 +16,7 @@ from accelerate.utils.memory import clear_device_cache
 from filelock import FileLock
 from transformers import GenerationConfig, set_seed
 
-from pipeline import manifest, plan, scoring
+from pipeline import basemodel, manifest, scoring
 from pipeline.context import StageContext, same_everywhere
 from pipeline.data.heldout import hash64
 from pipeline.lineage import root
@@ -88,7 +88,7 @@ def identity_of(ctx: StageContext, stage: str) -> str:
     if record is not None:
         return digest([record.config_digest, record.inputs, record.output.files])
     if ctx.config.model.path:
-        return digest([plan.base_digest(ctx.config), ctx.config.model.dtype, ctx.config.quantization])
+        return digest([basemodel.digest_of(ctx.config), ctx.config.model.dtype, ctx.config.quantization])
     return identity_of(ctx, root(ctx.config).full.split("/")[0])
 
 

@@ -24,7 +24,7 @@ import transformers
 from accelerate import PartialState
 from filelock import FileLock, Timeout
 
-from pipeline import gate, manifest, plan, tokenizers
+from pipeline import checkpoints, gate, manifest, options, plan, tokenizers
 from pipeline.config import load
 from pipeline.context import Result, StageContext, same_everywhere
 from pipeline.errors import UserError
@@ -32,7 +32,7 @@ from pipeline.launcher import LAUNCHER
 from pipeline.lineage import output_folder, place_of
 from pipeline.manifest import Output, Record
 from pipeline.models import Loader
-from pipeline.schema import RunConfig, TrainingStage, parents
+from pipeline.schema import Options, RunConfig, Stage, TrainingStage, parents
 
 PACKAGES = ("rlhf-pipeline", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
 MODULES = {"rloo": "online", "grpo": "online"}
@@ -64,7 +64,11 @@ def run(config: RunConfig, name: str) -> None:
     if name not in config.stages:
         raise UserError(f"there is no stage {name!r} in {config.source}; it has {', '.join(config.stages)}")
     training = getattr(config.stages[name], "training", config.training)
-    state = _join_processes(bool(training.get("use_cpu")))
+    state = _join_processes(training)
+    ignored = _forget_options(config.stages[name])
+    if state.is_main_process:
+        for message in ignored:
+            print(f"{name}: {message}", flush=True)
     with _locked(config.run_path / name) if state.is_main_process else contextlib.nullcontext():
         decided = same_everywhere(lambda: _prepare(config, name))
         if isinstance(decided, UserError):
@@ -75,18 +79,40 @@ def run(config: RunConfig, name: str) -> None:
             print(f"{name}: finished already, and nothing changed", flush=True)
 
 
-def _join_processes(use_cpu: bool) -> PartialState:
+def _join_processes(training: Options) -> PartialState:
     """Join the other processes of `accelerate launch`, on CPUs where there is no GPU or none is wanted.
 
     accelerate starts several CPU processes but does not tell them so: each would run alone, as the only one.
     """
-    if use_cpu or not torch.cuda.is_available():
+    if training.get("use_cpu") or not torch.cuda.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "true"
     state = PartialState(cpu=os.environ.get("ACCELERATE_USE_CPU") == "true")
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if state.num_processes != world_size:
         raise UserError(f"{world_size} processes were started, but only {state.num_processes} found each other")
     return state
+
+
+def _forget_options(stage: Stage) -> list[str]:
+    """Take the launcher's precision and accumulation out of the environment; returns what to say of those that differ.
+
+    accelerate would put them in the place of the stage's own: of precision where `bf16` and `fp16` are false, and of
+    both in PPO.
+    """
+    precision = os.environ.pop("ACCELERATE_MIXED_PRECISION", "no")
+    steps = os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
+    own_precision, own_steps = "no", steps
+    if isinstance(stage, TrainingStage):
+        own_precision = options.precision(stage.type, stage.training)
+        own_steps = str(options.effective(stage.type, stage.training)["gradient_accumulation_steps"])
+    said = []
+    if precision not in ("no", own_precision):
+        said.append(
+            f"mixed_precision {precision} of the launcher is ignored: precision comes from model.dtype and bf16"
+        )
+    if steps != own_steps and steps is not None:
+        said.append(f"gradient_accumulation_steps {steps} of the launcher is ignored: the stage's own is {own_steps}")
+    return said
 
 
 def _prepare(config: RunConfig, name: str) -> plan.Identity | UserError | None:
@@ -104,6 +130,8 @@ def _prepare(config: RunConfig, name: str) -> plan.Identity | UserError | None:
         for verdict in gate.check(config, name, recorded):
             print(f"{name}: gate: {verdict}", flush=True)
         identity = plan.identify(config, name, recorded)  # before anything is dropped: it may not be readable
+        folder = config.run_path / name / "checkpoints"
+        checkpoints.check_processes(folder, name, identity.digest(), PartialState().num_processes)
         manifest.drop(config.run_path, [name, *plan.descendants(config, name)])
         return identity
     except UserError as error:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import tiny
+from test_equalities import run
 
-from pipeline import manifest, plan, report
+from pipeline import checkpoints, manifest, plan, report
 from pipeline.config import load
 
 ROOT = Path(__file__).parents[1]
@@ -156,6 +157,31 @@ def test_killed_in_every_stage_it_finishes_with_the_same_records(tmp_path):
         assert found[name].metrics["steps"] == 600
     for name in CHAIN:
         manifest.verify(run, name, found[name])
+
+
+def test_a_stage_goes_on_with_the_number_of_processes_it_had(tmp_path, monkeypatch):
+    steps = {"training": {"max_steps": 4, "save_steps": 2, "save_strategy": "steps"}}
+    config = make_chain(tmp_path, sft=tiny.SFT | steps)
+    mark = checkpoints.MarkComplete.on_save
+
+    def mark_and_stop(*args, **kwargs):
+        mark(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.MarkComplete, "on_save", mark_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(config, "sft")
+    left = manifest.checksums(tmp_path, [tmp_path / "run" / "sft" / "checkpoints"])
+    two = ["--accelerate-config", ROOT / "accelerate_configs" / "cpu_2_processes.yaml"]
+    refused = subprocess.run(
+        command("run", config, "--only", "sft", *two), capture_output=True, text=True, timeout=600, cwd=ROOT
+    )
+    assert refused.returncode == 2, refused.stdout[-3000:]
+    for words in ("with 1 process(es), and now there are 2", "--redo sft", str(tmp_path / "run/sft/checkpoints")):
+        assert words in refused.stderr
+    assert manifest.checksums(tmp_path, [tmp_path / "run" / "sft" / "checkpoints"]) == left
+    assert run(config, "sft").stages["sft"].resumed_from_step == 2
 
 
 def test_two_processes(tmp_path):

@@ -23,10 +23,10 @@ from transformers import (
 )
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
-from pipeline import checkpoints, checks, manifest, stage
+from pipeline import checkpoints, checks, manifest, report, scoring, stage
 from pipeline.config import load
 from pipeline.errors import UserError
-from pipeline.models import Loader, Weights, continue_policy, merge
+from pipeline.models import Loader, Weights, continue_policy, load_reward, merge
 from pipeline.stages import ppo
 from pipeline.trainers import config_class, ppo_trainer_class
 
@@ -186,6 +186,28 @@ def test_reward_scores_are_equal_in_a_new_process(tmp_path):
     )
     np.testing.assert_allclose(json.loads(there.stdout.splitlines()[-1]), here, atol=1e-6)
     assert here[0] != here[1]
+
+
+@pytest.mark.parametrize(("lora", "pad"), [(tiny.LORA, "eos"), (tiny.LORA, None), (None, "eos")])
+def test_the_shown_code_gives_the_scores_of_the_run(tmp_path, lora, pad):
+    """Of a batch too, whose shorter row is padded, and where the base's pad token is its eos, or where it has none."""
+    path = tiny.make_run(tmp_path, {"reward": tiny.REWARD | {"init": "base"}}, lora=lora)
+    shipped = json.loads((tmp_path / "model" / "config.json").read_text())
+    pad_token_id = shipped["eos_token_id"] if pad == "eos" else None
+    (tmp_path / "model" / "config.json").write_text(json.dumps(shipped | {"pad_token_id": pad_token_id}))
+    recorded = run(path, "reward")
+    output = tmp_path / "run" / "reward" / "output"
+    shown: dict = {}
+    exec(report.snippet(tmp_path / "run", recorded, recorded.stages["reward"]), shown)
+    tokenizer, texts = shown["tokenizer"], ["Tell me about tea.<eos>", "I like rain because it is good.<eos>"]
+    with torch.no_grad():
+        here = shown["model"].eval()(**tokenizer(texts, padding=True, return_tensors="pt")).logits[:, 0].tolist()
+    loader = Loader(base=str(tmp_path / "model"), pad_token_id=tokenizer.pad_token_id)
+    weights = Weights(str(tmp_path / "model"), str(output)) if lora else Weights(str(output))
+    ids = tokenizer(texts)["input_ids"]
+    assert len(ids[0]) < len(ids[1]) and ids[0][-1] == tokenizer.eos_token_id
+    model = load_reward(loader, weights)
+    np.testing.assert_allclose(here, [scoring.score(model, [row], tokenizer.pad_token_id)[0] for row in ids], atol=1e-6)
 
 
 def four_separate_models(base: Path, parent: Path, reward: Path) -> ppo.Models:

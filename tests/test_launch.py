@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from test_equalities import run
 
+from pipeline import manifest
 from pipeline.config import load
 from pipeline.errors import UserError
 from pipeline.stages import ppo
@@ -65,6 +67,27 @@ def parents(tmp_path_factory):
     folder = tmp_path_factory.mktemp("launch")
     run(tiny.make_run(folder, STAGES), "sft", "reward")
     return folder
+
+
+def test_a_launchers_options_do_not_reach_a_stage(parents, tmp_path, monkeypatch, capsys):
+    """accelerate would take them where the stage says no precision: then PPO's first ratio would not be 1."""
+    launchers = {"plain": {}, "launched": {"MIXED_PRECISION": "bf16", "GRADIENT_ACCUMULATION_STEPS": "1"}}
+    for where, options in launchers.items():
+        path = shutil.copytree(parents, tmp_path / where) / "tiny.yaml"
+        tiny.edit(path, {"run_dir": str(tmp_path / where / "run")})
+        manifest.drop(tmp_path / where / "run", ["reward"])
+        for name in ("reward", "ppo"):
+            for option, value in options.items():
+                monkeypatch.setenv(f"ACCELERATE_{option}", value)
+            run(path, name)
+    for name in ("reward", "ppo"):
+        plain, launched = (tmp_path / where / "run" for where in launchers)
+        assert manifest.read(plain).stages[name].metrics == manifest.read(launched).stages[name].metrics
+        weights = f"{name}/output/adapter_model.safetensors"
+        assert (plain / weights).read_bytes() == (launched / weights).read_bytes()
+    said = capsys.readouterr().out
+    assert "reward: mixed_precision bf16 of the launcher is ignored: precision comes from model.dtype and bf16" in said
+    assert "ppo: gradient_accumulation_steps 1 of the launcher is ignored: the stage's own is 2" in said
 
 
 def test_ppo_refuses_fsdp(parents, monkeypatch):

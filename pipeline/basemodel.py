@@ -1,0 +1,41 @@
+"""The base model of a run: what its files hold, and which of a hub model's commits the run uses."""
+
+import contextlib
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from pipeline import manifest
+from pipeline.data import sources
+from pipeline.schema import RunConfig
+
+_FILES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".py")
+_SETTLED = 2  # seconds; a file that was written just now may be written again at the same time
+
+
+def digest_of(config: RunConfig) -> str:
+    """Digest of the base model: of what its files hold, or of its hub id and revision."""
+    where = Path(config.resolve(config.model.path))
+    if not where.is_dir():
+        return manifest.digest([config.model.path, config.model.revision])
+    files = sorted(file for file in where.iterdir() if file.suffix in _FILES)
+    with ThreadPoolExecutor() as pool:
+        return manifest.digest(list(zip([file.name for file in files], pool.map(_weights_digest, files), strict=True)))
+
+
+def _weights_digest(file: Path) -> str:
+    """Digest of a file that may have many gigabytes, kept from run to run by its path, size and times."""
+    look = file.stat()
+    key = manifest.digest([str(file.resolve()), look.st_size, look.st_mtime_ns, look.st_ctime_ns, look.st_ino])
+    kept = sources.cache_folder() / "digests" / key
+    with contextlib.suppress(OSError):
+        return kept.read_text()
+    found = manifest.file_digest(file)
+    if time.time() - look.st_mtime > _SETTLED:
+        with contextlib.suppress(OSError):  # without a cache it is only slower
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            part = kept.with_name(f"{key}.{os.getpid()}")
+            part.write_text(found)
+            part.replace(kept)
+    return found
