@@ -14,7 +14,6 @@ import torch
 from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import load_peft_weights
-from safetensors import safe_open
 from torch import nn
 from torch.nn import functional
 from transformers import (
@@ -28,7 +27,6 @@ from transformers.trainer_utils import set_seed
 from transformers.utils import logging as transformers_logging
 
 Options = dict[str, Any]
-HEAD = "score.weight"  # the name of a reward model's head among saved weights
 
 
 class ScoreHead(nn.Linear):
@@ -108,18 +106,8 @@ class Loader:
             model = self._load(AutoModelForSequenceClassification, full, num_labels=1)
         finally:
             transformers_logging.set_verbosity(verbosity)
-        saved = _saved_head(full)  # as it was saved: loading has rounded the model's to its precision
-        model.score = ScoreHead(model.score.weight if saved is None else saved.to(model.score.weight.device))
+        model.score = ScoreHead(model.score.weight)
         return model
-
-
-def _saved_head(folder: str) -> torch.Tensor | None:
-    """The score head among the full weights in a folder, or None."""
-    for file in sorted(Path(folder).glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            if HEAD in tensors.keys():  # noqa: SIM118 - it is no mapping
-                return tensors.get_tensor(HEAD)
-    return None
 
 
 def from_scratch(architecture: Options, tokenizer: Any, dtype: str, seed: int) -> Any:
