@@ -52,12 +52,13 @@ def run(
 @cli.command()
 @click.argument("config", type=click.Path())
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-def plan(config: str, overrides: tuple[str, ...]) -> None:
+@click.option("--accelerate-config", metavar="FILE", help="Check for a run with the same option.")
+def plan(config: str, overrides: tuple[str, ...], accelerate_config: str | None) -> None:
     """Check CONFIG and its data and show what `rlhf run` would do, without training or writing anything."""
     from pipeline import launcher
     from pipeline.config import load
 
-    launcher.show_plan(load(config, overrides), _console())
+    launcher.show_plan(load(config, overrides), _console(), accelerate_config)
 
 
 @cli.command("check-data")

@@ -11,8 +11,8 @@ from typing import IO, Any
 from rich.console import Console
 from rich.rule import Rule
 
-from pipeline import datacheck, manifest, plan, preflight, report
-from pipeline.errors import StageFailed, UserError, unknown
+from pipeline import datacheck, manifest, plan, preflight, report, sharding
+from pipeline.errors import StageFailed, UserError, all_of, unknown
 from pipeline.schema import RunConfig, parents, waits_for
 
 LAUNCHER = "RLHF_LAUNCHER_PID"  # stages watch this process and end with it
@@ -29,11 +29,10 @@ def select(config: RunConfig, until: str | None, only: str | None, redo: tuple[s
     return [*plan.ancestors(config, until, waits_for), until] if until else list(config.stages)
 
 
-def show_plan(config: RunConfig, console: Console) -> None:
+def show_plan(config: RunConfig, console: Console, accelerate_config: str | None = None) -> None:
     """Check and print what a run would do, without writing to the run folder."""
     recorded, decisions = _decide(config)
-    for name in config.stages:
-        _accelerate_file(config, name, None)
+    _launch_files(config, list(config.stages), accelerate_config)
     facts = _preflight(config, recorded, list(config.stages))
     report.plan_table(config, decisions, facts, console)
     audits = {name: fact.audits for name, fact in facts.items()}
@@ -59,7 +58,7 @@ def run(
     recorded, decisions = _decide(config, redo)
     pending = [decision.stage for decision in decisions if decision.run and decision.stage in selected]
     _check_parents(config, decisions, selected)
-    launch_files = {name: _accelerate_file(config, name, accelerate_config) for name in pending}
+    launch_files = _launch_files(config, pending, accelerate_config)
     gone = {name for stage in redo for name in (stage, *plan.descendants(config, stage))}
     recorded = recorded.without(gone)  # before the tokenizer is looked at: with all of them gone it may change
     facts = _preflight(config, recorded, pending) if pending else {}
@@ -101,14 +100,27 @@ def _preflight(config: RunConfig, recorded: manifest.Manifest, names: list[str])
     return preflight.check(config, names, tokenizer, made.fingerprint)
 
 
-def _accelerate_file(config: RunConfig, name: str, given: str | None) -> str | None:
-    """The accelerate config of a stage: its own (relative to the config), or the command line's."""
-    own = config.stages[name].accelerate_config
-    path = config.resolve(own) if own else given
-    if path is not None and not Path(path).is_file():
+def _launch_files(config: RunConfig, names: list[str], given: str | None) -> dict[str, str | None]:
+    """The accelerate config of each stage: its own (relative to the config), or the command line's.
+
+    Raises:
+        UserError: with a line for each stage whose file is not there or that cannot run under it.
+    """
+    files: dict[str, str | None] = {}
+    problems = []
+    for name in names:
+        own = config.stages[name].accelerate_config
+        files[name] = path = config.resolve(own) if own else given
+        if path is None:
+            continue
         where = f"stages.{name}.accelerate_config" if own else "--accelerate-config"
-        raise UserError(f"{where}: no such file: {path}")
-    return path
+        if not Path(path).is_file():
+            raise UserError(f"{where}: no such file: {path}")
+        if fault := sharding.refusal(config, name, sharding.of_file(path, where)):
+            problems.append(f"stages.{name}: {where} is {path}: {fault}")
+    if problems:
+        raise all_of(config.source, "stage", "cannot run", problems)
+    return files
 
 
 def command(config: RunConfig, name: str, overrides: tuple[str, ...], accelerate_file: str | None) -> list[str]:

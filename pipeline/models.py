@@ -72,9 +72,10 @@ class Loader:
     eos_token_id: int | None = None
 
     def _load(self, auto_class: Any, full: str, **extra: Any) -> Any:
-        options = extra | {"dtype": getattr(torch, self.dtype)}
+        # What a stage puts out in full carries the base's own code, if it has any.
+        options = extra | {"dtype": getattr(torch, self.dtype), "trust_remote_code": self.trust_remote_code}
         if full == self.base:
-            options |= {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+            options["revision"] = self.revision
             if self.quantization:
                 options["quantization_config"] = BitsAndBytesConfig(**self.quantization)
                 options["device_map"] = {"": PartialState().device}

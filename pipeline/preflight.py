@@ -125,7 +125,9 @@ def _parameters(config: RunConfig, stage: TrainingStage, tokenizer: Any) -> dict
                 where = f"model.path: no model at {base.path!r}"
                 options = {"revision": base.revision, "trust_remote_code": base.trust_remote_code}
                 architecture = AutoConfig.from_pretrained(config.resolve(base.path), **options)
-                model = AutoModelForCausalLM.from_config(architecture, dtype=torch.float32)
+                model = AutoModelForCausalLM.from_config(
+                    architecture, dtype=torch.float32, trust_remote_code=base.trust_remote_code
+                )
             model.tie_weights()
             where = "lora"
             if stage.lora is not None:

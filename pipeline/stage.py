@@ -24,7 +24,7 @@ import transformers
 from accelerate import PartialState
 from filelock import FileLock, Timeout
 
-from pipeline import checkpoints, gate, manifest, options, plan, tokenizers
+from pipeline import checkpoints, gate, manifest, options, plan, sharding, tokenizers
 from pipeline.config import load
 from pipeline.context import Result, StageContext, same_everywhere
 from pipeline.errors import UserError
@@ -63,6 +63,8 @@ def run(config: RunConfig, name: str) -> None:
     """
     if name not in config.stages:
         raise UserError(f"there is no stage {name!r} in {config.source}; it has {', '.join(config.stages)}")
+    if fault := sharding.refusal(config, name, sharding.of_process()):
+        raise UserError(f"stages.{name}: {fault}")
     training = getattr(config.stages[name], "training", config.training)
     state = _join_processes(training)
     ignored = _forget_options(config.stages[name])

@@ -13,7 +13,6 @@ from transformers import TrainerCallback
 from pipeline import scoring
 from pipeline.checks import finite
 from pipeline.context import StageContext
-from pipeline.errors import UserError
 from pipeline.sampling import Ids, Sampling, batches, generate, same_random_numbers
 from pipeline.watchdog import Watchdog
 
@@ -87,16 +86,8 @@ class Watch:
         self._ctx.say(f"{self._ctx.name}: {message}")
 
     def hold_out(self, prompts: list[Ids], sampling: Sampling, policy: Any, reward: Any) -> None:
-        """Score the policy's completions of these prompts as it trains.
-
-        Raises:
-            UserError: if no process has all weights: it could neither sample by itself nor keep a copy of the best.
-        """
-        ctx, state, launched = self._ctx, PartialState(), self._trainer.accelerator.state
-        deepspeed = getattr(launched, "deepspeed_plugin", None)
-        if getattr(launched, "fsdp_plugin", None) or (deepspeed is not None and deepspeed.zero_stage == 3):
-            mend = "leave it out, or use accelerate_configs/multi_gpu.yaml or zero2.yaml"
-            raise UserError(f"stages.{ctx.name}.eval_data: the weights are split over the processes; {mend}")
+        """Score the policy's completions of these prompts as it trains."""
+        ctx, state = self._ctx, PartialState()
         prompts = prompts[: ctx.stage.num_eval_prompts]
         mine = list(batches(prompts, sampling.batch_size))[state.process_index :: state.num_processes]
 

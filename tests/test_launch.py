@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -14,14 +13,14 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from test_equalities import run
 
-from pipeline import manifest
+from pipeline import launcher, manifest, sharding
+from pipeline.checks import finite
 from pipeline.config import load
 from pipeline.errors import UserError
 from pipeline.stages import ppo
-from pipeline.watch import Watch, finite
 
 ROOT = Path(__file__).parents[1]
-STAGES = {"sft": tiny.SFT, "reward": tiny.REWARD, "ppo": tiny.PPO}
+STAGES = {"sft": tiny.SFT, "reward": tiny.REWARD, "ppo": tiny.PPO, "dpo": tiny.DPO}
 
 # Reading a config builds TRL's config classes, which look for a device and join the other processes. "meta" stands for
 # a GPU; waiting for a second process that never comes would not end.
@@ -90,10 +89,89 @@ def test_a_launchers_options_do_not_reach_a_stage(parents, tmp_path, monkeypatch
     assert "ppo: gradient_accumulation_steps 1 of the launcher is ignored: the stage's own is 2" in said
 
 
-def test_ppo_refuses_fsdp(parents, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(UserError, match="PPO does not run under FSDP; use accelerate_configs"):
-        run(parents / "tiny.yaml", "ppo")
+FILES = ROOT / "accelerate_configs"
+TRAINED = ("pretrain", "sft", "reward", "ppo", "rloo", "grpo", "dpo")
+REFUSED = {
+    "fsdp2.yaml": {*TRAINED, "shift", "evaluate"},
+    "zero3.yaml": {"reward", "ppo", "rloo", "grpo", "dpo", "shift", "evaluate"},
+    "zero2.yaml": {"rloo", "dpo"},  # grpo has no reference by default
+    "multi_gpu.yaml": set(),
+    "single_gpu.yaml": set(),
+    "cpu_2_processes.yaml": set(),
+}
+
+
+@pytest.fixture(scope="module")
+def every_type(tmp_path_factory):
+    """A config with a stage of every type."""
+    rl = {"data": "demonstrations", "training": {"num_generations": 4}}
+    sampled = {"data": "held_out", "max_new_tokens": 8}
+    stages = {"pretrain": {"data": "texts", "training": {"max_length": 32}}, **STAGES, "rloo": rl, "grpo": rl}
+    stages |= {"dpo": tiny.DPO, "shift": sampled, "evaluate": sampled}
+    path = tiny.make_run(tmp_path_factory.mktemp("types"), stages)
+    tiny.write_rows(path.parent / "texts.jsonl", [{"text": row["chosen"]} for row in tiny.comparisons()])
+    tiny.write_rows(path.parent / "held_out.jsonl", [{"prompt": f"What of {topic}?"} for topic in tiny.TOPICS])
+    names = ("comparisons", "demonstrations", "texts", "held_out")
+    tiny.edit(path, {"data": {name: {"path": f"{name}.jsonl"} for name in names}})
+    return path
+
+
+def test_every_file_is_in_the_table():
+    assert {file.name for file in FILES.iterdir()} == set(REFUSED)
+
+
+@pytest.mark.parametrize("file", REFUSED)
+def test_the_plan_refuses_what_a_launch_cannot_carry(every_type, file):
+    config = load(every_type)
+    try:
+        launcher._launch_files(config, list(config.stages), str(FILES / file))
+        refused = []
+    except UserError as error:
+        _, *refused = str(error).splitlines()
+    assert {line.split(": ")[0].strip() for line in refused} == {f"stages.{name}" for name in REFUSED[file]}
+    for line in refused:
+        assert f"--accelerate-config is {FILES / file}" in line and "; use accelerate_configs/multi_gpu.yaml" in line
+
+
+def test_what_decides_beside_the_type(every_type):
+    """A parent's adapter that must be merged under ZeRO-3; a KL penalty under ZeRO-2; a stage's own file."""
+    file = str(FILES / "zero3.yaml")
+    full = load(every_type, ("stages.sft.lora=null", f"stages.sft.accelerate_config={file}"))
+    with pytest.raises(
+        UserError, match=r"stages.sft: stages.sft.accelerate_config is .*zero3.yaml: .* would be merged"
+    ):
+        launcher._launch_files(full, ["sft", "reward"], None)
+    with_kl = load(every_type, ("stages.grpo.training.beta=0.04", "stages.rloo.training.beta=0"))
+    assert launcher._launch_files(with_kl, ["rloo"], str(FILES / "zero2.yaml"))
+    with pytest.raises(UserError, match="grpo does not run under DeepSpeed ZeRO-2"):
+        launcher._launch_files(with_kl, ["grpo"], str(FILES / "zero2.yaml"))
+
+
+def test_a_deepspeed_file_of_its_own(every_type, tmp_path):
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 3}}')
+    file = tmp_path / "own.yaml"
+    file.write_text("distributed_type: DEEPSPEED\ndeepspeed_config: {deepspeed_config_file: ds.json}\n")
+    with pytest.raises(UserError, match="reward does not run under DeepSpeed ZeRO-3"):
+        launcher._launch_files(load(every_type), ["reward"], str(file))
+    for content, word in {"[1, 2]": "holds no mapping", "a: [": "cannot be read"}.items():
+        file.write_text(content)
+        with pytest.raises(UserError, match=f"--accelerate-config: .*own.yaml {word}"):
+            launcher._launch_files(load(every_type), ["reward"], str(file))
+
+
+@pytest.mark.parametrize(
+    ("environment", "kind"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "DeepSpeed ZeRO-3"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, "DeepSpeed ZeRO-2"),
+    ],
+)
+def test_a_stage_started_by_hand_refuses_it_too(parents, monkeypatch, environment, kind):
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(UserError, match=f"stages.dpo: dpo does not run under {kind}"):
+        run(parents / "tiny.yaml", "dpo")
 
 
 def test_under_deepspeed_ppo_has_four_models(parents, monkeypatch, capsys):
@@ -106,7 +184,7 @@ def test_under_deepspeed_ppo_has_four_models(parents, monkeypatch, capsys):
         return made["models"]
 
     monkeypatch.setattr(ppo, "separate_models", keep)
-    monkeypatch.setattr(ppo, "_launched_with", lambda what: what == "DEEPSPEED")
+    monkeypatch.setattr(sharding, "of_process", lambda: sharding.ZERO_2)
     centred = []
     init = ppo.CentredReward.__init__
     monkeypatch.setattr(ppo.CentredReward, "__init__", lambda self, *a: (init(self, *a), centred.append(self))[0])
@@ -118,30 +196,6 @@ def test_under_deepspeed_ppo_has_four_models(parents, monkeypatch, capsys):
     assert len({id(p) for model in models for p in model.parameters()}) == sum(
         len(list(model.parameters())) for model in models
     )
-
-
-@pytest.mark.parametrize(
-    ("plugins", "refused"),
-    [
-        ({"fsdp_plugin": object()}, True),
-        ({"deepspeed_plugin": SimpleNamespace(zero_stage=3)}, True),
-        ({"deepspeed_plugin": SimpleNamespace(zero_stage=2), "fsdp_plugin": None}, False),
-        ({}, False),
-    ],
-)
-def test_held_out_prompts_need_whole_weights(plugins, refused):
-    """A process that holds a part can neither sample by itself nor keep a copy of the best policy."""
-    stage = SimpleNamespace(type="grpo", on_alarm="warn", num_eval_prompts=1, eval_every=1)
-    ctx = SimpleNamespace(name="grpo", stage=stage, say=print, tokenizer=None)
-    callbacks = []
-    accelerator = SimpleNamespace(state=SimpleNamespace(**plugins))
-    watch = Watch(ctx, SimpleNamespace(accelerator=accelerator, add_callback=callbacks.append), {})
-    if refused:
-        with pytest.raises(UserError, match=r"stages.grpo.eval_data: the weights are split over the processes; leave"):
-            watch.hold_out([[1]], SimpleNamespace(batch_size=1), None, None)
-    else:
-        watch.hold_out([[1]], SimpleNamespace(batch_size=1), None, None)
-        assert len(callbacks) == 2
 
 
 def test_finite_weights():

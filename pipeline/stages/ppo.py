@@ -6,7 +6,6 @@ loop is TRL's, unmodified: the reward model it is given subtracts the baseline, 
 
 import contextlib
 import gc
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from torch import nn
 
-from pipeline import checks, scoring
+from pipeline import checks, scoring, sharding
 from pipeline.baselines import (
     Baseline,
     CentredReward,
@@ -108,10 +107,6 @@ def separate_models(loader: Loader, policy: Any, parent: Weights, reward: Weight
 
 def run(ctx: StageContext) -> Result:
     stage = ctx.stage
-    if _launched_with("FSDP"):
-        # PPOTrainer computes rewards and reference outside the wrapped model, where sharded weights are not gathered.
-        mend = "use accelerate_configs/multi_gpu.yaml (or zero2.yaml) for this stage"
-        raise UserError(f"PPO does not run under FSDP; {mend}")
     rows, eval_rows, datasets = ctx.rows()
     args = ctx.training_args(bf16=False, fp16=False, stop_token="eos", save_strategy="no")
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * PartialState().num_processes
@@ -123,7 +118,7 @@ def run(ctx: StageContext) -> Result:
     if stage.prompt_baseline not in ("none", "leave_one_out"):
         answers = answers_of(ctx, prompts, sampling(ctx, args))
     # DeepSpeed takes each model as a whole, and would place and cast the one behind several views several times.
-    shared = shares_backbone(ctx.config, ctx.name) and not _launched_with("DEEPSPEED")
+    shared = shares_backbone(ctx.config, ctx.name) and sharding.of_process() is None
     ctx.say(f"{ctx.name}: PPO starts from its first update (a run that was stopped in it starts it anew)")
     ctx.say(f"{ctx.name}: " + ("four views of one backbone" if shared else "four separate models"))
     parent, first = ctx.start(), prompts["input_ids"][:NUM_COMPARED]
@@ -156,11 +151,6 @@ def run(ctx: StageContext) -> Result:
         write_json(ctx.folder / "log_history.json", state.log_history)
     metrics |= {"updates": state.global_step, "episodes": state.episode} | first_and_last(state.log_history, METRICS)
     return Result(metrics, num_parameters(models.policy, models.value), datasets)
-
-
-def _launched_with(what: str) -> bool:
-    """Whether `accelerate launch` was told so; PartialState does not tell FSDP from DDP."""
-    return os.environ.get(f"ACCELERATE_USE_{what}", "false").lower() == "true"
 
 
 def _trainer(ctx: StageContext, args: Any, models: Models, prompts: Any) -> tuple[Any, CentredReward]:
