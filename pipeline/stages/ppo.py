@@ -142,6 +142,8 @@ def run(ctx: StageContext) -> Result:
     if eval_rows is not None:
         watch.hold_out(eval_rows["prompt_ids"][:], sampling(ctx, args), models.policy, models.reward)
     metrics = {"initial_kl": _train(ctx, trainer, models, first)} | watch.finish()
+    trained = [p for name, p in models.policy.named_parameters() if should_train(ctx, name)]
+    checks.finite_weights(ctx.name, trained)  # of the policy that is kept, which may be an earlier one
     state = trainer.state
     if PartialState().is_main_process:
         if stage.lora is not None:
@@ -240,7 +242,6 @@ def _train(ctx: StageContext, trainer: Any, models: Models, prompts: list[list[i
         trainer.train()
     for what, parameters in groups.items():
         checks.has_trained(before[what], parameters, f"{ctx.name}: {what}")
-    checks.finite_weights(ctx.name, groups["policy"])
     return kl
 
 
