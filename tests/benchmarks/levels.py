@@ -1,15 +1,31 @@
-"""Reward models whose network carries a level per prompt: r(x, y) + delta(x), learnt from r's own scores."""
+"""Reward models whose network carries a level per prompt: r(x, y) + delta(x), learnt from r's own scores.
 
+    python tests/benchmarks/levels.py CONFIG RUN_DIR --size 10
+
+puts such a reward model in the place of the one that the run's `reward` stage has put out, and prints how well it has
+learnt: of completions that it was not refitted on, the correlation of its scores with r's within prompts (`within`) and
+of what it adds per prompt with delta (`level`), and the SD of what it adds, in within-prompt SDs of r (`size`).
+"""
+
+import argparse
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from pipeline import manifest, scoring
+from pipeline import manifest, scoring, stage, tokenizers
+from pipeline.config import load
+from pipeline.context import StageContext
+from pipeline.data.encode import prompt_ids
+from pipeline.models import load_reward
+from pipeline.sampling import Sampling, completions
 
 Ids = list[int]  # token ids
 
@@ -17,6 +33,15 @@ Ids = list[int]  # token ids
 def within_sd(scores: Sequence[Sequence[float]]) -> float:
     """SD within prompts of scores given by prompt."""
     return float(np.sqrt(np.concatenate([np.var(group, ddof=1, keepdims=True) for group in scores]).mean()))
+
+
+def of_words(prompts: Sequence[str], seed: int) -> np.ndarray:
+    """delta(x) of each prompt: the sum of a normal number for each of its words, with mean 0 and SD 1 over prompts."""
+    words = [sorted(set(re.findall(r"\w+", prompt.lower()))) for prompt in prompts]
+    rng = np.random.default_rng(seed)
+    number = {word: rng.normal() for word in sorted({word for of_prompt in words for word in of_prompt})}
+    sums = np.array([sum(number[word] for word in of_prompt) for of_prompt in words])
+    return (sums - sums.mean()) / sums.std()
 
 
 def refit(
@@ -49,11 +74,9 @@ def refit(
     rng = np.random.default_rng(seed)
     model.eval()  # no dropout; the gradients are there all the same
     for _ in range(steps):
-        taken, rows, wanted = (
-            rng.choice(len(prompts), prompts_per_step, replace=len(prompts) < prompts_per_step),
-            [],
-            [],
-        )
+        taken = rng.choice(len(prompts), prompts_per_step, replace=len(prompts) < prompts_per_step)
+        rows: list[Ids] = []
+        wanted: list[torch.Tensor] = []
         for i in taken:
             for j in rng.choice(len(sequences[i]), completions_per_prompt, replace=False):
                 rows.append(sequences[i][j])
@@ -81,3 +104,73 @@ def install(run_dir: Path, stage: str, model: Any) -> None:
     files = manifest.checksums(run_dir, [folder])
     output = record.output.model_copy(update={"files": record.output.files | files})
     manifest.commit(run_dir, stage, record.model_copy(update={"output": output}))
+
+
+def learnt(before: Sequence[Sequence[float]], after: Sequence[Sequence[float]], delta: np.ndarray) -> dict[str, float]:
+    """How much of r and of delta is in the scores `after`, from those `before`, both by prompt."""
+    old, new = np.array(before), np.array(after)
+    within = [(scores - scores.mean(1, keepdims=True)).ravel() for scores in (old, new)]
+    added = new.mean(1) - old.mean(1)
+    return {
+        "within": float(np.corrcoef(*within)[0, 1]),
+        "level": float(np.corrcoef(added, delta)[0, 1]),
+        "size": float(added.std() / within_sd(before)),
+        "within_sd": within_sd(after) / within_sd(before),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config")
+    parser.add_argument("run_dir")
+    parser.add_argument("--size", type=float, required=True, help="SD of the level, in within-prompt SDs of the score")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--policies", nargs="+", default=["sft"], help="stages whose completions it is refitted on")
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    PartialState(cpu=True)
+    config = load(args.config, (f"run_dir={args.run_dir}", f"seed={args.seed}"))
+    tokenizer = tokenizers.open_saved(config.run_path / "tokenizer")
+    ctx = StageContext(config, "reward", tokenizer, "", stage._loader(config, tokenizer), "")
+    data = Path(config.resolve(config.data["prompts"].path))
+    texts = list(dict.fromkeys(json.loads(line)["prompt"] for line in data.read_text().splitlines()))
+    prompts = [prompt_ids(tokenizer, [{"role": "user", "content": text}]) for text in texts]
+    options = config.stages["ppo"].training if "ppo" in config.stages else {}
+    sampling = Sampling(options.get("temperature", 1.0), options.get("response_length", 48), 64, args.seed)
+    drawn: list[list[Ids]] = [[] for _ in prompts]
+    fresh: list[list[Ids]] = [[] for _ in prompts]
+    for policy in args.policies:
+        for number, of_prompt in enumerate(completions(ctx, policy, prompts, sampling, 6)):
+            drawn[number] += of_prompt[:4]
+            fresh[number] += of_prompt[4:]
+    reward = load_reward(ctx.loader, ctx.weights_of("reward"), trainable=True)
+    pad = tokenizer.pad_token_id
+
+    def scores_of(completions_of: list[list[Ids]]) -> list[list[float]]:
+        sequences = [p + ids for p, group in zip(prompts, completions_of, strict=True) for ids in group]
+        scores = iter(scoring.score(reward, sequences, pad, 64))
+        return [[next(scores) for _ in group] for group in completions_of]
+
+    before = scores_of(fresh)
+    delta = of_words(texts, args.seed)
+    levels = delta * args.size * within_sd(before)
+    refit(
+        reward,
+        prompts,
+        drawn,
+        levels,
+        pad,
+        steps=args.steps,
+        learning_rate=args.learning_rate,
+        prompts_per_step=16,
+        completions_per_prompt=4,
+    )
+    found = learnt(before, scores_of(fresh), delta)
+    install(config.run_path, "reward", reward)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -2,10 +2,16 @@
 
     python tests/benchmarks/shift.py --folder /tmp/shift --seeds 0 1 2 3 4
 
-For each seed the quickstart's chain is trained up to its reward model. To its score an offset per prompt is added,
-normal with an SD of 0, 1, 3 and 10 times the within-prompt SD that the chain's shift report found, and for each: PPO
-plain, with `sft_mean` and with `leave_one_out`, RLOO and GRPO, all of the same number of episodes; DPO, which sees no
-score, once. Every policy is judged by the quickstart's rubric against SFT on its held-out prompts.
+For each seed the quickstart's chain is trained up to its reward model. Its score is shifted per prompt in two ways:
+
+- added: an offset is added to the score, normal with an SD of 10 times the within-prompt SD that the chain's shift
+  report found. The value model, which starts from the reward model, knows nothing of it.
+- inside: the reward model itself is refitted to its own score and a level per prompt of the same SD (levels.py), so
+  that the value model starts with the level too. This is where the shift of a real reward model lies.
+
+Without a shift and with each of the two: PPO plain, with `sft_mean` and with `leave_one_out`, RLOO and GRPO, all of
+the same number of episodes; DPO, which sees no score, once. Every policy is judged by the quickstart's rubric against
+SFT on its held-out prompts.
 
 Two seeds run at a time with one thread each. It can be stopped and started again: finished stages are skipped, results
 are appended to `--results` as they come. `--report` draws the figure and prints the table of what is there so far.
@@ -14,6 +20,7 @@ are appended to `--results` as they come. `--report` draws the figure and prints
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +32,8 @@ from ruamel.yaml import YAML
 REPO = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).with_name("shift_results.jsonl")
 QUICKSTART = REPO / "configs" / "quickstart.yaml"
-SHIFTS = (0, 1, 3, 10)  # SDs of the offset, in within-prompt SDs
+SIZE = 10  # SD of the shift, in within-prompt SDs
+SHIFTS = {"none": "none", "added": f"{SIZE} SD added", "inside": f"{SIZE} SD inside"}
 NUM_COMPLETIONS = 4  # of a prompt: for the baselines, RLOO and GRPO
 METHODS = {
     "ppo": {"type": "ppo"},
@@ -55,58 +63,94 @@ def online_options(ppo: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def config(within_sd: float | None) -> dict[str, Any]:
-    """The quickstart's chain up to the reward model; with `within_sd` also the policies for every shift."""
+def config(shift: str, within_sd: float | None) -> dict[str, Any]:
+    """The quickstart's chain up to the reward model; with `within_sd` also the policies, for one kind of shift."""
     raw = YAML().load(QUICKSTART)
     stages = raw["stages"]
     ppo, dpo, evaluate = (stages.pop(name) for name in ("ppo", "dpo", "evaluate"))
     for data in raw["data"].values():
         data["path"] = str(QUICKSTART.parent / data["path"])
-    own = {
+    stages["shift"] = {
         "data": "heldout_prompts",
         "max_new_tokens": evaluate["max_new_tokens"],
         "batch_size": evaluate["batch_size"],
     }
-    stages["shift"] = own
-    stages["dpo"] = dpo
-    for shift in SHIFTS if within_sd is not None else ():
-        policies = {}
-        for method, options in METHODS.items():
-            training = dict(ppo["training"]) if options["type"] == "ppo" else online_options(ppo["training"])
-            same = {key: ppo[key] for key in ("init", "reward", "data")}
-            policies[f"{method}-s{shift}"] = same | options | {"added_shift": shift * within_sd, "training": training}
-        judged = {"type": "evaluate", "policies": [*policies, *(["dpo"] if shift == 0 else [])]}
-        stages |= policies | {f"evaluate-s{shift}": dict(evaluate) | judged}
+    if within_sd is None:
+        return raw | {"name": "shift"}
+    policies = {}
+    for method, options in METHODS.items():
+        training = dict(ppo["training"]) if options["type"] == "ppo" else online_options(ppo["training"])
+        same = {key: ppo[key] for key in ("init", "reward", "data")} | {"training": training}
+        offset = SIZE * within_sd if shift == "added" else 0.0
+        policies[f"{method}-{shift}"] = same | options | {"added_shift": offset}
+    if shift == "none":
+        policies["dpo"] = dpo
+    stages |= policies | {f"evaluate-{shift}": dict(evaluate) | {"type": "evaluate", "policies": [*policies]}}
     return raw | {"name": "shift"}
+
+
+class Seed:
+    """The runs of one seed: one for no shift and an added one, a copy of it for the shift inside the reward model."""
+
+    def __init__(self, folder: Path, seed: int):
+        self.seed, self.place = seed, folder / f"seed{seed}"
+        self.place.mkdir(parents=True, exist_ok=True)
+        (self.place / "quickstart").unlink(missing_ok=True)
+        (self.place / "quickstart").symlink_to(QUICKSTART.parent / "quickstart")  # the judge is looked up beside it
+
+    def _call(self, *command: str) -> str:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1"}
+        with (self.place / "log.txt").open("a") as log:
+            done = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, stderr=log, env=environment)
+            log.write(done.stdout.decode())
+        done.check_returncode()
+        return done.stdout.decode()
+
+    def run(self, shift: str, within_sd: float | None, until: str) -> dict[str, Any]:
+        """Run the chain for one kind of shift; returns the stages on record."""
+        path, run_dir = self.place / f"{shift}.yaml", self.place / ("inside" if shift == "inside" else "run")
+        with path.open("w") as file:
+            YAML().dump(config(shift, within_sd), file)
+        options = (f"run_dir={run_dir}", f"seed={self.seed}", "--until", until)
+        self._call("-m", "pipeline", "run", str(path), *options)
+        return json.loads((run_dir / "manifest.json").read_text())["stages"]
+
+    def refit(self) -> dict[str, float]:
+        """Make the run whose reward model has levels inside, from the one that has the chain; what it has learnt."""
+        learnt = self.place / "levels.json"
+        if not learnt.exists():
+            shutil.rmtree(self.place / "inside", ignore_errors=True)
+            shutil.copytree(self.place / "run", self.place / "inside")
+            script = str(Path(__file__).with_name("levels.py"))
+            command = (str(self.place / "none.yaml"), str(self.place / "inside"), "--size", str(SIZE))
+            said = self._call(script, *command, "--seed", str(self.seed))
+            learnt.write_text(said.splitlines()[-1])
+        return json.loads(learnt.read_text())
 
 
 def run_seed(folder: Path, seed: int, results: Path) -> None:
     """One seed's policies; appends a line per policy to `results`."""
-    place = folder / f"seed{seed}"
-    place.mkdir(parents=True, exist_ok=True)
-    (place / "quickstart").unlink(missing_ok=True)
-    (place / "quickstart").symlink_to(QUICKSTART.parent / "quickstart")  # the judge is looked up beside the config
-    path, manifest = place / "shift.yaml", place / "run" / "manifest.json"
-
-    def rlhf(within_sd: float | None, until: str) -> dict[str, Any]:
-        with path.open("w") as file:
-            YAML().dump(config(within_sd), file)
-        command = [sys.executable, "-m", "pipeline", "run", str(path), f"run_dir={place / 'run'}", f"seed={seed}"]
-        with (place / "log.txt").open("a") as log:
-            environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1"}
-            subprocess.run([*command, "--until", until], check=True, stdout=log, stderr=log, env=environment)
-        return json.loads(manifest.read_text())["stages"]
-
-    within_sd = rlhf(None, "shift")["shift"]["metrics"]["within_sd"]["value"]
-    rlhf(within_sd, "dpo")
+    runs = Seed(folder, seed)
+    within_sd = runs.run("none", None, "shift")["shift"]["metrics"]["within_sd"]["value"]
     for shift in SHIFTS:
-        stages = rlhf(within_sd, f"evaluate-s{shift}")
-        for policy, summary in stages[f"evaluate-s{shift}"]["metrics"]["policies"].items():
-            method = policy.removesuffix(f"-s{shift}")
+        learnt = runs.refit() if shift == "inside" else None
+        stages = runs.run(shift, within_sd, f"evaluate-{shift}")
+        report = stages["shift"]["metrics"]
+        measured = {"icc": report["icc"]["value"], "within_sd": report["within_sd"]["value"], "levels": learnt}
+        for policy, summary in stages[f"evaluate-{shift}"]["metrics"]["policies"].items():
+            method = policy.removesuffix(f"-{shift}")
             if method in LABELS:
-                line = {"seed": seed, "shift": shift, "method": method, "within_sd": within_sd} | summary
+                line = {"seed": seed, "shift": shift, "method": method} | measured | summary
                 line |= {"seconds": stages[policy]["duration"], "alarms": stages[policy]["metrics"].get("alarms", [])}
-                append(results, line)
+                append(results, line | {"explained_variance": explained_variance(runs.place, shift, policy)})
+
+
+def explained_variance(place: Path, shift: str, policy: str) -> list[float]:
+    """Of PPO's value model at the first and at the last update; nothing for other methods."""
+    folder = place / ("inside" if shift == "inside" else "run") / policy
+    history = json.loads((folder / "log_history.json").read_text())
+    found = [entry["value/explained_variance"] for entry in history if "value/explained_variance" in entry]
+    return [found[0], found[-1]] if found else []
 
 
 def append(results: Path, line: dict[str, Any]) -> None:

@@ -20,33 +20,42 @@ def mean_and_interval(values: Sequence[float]) -> tuple[float, float, float]:
     return mean, float(low), float(high)
 
 
-def report(results: list[dict[str, Any]], figure: Path, shifts: Sequence[int], labels: dict[str, str]) -> None:
-    """Print the table as markdown, and draw the figure."""
-    cells = {(line["method"], line["shift"]): [] for line in results}
+def report(results: list[dict[str, Any]], figure: Path, shifts: dict[str, str], labels: dict[str, str]) -> None:
+    """Print the table as markdown, and draw the figure. `shifts` and `labels` name the shifts and the methods."""
+    cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for line in results:
-        cells[line["method"], line["shift"]].append(line)
-    print(
-        "| method | shift (SD) | win rate against SFT | of its rate without shift | seeds better than SFT | KL (nats) |"
-    )
-    print("|---|---|---|---|---|---|")
+        cells.setdefault((line["method"], line["shift"]), []).append(line)
+    columns = ["method", "shift", "win rate against SFT", "of its rate without shift", "seeds better than SFT"]
+    columns += ["KL (nats)", "explained variance, first and last update"]
+    print(f"| {' | '.join(columns)} |")
+    print("|" + "---|" * len(columns))
     for method, label in labels.items():
-        for shift in shifts:
-            lines = cells.get((method, shift), [])
-            if not lines:
-                continue
-            mean, low, high = mean_and_interval([line[MEASURE][0] for line in lines])
-            start = np.mean([line[MEASURE][0] for line in cells.get((method, 0), lines)])
-            better = sum(line[MEASURE][1] > 0.5 for line in lines)
-            kl = np.mean([line["kl"] for line in lines])
-            size = "-" if method == "dpo" else f"{shift}"
-            print(
-                f"| {label} | {size} | {mean:.2f} [{low:.2f}, {high:.2f}] | {mean / start:.0%} "
-                f"| {better} of {len(lines)} | {kl:.1f} |"
-            )
+        for shift, shown in shifts.items():
+            if lines := cells.get((method, shift)):
+                without = cells.get((method, "none"), lines)
+                row = [label, "-" if method == "dpo" else shown, *_figures(lines, without)]
+                print(f"| {' | '.join(row)} |")
     _draw(cells, figure, shifts, labels)
 
 
-def _draw(cells: dict[Any, list[Any]], path: Path, shifts: Sequence[int], labels: dict[str, str]) -> None:
+def _figures(lines: list[dict[str, Any]], without: list[dict[str, Any]]) -> list[str]:
+    """What the table says of one method and shift, from a result per seed."""
+    mean, low, high = mean_and_interval([line[MEASURE][0] for line in lines])
+    start = np.mean([line[MEASURE][0] for line in without])
+    better = sum(line[MEASURE][1] > 0.5 for line in lines)
+    kl = np.mean([line["kl"] for line in lines])
+    explained = [line["explained_variance"] for line in lines if line["explained_variance"]]
+    first_and_last = " to ".join(f"{value:.2f}" for value in np.mean(explained, axis=0)) if explained else "-"
+    return [
+        f"{mean:.2f} [{low:.2f}, {high:.2f}]",
+        f"{mean / start:.0%}",
+        f"{better} of {len(lines)}",
+        f"{kl:.1f}",
+        first_and_last,
+    ]
+
+
+def _draw(cells: dict[Any, list[Any]], path: Path, shifts: dict[str, str], labels: dict[str, str]) -> None:
     drawn = Figure(figsize=(9, 4.5), layout="constrained")
     axes = drawn.add_subplot()
     axes.axhline(0.5, color="grey", linestyle=":", label="SFT")
@@ -58,13 +67,13 @@ def _draw(cells: dict[Any, list[Any]], path: Path, shifts: Sequence[int], labels
         if method == "dpo":
             axes.axhline(found[0, 0], color="black", linestyle="--", label=f"{label} (sees no score)")
             continue
-        places = np.array([shifts.index(shift) for shift in there]) + 0.06 * (number - 2)
+        places = np.array([list(shifts).index(shift) for shift in there]) + 0.08 * (number - 2)
         ends = [found[:, 0] - found[:, 1], found[:, 2] - found[:, 0]]
-        axes.errorbar(places, found[:, 0], yerr=ends, marker="o", capsize=3, label=label)
-    axes.set_xticks(range(len(shifts)), [str(shift) for shift in shifts])
-    axes.set_xlabel("SD of the offset added per prompt, in within-prompt SDs of the score")
+        axes.errorbar(places, found[:, 0], yerr=ends, marker="o", capsize=3, linestyle="none", label=label)
+    names = {"none": "no shift", "added": "10 SD added to the score", "inside": "10 SD inside the reward model"}
+    axes.set_xticks(range(len(shifts)), [names[shift] for shift in shifts])
     axes.set_ylabel("win rate against SFT (judge)")
-    axes.set_title("RL on a shifted score: mean over seeds, 95 % interval")
+    axes.set_title("RL on a score shifted per prompt: mean over seeds, 95 % interval")
     axes.set_ylim(0, 1)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     drawn.savefig(path, dpi=130)
