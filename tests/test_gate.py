@@ -385,6 +385,19 @@ def test_the_report_is_an_input_only_of_shrinkage(resolve):
         resolve(gate="off", **changes, **{"stages.ppo.baseline_shrinkage": True})
 
 
+def test_shrinkage_uses_the_icc_at_the_temperature_of_ppo(resolve):
+    shrunk = {"stages.ppo.prompt_baseline": "sft_mean", "stages.ppo.baseline_shrinkage": True}
+    sampled = {"stages.evaluate.temperature": 0.9, "stages.reward-shift.num_prompts": 3}
+    assert resolve(**shrunk).stages["reward-shift"].temperature == 0.7  # TRL's default for PPO
+    assert resolve(**shrunk, **sampled).stages["reward-shift"].temperature == 0.7
+    assert resolve(**sampled).stages["reward-shift"].temperature == 0.9
+    own = {"stages.reward-shift.temperature": 1.0}
+    assert resolve(**shrunk, **own, **{"stages.ppo.training.temperature": 1.0}).stages["ppo"].shift == "reward-shift"
+    wrong = "measures the ICC at temperature 1, PPO samples at 0.7; give stages.reward-shift `temperature: 0.7`"
+    with pytest.raises(UserError, match=wrong):
+        resolve(**shrunk, **own)
+
+
 def call(*args):
     return subprocess.run(command(*args), capture_output=True, text=True, timeout=800, cwd=ROOT)
 
