@@ -19,6 +19,7 @@ NOTICED = {
     "contradictory": "are a pair that occurs with both labels",
     "special_tokens": "hold special tokens in their text",
     "eos": "hold eos within a completion",
+    "no_bos": "do not begin with the BOS that the tokenizer puts before every text",
     "truncated": "lose the start of their prompt to {limit}",
     "longer_wins": "prefer the longer side",
 }
