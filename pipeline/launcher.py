@@ -128,7 +128,14 @@ def command(config: RunConfig, name: str, overrides: tuple[str, ...], accelerate
     launch = [sys.executable, "-u"]
     if accelerate_file is not None:
         launch += ["-m", "accelerate.commands.launch", "--config_file", accelerate_file]
+        if sharding.needs_gpu_id(accelerate_file):
+            launch += ["--gpu_ids", _first_gpu()]
     return [*launch, "-m", "pipeline.stage", str(config.source), name, *overrides]
+
+
+def _first_gpu() -> str:
+    """The first GPU that this process may see; empty for none."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
 
 
 def _run_stage(config: RunConfig, name: str, overrides: tuple[str, ...], launch: str | None, console: Console) -> None:
@@ -137,9 +144,10 @@ def _run_stage(config: RunConfig, name: str, overrides: tuple[str, ...], launch:
     argv = command(config, name, overrides, launch)
     streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     environment = os.environ | {LAUNCHER: str(os.getpid()), "TOKENIZERS_PARALLELISM": "false"}
+    environment["PYTHONSAFEPATH"] = "1"  # or `-m` would look for this package in the working directory first
     if launch is None:
         # One process on several GPUs would fall into torch's DataParallel, which no trainer here supports.
-        environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        environment["CUDA_VISIBLE_DEVICES"] = _first_gpu()
     process = subprocess.Popen(argv, env=environment, **streams)
     try:
         with log.open("a", buffering=1, encoding="utf-8") as file:

@@ -21,7 +21,7 @@ from pipeline.quiet import quieten_transformers  # isort: skip
 
 import torch
 import transformers
-from accelerate import PartialState
+from accelerate import DistributedType, PartialState
 from filelock import FileLock, Timeout
 
 from pipeline import checkpoints, gate, manifest, options, plan, sharding, tokenizers
@@ -65,8 +65,7 @@ def run(config: RunConfig, name: str) -> None:
         raise UserError(f"there is no stage {name!r} in {config.source}; it has {', '.join(config.stages)}")
     if fault := sharding.refusal(config, name, sharding.of_process()):
         raise UserError(f"stages.{name}: {fault}")
-    training = getattr(config.stages[name], "training", config.training)
-    state = _join_processes(training)
+    state = _join_processes(getattr(config.stages[name], "training", config.training))
     ignored = _forget_options(config.stages[name])
     if state.is_main_process:
         for message in ignored:
@@ -84,14 +83,28 @@ def run(config: RunConfig, name: str) -> None:
 def _join_processes(training: Options) -> PartialState:
     """Join the other processes of `accelerate launch`, on CPUs where there is no GPU or none is wanted.
 
-    accelerate starts several CPU processes but does not tell them so: each would run alone, as the only one.
+    accelerate starts several CPU processes but does not tell them so: each would run alone, as the only one. Whoever
+    joins first decides the backend and the timeout, so TRL's config class would come too late with them.
     """
     if training.get("use_cpu") or not torch.cuda.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    state = PartialState(cpu=os.environ.get("ACCELERATE_USE_CPU") == "true")
+    fields = transformers.TrainingArguments.__dataclass_fields__
+    seconds = training.get("ddp_timeout", fields["ddp_timeout"].default)
+    state = PartialState(
+        cpu=os.environ.get("ACCELERATE_USE_CPU") == "true",
+        backend=training.get("ddp_backend"),
+        timeout=datetime.timedelta(seconds=seconds),
+    )
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if state.num_processes != world_size:
         raise UserError(f"{world_size} processes were started, but only {state.num_processes} found each other")
+    num_gpus = torch.cuda.device_count() if state.device.type == "cuda" else 0
+    if state.distributed_type == DistributedType.NO and num_gpus > 1:
+        raise UserError(
+            f"one process sees {num_gpus} GPUs: torch's DataParallel would make every batch {num_gpus} times as large. "
+            "Set CUDA_VISIBLE_DEVICES to one of them, e.g. CUDA_VISIBLE_DEVICES=0, or start a process for each with "
+            "`accelerate launch --config_file accelerate_configs/multi_gpu.yaml`"
+        )
     return state
 
 
