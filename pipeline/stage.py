@@ -28,7 +28,7 @@ from pipeline import checkpoints, gate, manifest, options, plan, sharding, token
 from pipeline.config import load
 from pipeline.context import Result, StageContext, same_everywhere
 from pipeline.errors import UserError
-from pipeline.launcher import LAUNCHER
+from pipeline.launcher import LAUNCHER, REDO
 from pipeline.lineage import output_folder, place_of
 from pipeline.manifest import Output, Record
 from pipeline.models import Loader
@@ -146,6 +146,8 @@ def _prepare(config: RunConfig, name: str) -> plan.Identity | UserError | None:
             print(f"{name}: gate: {verdict}", flush=True)
         identity = plan.identify(config, name, recorded)  # before anything is dropped: it may not be readable
         folder = config.run_path / name / "checkpoints"
+        if os.environ.get(REDO):
+            shutil.rmtree(folder, ignore_errors=True)
         checkpoints.check_processes(folder, name, identity.digest(), PartialState().num_processes)
         manifest.drop(config.run_path, [name, *plan.descendants(config, name)])
         return identity
