@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from pipeline import basemodel
 from pipeline.data.audit import Audit
 from pipeline.errors import UserError, reason_of
 from pipeline.options import effective
@@ -43,7 +44,7 @@ def _architecture(config: RunConfig) -> Any:
     model = config.model
     if model.scratch:
         return AutoConfig.for_model(**model.scratch.architecture)
-    options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    options = {"revision": basemodel.revision_of(config), "trust_remote_code": model.trust_remote_code}
     try:
         return AutoConfig.from_pretrained(config.resolve(model.path), **options)
     except (OSError, ValueError) as error:

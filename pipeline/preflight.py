@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline import positions, scoring
+from pipeline import basemodel, positions, scoring
 from pipeline.data.audit import Audit
 from pipeline.data.prepare import Datasets
 from pipeline.data.stream import TextStream
@@ -123,7 +123,7 @@ def _parameters(config: RunConfig, stage: TrainingStage, tokenizer: Any) -> dict
                 model = from_scratch(base.scratch.architecture, tokenizer, "float32", seed=0)
             else:
                 where = f"model.path: no model at {base.path!r}"
-                options = {"revision": base.revision, "trust_remote_code": base.trust_remote_code}
+                options = {"revision": basemodel.revision_of(config), "trust_remote_code": base.trust_remote_code}
                 architecture = AutoConfig.from_pretrained(config.resolve(base.path), **options)
                 model = AutoModelForCausalLM.from_config(
                     architecture, dtype=torch.float32, trust_remote_code=base.trust_remote_code

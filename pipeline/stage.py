@@ -24,7 +24,7 @@ import transformers
 from accelerate import DistributedType, PartialState
 from filelock import FileLock, Timeout
 
-from pipeline import checkpoints, gate, manifest, options, plan, sharding, tokenizers
+from pipeline import basemodel, checkpoints, gate, manifest, options, plan, sharding, tokenizers
 from pipeline.config import load
 from pipeline.context import Result, StageContext, same_everywhere
 from pipeline.errors import UserError
@@ -213,6 +213,7 @@ def _finish(ctx: StageContext, identity: plan.Identity, result: Result, started:
 def _loader(config: RunConfig, tokenizer: Any) -> Loader:
     base = config.resolve(config.model.path) if config.model.path else ""
     options = config.model.model_dump(exclude={"path", "scratch"}) | {"quantization": config.quantization}
+    options["revision"] = basemodel.revision_of(config)
     return Loader(base, **options, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
 
 

@@ -8,6 +8,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from pipeline import basemodel
 from pipeline.data import sources
 from pipeline.data.joints import begins_with
 from pipeline.errors import UserError, reason_of
@@ -79,7 +80,7 @@ def build(config: RunConfig) -> Any:
     if base.scratch:
         tokenizer = _train(config)
     else:
-        options = {"revision": base.revision, "trust_remote_code": base.trust_remote_code}
+        options = {"revision": basemodel.revision_of(config), "trust_remote_code": base.trust_remote_code}
         try:
             tokenizer = AutoTokenizer.from_pretrained(config.resolve(base.path), **options)
         except (OSError, ValueError) as error:
