@@ -45,8 +45,17 @@ def commit_of(config: RunConfig, recorded: Manifest | None) -> str | None:
     try:
         file = cached_file(model.path, "config.json", revision=model.revision)
     except OSError as error:
-        raise UserError(f"model.path: no model at {model.path!r}: {reason_of(error)}") from None
+        raise unreadable(config, "model", error) from None
     return extract_commit_hash(file, None)
+
+
+def unreadable(config: RunConfig, what: str, error: Exception) -> UserError:
+    """What to say where the base's `what` (model or tokenizer) cannot be loaded."""
+    if "trust_remote_code" in str(error):
+        seen = f"{config.model.path!r} has code of its own, which is run with your consent only"
+        mend = "look at its .py files, then set model.trust_remote_code to true"
+        return UserError(f"model.trust_remote_code: {seen}; {mend}")
+    return UserError(f"model.path: no {what} at {config.model.path!r}: {reason_of(error)}")
 
 
 def revision_of(config: RunConfig) -> str | None:

@@ -190,7 +190,7 @@ def tokenizer_of(config: RunConfig, recorded: Manifest) -> tuple[Any, TokenizerR
     """
     source, saved, old = _tokenizer_source(config), config.run_path / "tokenizer", recorded.tokenizer
     if old and old.source == source and saved.is_dir():
-        return tokenizers.open_saved(saved), old
+        return tokenizers.open_saved(saved, config.model.trust_remote_code), old
     tokenizer = tokenizers.build(config)
     made = TokenizerRecord(
         source=source,

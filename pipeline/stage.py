@@ -157,7 +157,7 @@ def _prepare(config: RunConfig, name: str) -> plan.Identity | UserError | None:
 
 def _execute(config: RunConfig, name: str, identity: plan.Identity, state: PartialState) -> None:
     started = time.time()
-    tokenizer = tokenizers.open_saved(config.run_path / "tokenizer")
+    tokenizer = tokenizers.open_saved(config.run_path / "tokenizer", config.model.trust_remote_code)
     key = tokenizers.fingerprint(tokenizer)
     _same_tokenizer(config, name, key)
     ctx = StageContext(config, name, tokenizer, key, _loader(config, tokenizer), identity.digest())
@@ -226,7 +226,8 @@ def _same_tokenizer(config: RunConfig, name: str, key: str) -> None:
         if not isinstance(config.stages[parent], TrainingStage):
             continue  # a report has no tokenizer
         folder = config.run_path / output_folder(parent)
-        if tokenizers.fingerprint(tokenizers.open_saved(folder)) != key:
+        carried = tokenizers.open_saved(folder, config.model.trust_remote_code)
+        if tokenizers.fingerprint(carried) != key:
             raise UserError(f"{folder} holds another tokenizer than the run's; {name!r} cannot use it. {mend}")
 
 

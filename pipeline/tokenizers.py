@@ -84,7 +84,7 @@ def build(config: RunConfig) -> Any:
         try:
             tokenizer = AutoTokenizer.from_pretrained(config.resolve(base.path), **options)
         except (OSError, ValueError) as error:
-            raise UserError(f"model.path: no tokenizer at {base.path!r}: {reason_of(error)}") from None
+            raise basemodel.unreadable(config, "tokenizer", error) from None
     vocabulary = tokenizer.get_vocab()
     for field, token in settings.model_dump(include={"eos_token", "pad_token"}, exclude_none=True).items():
         if token not in vocabulary:
@@ -108,10 +108,10 @@ def build(config: RunConfig) -> Any:
     return tokenizer
 
 
-def open_saved(folder: Path) -> Any:
+def open_saved(folder: Path, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a run folder or of an output."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: holds no tokenizer that can be read ({reason_of(error)}); restore it") from None
     tokenizer.padding_side = "left"  # not kept by every tokenizer class; policies generate from the right end
