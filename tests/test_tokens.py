@@ -129,17 +129,15 @@ def test_prompts_in_sft_are_those_that_rl_samples_from(tmp_path, kind, template)
     assert len(found) == len(turns) == 3
     for turn, (start, ids) in zip(turns, found, strict=True):
         text = tokenizer.apply_chat_template(TURNS[:turn], add_generation_prompt=True, tokenize=False)
-        if template == "verbatim" and turn > 2:  # nothing stands between the turns that a policy could stop before
-            continue
         assert row["input_ids"][:start] == sampled_from(tokenizer, TURNS[:turn]) == prompt_ids(tokenizer, TURNS[:turn])
         assert joints.token_ids(tokenizer, [text]) == [row["input_ids"][:start]]
         assert ids[-1] == tokenizer.eos_token_id
+    assert made.prepare("sft", "data").audit.noticed["other_tokens"].count == 0
     (pair,) = made.prepare("reward", "data").rows
     (prompt,) = made.prepare("ppo", "data").rows
     start, ids = found[-1]
-    if template != "verbatim":
-        assert pair["prompt_ids"] == prompt["prompt_ids"] == row["input_ids"][:start]
-        assert pair["chosen_ids"] == ids
+    assert pair["prompt_ids"] == prompt["prompt_ids"] == row["input_ids"][:start]
+    assert pair["chosen_ids"] == ids
     if template == "plain":  # no space more than the tokenizer makes of the text
         whole = tokenizer.apply_chat_template([*TURNS, ANSWER], tokenize=False)
         assert row["input_ids"] == [*joints.token_ids(tokenizer, [whole.rpartition("</s>")[0]])[0], 2]
@@ -154,6 +152,14 @@ def test_an_answer_after_a_space_follows_the_prompts_own_tokens(tmp_path, kind):
     assert pair["prompt_ids"] == sampled_from(made.tokenizer, TURNS)
     text = made.tokenizer.decode(pair["prompt_ids"] + pair["chosen_ids"])
     assert text.endswith(f"A: {ANSWER['content']}</s>")
+
+
+@pytest.mark.parametrize("kind", SENTENCEPIECE)
+@pytest.mark.parametrize(("header", "count"), [("space", 1), ("letter", 0)])
+def test_earlier_answers_in_other_tokens_are_counted(tmp_path, kind, header, count):
+    """After a header that ends with a space an answer begins without one; in a later prompt the two are one token."""
+    audit = read(make(tmp_path, kind, **own_template(tmp_path, HEADERS[header]))).prepare("sft", "data").audit
+    assert audit.noticed["other_tokens"].count == count
 
 
 @pytest.mark.parametrize("kind", SENTENCEPIECE)

@@ -123,8 +123,27 @@ def encode_rows(tokenizer: Any, rows: list[Row], want: str) -> list[Row | RowFau
     if want == "demonstrations":
         answers = [[*row["prompt"], {"role": "assistant", "content": row["completion"]}] for row in rows]
         found = encode_dialogues(tokenizer, answers)
-        return [e if isinstance(e, RowFault) else {"input_ids": e[0], "completion_mask": e[1]} for e in found]
+        encoded = [e if isinstance(e, RowFault) else {"input_ids": e[0], "completion_mask": e[1]} for e in found]
+        _mark_other_tokens(tokenizer, rows, encoded)
+        return encoded
     return _encode_comparisons(tokenizer, rows)
+
+
+def _mark_other_tokens(tokenizer: Any, rows: list[Row], encoded: list[Row | RowFault]) -> None:
+    """Set `_other_tokens` where the last answer follows other tokens than a policy would be sampled from.
+
+    An earlier answer has the tokens that follow its own prompt. As part of a later prompt it is encoded with what is
+    around it, which may join its ends to that; where the template writes no eos, it does not end with one there.
+    """
+    several = []
+    for row, ids in zip(rows, encoded, strict=True):
+        if not isinstance(ids, RowFault) and any(message["role"] == "assistant" for message in row["prompt"]):
+            several.append((row["prompt"], ids))
+    texts = _render(tokenizer, [prompt for prompt, _ in several], add_generation_prompt=True)
+    for (_, ids), sampled_from in zip(several, token_ids(tokenizer, texts), strict=True):
+        mask = ids["completion_mask"]
+        start = len(mask) - mask[::-1].index(0)
+        ids["_other_tokens"] = int(ids["input_ids"][:start] != sampled_from)
 
 
 def _encode_texts(tokenizer: Any, texts: list[str]) -> list[list[int]]:

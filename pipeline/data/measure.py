@@ -125,7 +125,7 @@ class Measure:
         if self.tokenizer is None:
             return Features({"_fault": Value("int8"), "_why": Value("string"), "_key": Value("uint64")})
         types = dict.fromkeys(("_key", "_digest", "_pair"), Value("uint64")) | {"_why": Value("string")}
-        types |= dict.fromkeys(("_fault", "_special_tokens", "_eos", "_no_bos"), Value("int8"))
+        types |= dict.fromkeys(("_fault", "_special_tokens", "_eos", "_no_bos", "_other_tokens"), Value("int8"))
         types["_truncated"] = Value("int32")
         types |= {f"_{name}": Value("int32") for name in LENGTHS[self.want]}
         types |= {name: List(Value("int8" if name.endswith("mask") else "int32")) for name in IDS[self.want]}
