@@ -6,8 +6,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from transformers.utils.hub import cached_file, extract_commit_hash
+
 from pipeline import manifest
 from pipeline.data import sources
+from pipeline.errors import UserError, reason_of
+from pipeline.manifest import Manifest
 from pipeline.schema import RunConfig
 
 _FILES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".py")
@@ -22,6 +26,44 @@ def digest_of(config: RunConfig) -> str:
     files = sorted(file for file in where.iterdir() if file.suffix in _FILES)
     with ThreadPoolExecutor() as pool:
         return manifest.digest(list(zip([file.name for file in files], pool.map(_weights_digest, files), strict=True)))
+
+
+def commit_of(config: RunConfig, recorded: Manifest | None) -> str | None:
+    """The commit of the hub model that the run has used since its first stage; before that the newest of its revision.
+
+    None of a folder, and of a model from scratch.
+
+    Raises:
+        UserError: if the hub, and its cache, have no such model.
+    """
+    model = config.model
+    if not model.path or Path(config.resolve(model.path)).is_dir():
+        return None
+    known = {} if recorded is None else recorded.model
+    if known.get("commit") and (known["path"], known["revision"]) == (model.path, model.revision):
+        return known["commit"]
+    try:
+        file = cached_file(model.path, "config.json", revision=model.revision)
+    except OSError as error:
+        raise unreadable(config, "model", error) from None
+    return extract_commit_hash(file, None)
+
+
+def unreadable(config: RunConfig, what: str, error: Exception) -> UserError:
+    """What to say where the base's `what` (model or tokenizer) cannot be loaded."""
+    if "trust_remote_code" in str(error):
+        seen = f"{config.model.path!r} has code of its own, which is run with your consent only"
+        mend = "look at its .py files, then set model.trust_remote_code to true"
+        return UserError(f"model.trust_remote_code: {seen}; {mend}")
+    return UserError(f"model.path: no {what} at {config.model.path!r}: {reason_of(error)}")
+
+
+def revision_of(config: RunConfig) -> str | None:
+    """What to load the base model by: the commit that the run has used so far, else the config's revision."""
+    recorded = manifest.read(config.run_path)
+    if recorded is None or "commit" not in recorded.model:
+        return config.model.revision
+    return commit_of(config, recorded) or config.model.revision
 
 
 def _weights_digest(file: Path) -> str:

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from pipeline import plan, preflight
 from pipeline.data.audit import Audit, Finding
+from pipeline.data.joints import begins_with
 from pipeline.data.messages import Row
 from pipeline.data.prepare import Datasets
 from pipeline.errors import UserError, all_of, unknown
@@ -43,12 +44,29 @@ def run(config: RunConfig, stages: list[str], sample: int, console: Console) -> 
         except UserError as error:
             problems.append(f"stages.{name}: {error}")
     tables(audits, config.checks.model_dump(), console)
+    console.print(escape(_start_of_rows(tokenizer, audits)), soft_wrap=True)
     for name, roles in audits.items() if sample else ():
         for role, audit in roles.items():
             show_rows(read, name, role, audit, sample, console)
     problems += [f"stages.{name}: {fault}" for name, fault in _faults(config, audits)]
     if problems:
         raise all_of(config.source, "dataset", "cannot be used", problems)
+
+
+def _start_of_rows(tokenizer: Any, audits: dict[str, dict[str, Audit]]) -> str:
+    """Whether rows begin with BOS, as texts did when the model was trained."""
+    if begins_with(tokenizer) is None:
+        return "Rows begin without BOS: the tokenizer puts none before a text."
+    bos = tokenizer.bos_token
+    without = [name for name, roles in audits.items() if any(_lacks_bos(audit) for audit in roles.values())]
+    if not without:
+        return f"Rows begin with BOS ({bos!r}), which the tokenizer puts before every text."
+    seen = f"Rows of {', '.join(without)} begin without BOS, but the tokenizer puts {bos!r} before every text"
+    return f"{seen}: let the chat template begin with bos_token, or set tokenizer.chat_template to a built-in one."
+
+
+def _lacks_bos(audit: Audit) -> bool:
+    return "no_bos" in audit.noticed and audit.noticed["no_bos"].count > 0
 
 
 def _faults(config: RunConfig, audits: dict[str, dict[str, Audit]]) -> Iterable[tuple[str, str]]:

@@ -1,5 +1,6 @@
 """The config file as it was written: every key with its line, and the command line's overrides laid over it."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +45,14 @@ class Document:
         keys = self._keys(key.split("."))
         node = self.raw
         for part in keys[:-1]:
-            if node.get(part) is None:
-                node[part] = {}
-            node = node[part]
-            if not isinstance(node, dict):
+            section = node.get(part)
+            if section is None:
+                section = {}
+            if not isinstance(section, dict):
                 raise UserError(f"override {override!r}: {part!r} holds a value, not a section")
+            # A section with an anchor is one object in all places that name it; the override is of this place alone.
+            node[part] = copy.copy(section)
+            node = node[part]
         try:
             node[keys[-1]] = YAML(typ="safe").load(text)
         except YAMLError:

@@ -105,5 +105,6 @@ def save_adapter(ctx: StageContext, model: Any, state: dict[str, Any] | None = N
     """Save the adapter alone; its config names its base: a hub id or a folder, one of the run relative to it."""
     full = place_of(ctx.config, ctx.name).full
     model.peft_config["default"].base_model_name_or_path = f"../../{full}" if full else ctx.loader.base
+    model.peft_config["default"].revision = None if full else ctx.loader.revision
     model.save_pretrained(ctx.new_output, selected_adapters=["default"], state_dict=state, save_embedding_layers=False)
     (ctx.new_output / "README.md").unlink(missing_ok=True)  # PEFT's model card template, to be filled in by hand

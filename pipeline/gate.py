@@ -92,17 +92,24 @@ def _reward(name: str, record: Record, report: Record | None, limits: GateLimits
         unmeasured = "Add a stage of type shift, or a stage of type evaluate whose prompts it can use"
         return [*found, Verdict(name, "shift report", None, "there is none", unmeasured)]
     spread, length = report.metrics["within_sd"], report.metrics["length_correlation"]
+    more = "The report needs two prompts at least; an interval is over prompts"
     if limits.within_sd is not None and spread is not None:
-        reached = spread["value"] if spread["high"] is None else spread["high"]
-        seen = f"{_figure(spread)} log-odds; its interval must reach {limits.within_sd:g}"
-        mend = f"Completions of one prompt all score alike, so RL has no signal: {MORE_DATA}"
-        found.append(Verdict(name, "within-prompt SD", reached >= limits.within_sd, seen, mend))
+        if spread["high"] is None:
+            found.append(Verdict(name, "within-prompt SD", None, f"{_figure(spread)} has no interval", more))
+        else:
+            seen = f"{_figure(spread)} log-odds; its interval must reach {limits.within_sd:g}"
+            mend = f"Completions of one prompt all score alike, so RL has no signal: {MORE_DATA}"
+            found.append(Verdict(name, "within-prompt SD", spread["high"] >= limits.within_sd, seen, mend))
     if limits.length_correlation is not None and length is not None:
-        ends = [abs(end) for end in (length["low"], length["high"]) if end is not None] or [abs(length["value"])]
-        nearest = 0.0 if length["low"] is not None and length["low"] < 0 < length["high"] else min(ends)
-        seen = f"{_figure(length)} within prompts; its interval must reach below {limits.length_correlation:g}"
-        mend = (
-            "The score tracks length, and RL would too: balance the lengths of chosen and rejected (`rlhf check-data`)"
-        )
-        found.append(Verdict(name, "score and length", nearest < limits.length_correlation, seen, mend))
+        if length["low"] is None:  # two completions of one prompt always correlate by 1
+            found.append(Verdict(name, "score and length", None, f"{_figure(length)} has no interval", more))
+        else:
+            crosses = length["low"] < 0 < length["high"]
+            nearest = 0.0 if crosses else min(abs(length["low"]), abs(length["high"]))
+            seen = f"{_figure(length)} within prompts; its interval must reach below {limits.length_correlation:g}"
+            mend = (
+                "The score tracks length, and RL would too: balance the lengths of chosen and rejected "
+                "(`rlhf check-data`)"
+            )
+            found.append(Verdict(name, "score and length", nearest < limits.length_correlation, seen, mend))
     return found

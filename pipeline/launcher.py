@@ -16,6 +16,7 @@ from pipeline.errors import StageFailed, UserError, all_of, unknown
 from pipeline.schema import RunConfig, parents, waits_for
 
 LAUNCHER = "RLHF_LAUNCHER_PID"  # stages watch this process and end with it
+REDO = "RLHF_REDO"  # set for a stage that is to begin anew, whatever checkpoints it has
 NUM_LOG_LINES = 20
 
 
@@ -55,6 +56,11 @@ def run(
         StageFailed: if a stage's process failed.
     """
     selected = select(config, until, only, redo)
+    for name in redo:
+        if name not in selected:
+            option = f"--only {only}" if only else f"--until {until}"
+            wrong = f"{name!r} would lose its record and not run, since {option} is about {', '.join(selected)} alone"
+            raise UserError(f"--redo {name}: {wrong}; leave out one of the two")
     recorded, decisions = _decide(config, redo)
     pending = [decision.stage for decision in decisions if decision.run and decision.stage in selected]
     _check_parents(config, decisions, selected)
@@ -69,7 +75,7 @@ def run(
         kind = config.stages[name].type
         title = f"{number}/{len(pending)}  {name}" + (f" ({kind})" if kind != name else "")
         console.print(Rule(title, align="left", style="bold cyan"))
-        _run_stage(config, name, overrides, launch_files[name], console)
+        _run_stage(config, name, overrides, launch_files[name], name in redo, console)
     report.shift_table(plan.open_run(config), console)
     report.result_table(plan.open_run(config), console)
     console.print(
@@ -128,18 +134,30 @@ def command(config: RunConfig, name: str, overrides: tuple[str, ...], accelerate
     launch = [sys.executable, "-u"]
     if accelerate_file is not None:
         launch += ["-m", "accelerate.commands.launch", "--config_file", accelerate_file]
+        if sharding.needs_gpu_id(accelerate_file):
+            launch += ["--gpu_ids", _first_gpu()]
     return [*launch, "-m", "pipeline.stage", str(config.source), name, *overrides]
 
 
-def _run_stage(config: RunConfig, name: str, overrides: tuple[str, ...], launch: str | None, console: Console) -> None:
+def _first_gpu() -> str:
+    """The first GPU that this process may see; empty for none."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+
+
+def _run_stage(
+    config: RunConfig, name: str, overrides: tuple[str, ...], launch: str | None, redo: bool, console: Console
+) -> None:
     log = config.run_path / name / "log.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
     argv = command(config, name, overrides, launch)
     streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     environment = os.environ | {LAUNCHER: str(os.getpid()), "TOKENIZERS_PARALLELISM": "false"}
+    environment["PYTHONSAFEPATH"] = "1"  # or `-m` would look for this package in the working directory first
+    if redo:
+        environment[REDO] = "true"
     if launch is None:
         # One process on several GPUs would fall into torch's DataParallel, which no trainer here supports.
-        environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        environment["CUDA_VISIBLE_DEVICES"] = _first_gpu()
     process = subprocess.Popen(argv, env=environment, **streams)
     try:
         with log.open("a", buffering=1, encoding="utf-8") as file:

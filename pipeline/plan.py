@@ -71,9 +71,11 @@ def _data_inputs(config: RunConfig, name: str, read: Datasets) -> dict[str, str]
         if trained_on and (removed := read.removed(dataset)):
             inputs[f"{role}: held-out prompts in it"] = removed
     for field, reference in functions(stage):
-        file = scoring.source_of(reference, config.folder, f"stages.{name}.{field}")
-        if file is not None:
-            inputs[f"function {reference}"] = manifest.file_digest(file)
+        files = scoring.sources_of(reference, config.folder, f"stages.{name}.{field}")
+        if len(files) == 1:
+            inputs[f"function {reference}"] = manifest.file_digest(files[0])
+        elif files:
+            inputs[f"function {reference}"] = digest(sorted([file.name, manifest.file_digest(file)] for file in files))
     return inputs
 
 
@@ -188,7 +190,7 @@ def tokenizer_of(config: RunConfig, recorded: Manifest) -> tuple[Any, TokenizerR
     """
     source, saved, old = _tokenizer_source(config), config.run_path / "tokenizer", recorded.tokenizer
     if old and old.source == source and saved.is_dir():
-        return tokenizers.open_saved(saved), old
+        return tokenizers.open_saved(saved, config.model.trust_remote_code), old
     tokenizer = tokenizers.build(config)
     made = TokenizerRecord(
         source=source,
@@ -212,14 +214,15 @@ def prepare_run(config: RunConfig) -> Manifest:
     recorded = open_run(config)
     tokenizer, made = tokenizer_of(config, recorded)
     saved = config.run_path / "tokenizer"
-    if recorded.tokenizer == made and saved.is_dir():
-        return recorded
-    try:
-        tokenizer.save_pretrained(saved)
-    except OSError as error:
-        raise UserError(f"run_dir: cannot write to {config.run_path}: {error.strerror}") from None
     # The base's folder as it is here: whoever loads an output from the run folder does not know the config's place.
     path = config.model.path and config.resolve(config.model.path)
     model = config.model.model_dump(mode="json", exclude={"scratch"}) | {"path": path}
     model["quantization"] = config.quantization
+    model["commit"] = basemodel.commit_of(config, recorded)  # later stages load the same, whatever the hub has then
+    if recorded.tokenizer == made and saved.is_dir():
+        return recorded if recorded.model == model else manifest.update(config.run_path, config.name, model=model)
+    try:
+        tokenizer.save_pretrained(saved)
+    except OSError as error:
+        raise UserError(f"run_dir: cannot write to {config.run_path}: {error.strerror}") from None
     return manifest.update(config.run_path, config.name, tokenizer=made, model=model)

@@ -5,8 +5,9 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from pipeline import basemodel
 from pipeline.data.audit import Audit
-from pipeline.errors import UserError, reason_of
+from pipeline.errors import UserError
 from pipeline.options import effective
 from pipeline.schema import RunConfig
 
@@ -29,7 +30,7 @@ def check(config: RunConfig, name: str, audits: Mapping[str, Audit]) -> None:
     Raises:
         UserError: with the length, the limit and the option to lower.
     """
-    positions = getattr(_architecture(config).get_text_config(), "max_position_embeddings", None)
+    positions = getattr(architecture(config).get_text_config(), "max_position_embeddings", None)
     if not isinstance(positions, int) or positions <= 0:
         return
     for audit in audits.values():
@@ -39,15 +40,20 @@ def check(config: RunConfig, name: str, audits: Mapping[str, Audit]) -> None:
             raise UserError(f"{audit.dataset}: {seen}; {mend}")
 
 
-def _architecture(config: RunConfig) -> Any:
+def architecture(config: RunConfig) -> Any:
+    """The config of the run's base model.
+
+    Raises:
+        UserError: if there is none, or it needs code that may not run.
+    """
     model = config.model
     if model.scratch:
         return AutoConfig.for_model(**model.scratch.architecture)
-    options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    options = {"revision": basemodel.revision_of(config), "trust_remote_code": model.trust_remote_code}
     try:
         return AutoConfig.from_pretrained(config.resolve(model.path), **options)
     except (OSError, ValueError) as error:
-        raise UserError(f"model.path: no model at {model.path!r}: {reason_of(error)}") from None
+        raise basemodel.unreadable(config, "model", error) from None
 
 
 def _longest(stage: Any, audit: Audit) -> tuple[int, str, str]:

@@ -8,9 +8,9 @@ import torch
 from accelerate import init_empty_weights
 from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from pipeline import positions, scoring
+from pipeline import basemodel, positions, scoring
 from pipeline.data.audit import Audit
 from pipeline.data.prepare import Datasets
 from pipeline.data.stream import TextStream
@@ -18,6 +18,9 @@ from pipeline.errors import UserError, all_of, reason_of
 from pipeline.models import from_scratch, lora_config, num_parameters
 from pipeline.options import effective
 from pipeline.schema import RunConfig, TrainingStage, datasets, functions
+
+# What transformers and PEFT raise at a model or at options that they cannot take.
+_ERRORS = (OSError, KeyError, ValueError, TypeError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ def check(config: RunConfig, names: list[str], tokenizer: Any, key: str) -> dict
     Raises:
         UserError: with one line for each stage that could not run.
     """
+    if config.model.path:
+        positions.architecture(config)  # or every stage would say the same of it
     problems: list[str] = []
     facts: dict[str, Facts] = {}
     read = Datasets(config, tokenizer, key)
@@ -116,23 +121,44 @@ def _steps(stage: TrainingStage, found: Audit) -> int:
 
 def _parameters(config: RunConfig, stage: TrainingStage, tokenizer: Any) -> dict[str, int]:
     """Trainable and total parameters, counted on a model without memory. A reward model adds its score head."""
-    base, where = config.model, "model.scratch.architecture"
     with init_empty_weights(include_buffers=False):
+        model = _model(config, tokenizer)
+        if stage.type == "reward":
+            _has_score_head(config, model)
+        model.tie_weights()
         try:
-            if base.scratch:
-                model = from_scratch(base.scratch.architecture, tokenizer, "float32", seed=0)
-            else:
-                where = f"model.path: no model at {base.path!r}"
-                options = {"revision": base.revision, "trust_remote_code": base.trust_remote_code}
-                architecture = AutoConfig.from_pretrained(config.resolve(base.path), **options)
-                model = AutoModelForCausalLM.from_config(
-                    architecture, dtype=torch.float32, trust_remote_code=base.trust_remote_code
-                )
-            model.tie_weights()
-            where = "lora"
             if stage.lora is not None:
                 model = get_peft_model(model, lora_config(stage.lora, "CAUSAL_LM"))
                 _only_linear(model)
-        except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{where}: {reason_of(error)}") from None
+        except _ERRORS as error:
+            raise UserError(f"lora: {reason_of(error)}") from None
     return num_parameters(model)
+
+
+def _model(config: RunConfig, tokenizer: Any) -> Any:
+    """The run's base model, without weights."""
+    base = config.model
+    if base.scratch:
+        try:
+            return from_scratch(base.scratch.architecture, tokenizer, "float32", seed=0)
+        except _ERRORS as error:
+            raise UserError(f"model.scratch.architecture: {reason_of(error)}") from None
+    try:
+        return AutoModelForCausalLM.from_config(
+            positions.architecture(config), dtype=torch.float32, trust_remote_code=base.trust_remote_code
+        )
+    except _ERRORS as error:
+        raise basemodel.unreadable(config, "model", error) from None
+
+
+def _has_score_head(config: RunConfig, model: Any) -> None:
+    """There is a class for the base's weights with a score head; models with code of their own may have none."""
+    wrong = "this model has no class for sequences with a score (AutoModelForSequenceClassification)"
+    try:
+        scored = AutoModelForSequenceClassification.from_config(
+            model.config, trust_remote_code=config.model.trust_remote_code
+        )
+    except _ERRORS as error:
+        raise UserError(f"model: {wrong}: {reason_of(error)}") from None
+    if not hasattr(scored, "score"):
+        raise UserError(f"model: {wrong} whose head is called `score`; take another model, or reward functions")

@@ -162,12 +162,16 @@ def snippet(run_dir: Path, recorded: Manifest, record: Record) -> str:
         auto = "AutoModelForSequenceClassification"
         padding = ', padding_side="right"'
         options = ", num_labels=1"
+    if recorded.model.get("trust_remote_code"):
+        options += ", trust_remote_code=True"
     lines = [f"from transformers import AutoTokenizer, {auto}"]
     lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{folder}"{padding})')
     if record.output.kind == "full":
         return "\n".join([*lines, f'model = {auto}.from_pretrained("{folder}"{options})'])
     full, dtype = record.output.full, recorded.model["dtype"]
     base = recorded.model["path"] if full is None else run_dir / full
+    if full is None and (revision := recorded.model.get("commit") or recorded.model["revision"]):
+        options += f', revision="{revision}"'
     lines.insert(1, "from peft import PeftModel")
     lines.append(f'base = {auto}.from_pretrained("{base}", dtype="{dtype}"{options})')
     if scores:  # a score is read at the last token that is not pad, and the base may have another pad token, or none

@@ -1,9 +1,11 @@
 """Scores of sequences by a reward model, and functions named in the config."""
 
+import ast
 import contextlib
 import functools
 import importlib
 import importlib.util
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -68,6 +70,83 @@ def source_of(reference: str, folder: Path, key: str) -> Path | None:
         places = "beside the config, in the working directory or installed"
         raise UserError(f"{key}: there is no module {module!r} {places}")
     return Path(spec.origin) if spec.origin and Path(spec.origin).is_file() else None
+
+
+def sources_of(reference: str, folder: Path, key: str) -> list[Path]:
+    """The file of a `module:function`, and those that it imports from beside the config or the working directory.
+
+    Only `import` statements are followed. Of an installed package it is the one file.
+
+    Raises:
+        UserError: if there is no such module.
+    """
+    first = source_of(reference, folder, key)
+    if first is None:
+        return []
+    roots = [folder.resolve(), Path.cwd().resolve()]
+    module = reference.partition(":")[0]
+    if not any(first.resolve() in _files_of(module, root) for root in roots):
+        return [first]
+    found, waiting = [], [module]
+    seen: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        files = next(filter(None, (_files_of(name, root) for root in roots)), [])
+        if name in seen or not files:
+            continue
+        seen.add(name)
+        found += [file for file in files if file not in found]
+        waiting += _imports(files[-1], name)
+    return found
+
+
+def _files_of(module: str, root: Path) -> list[Path]:
+    """The files below `root` that importing a module runs: of its packages, then its own; none if it is not there."""
+    files = []
+    place = root
+    for part in module.split("."):
+        place = place / part
+        if (place / "__init__.py").is_file():
+            files.append(place / "__init__.py")
+    own = place.with_suffix(".py")
+    if own.is_file() and place / "__init__.py" not in files:
+        files.append(own)
+    return files if files and files[-1] in (own, place / "__init__.py") else []
+
+
+def _imports(file: Path, module: str) -> list[str]:
+    """The modules that a file names in its import statements; what is imported from a package may be one too."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):
+        return []  # importing it says what is wrong
+    package = module if file.name == "__init__.py" else module.rpartition(".")[0]
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            name = ".".join(filter(None, [*above, node.module]))
+            names += [name, *(f"{name}.{alias.name}" for alias in node.names)]
+    return names
+
+
+def judged(judge: Judge, reference: str, prompt: str, completion: str, where: str) -> float:
+    """What a function gives to a completion, which must be a number.
+
+    Raises:
+        UserError: if it is none; a NaN would lose every comparison, from whichever side one looks.
+    """
+    value = judge(prompt, completion)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        seen = f"gives {value!r} to the completion {completion[:200]!r} of the prompt {prompt[:200]!r} ({where})"
+        raise UserError(f"function {reference} {seen}; expected a finite number")
+    return number
 
 
 def function(reference: str, folder: Path, key: str) -> Judge:

@@ -51,6 +51,14 @@ def of_file(path: str | Path, where: str) -> str | None:
     return ZERO_3 if stage == 3 else ZERO_2
 
 
+def needs_gpu_id(path: str | Path, environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether an accelerate config starts one process, which must see one GPU, and the environment says which."""
+    settings = _mapping(Path(path), "--accelerate-config", YAML(typ="safe").load)
+    if str(settings.get("distributed_type", "NO")).upper() not in ("NO", "FALSE"):
+        return False
+    return "CUDA_VISIBLE_DEVICES" in environment or settings.get("gpu_ids", "all") == "all"
+
+
 def _mapping(path: Path, where: str, read: Callable[[str], Any]) -> dict[str, Any]:
     try:
         settings = read(path.read_text(encoding="utf-8"))

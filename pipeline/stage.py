@@ -21,14 +21,14 @@ from pipeline.quiet import quieten_transformers  # isort: skip
 
 import torch
 import transformers
-from accelerate import PartialState
+from accelerate import DistributedType, PartialState
 from filelock import FileLock, Timeout
 
-from pipeline import checkpoints, gate, manifest, options, plan, sharding, tokenizers
+from pipeline import basemodel, checkpoints, gate, manifest, options, plan, sharding, tokenizers
 from pipeline.config import load
 from pipeline.context import Result, StageContext, same_everywhere
 from pipeline.errors import UserError
-from pipeline.launcher import LAUNCHER
+from pipeline.launcher import LAUNCHER, REDO
 from pipeline.lineage import output_folder, place_of
 from pipeline.manifest import Output, Record
 from pipeline.models import Loader
@@ -65,8 +65,7 @@ def run(config: RunConfig, name: str) -> None:
         raise UserError(f"there is no stage {name!r} in {config.source}; it has {', '.join(config.stages)}")
     if fault := sharding.refusal(config, name, sharding.of_process()):
         raise UserError(f"stages.{name}: {fault}")
-    training = getattr(config.stages[name], "training", config.training)
-    state = _join_processes(training)
+    state = _join_processes(getattr(config.stages[name], "training", config.training))
     ignored = _forget_options(config.stages[name])
     if state.is_main_process:
         for message in ignored:
@@ -84,14 +83,28 @@ def run(config: RunConfig, name: str) -> None:
 def _join_processes(training: Options) -> PartialState:
     """Join the other processes of `accelerate launch`, on CPUs where there is no GPU or none is wanted.
 
-    accelerate starts several CPU processes but does not tell them so: each would run alone, as the only one.
+    accelerate starts several CPU processes but does not tell them so: each would run alone, as the only one. Whoever
+    joins first decides the backend and the timeout, so TRL's config class would come too late with them.
     """
     if training.get("use_cpu") or not torch.cuda.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    state = PartialState(cpu=os.environ.get("ACCELERATE_USE_CPU") == "true")
+    fields = transformers.TrainingArguments.__dataclass_fields__
+    seconds = training.get("ddp_timeout", fields["ddp_timeout"].default)
+    state = PartialState(
+        cpu=os.environ.get("ACCELERATE_USE_CPU") == "true",
+        backend=training.get("ddp_backend"),
+        timeout=datetime.timedelta(seconds=seconds),
+    )
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if state.num_processes != world_size:
         raise UserError(f"{world_size} processes were started, but only {state.num_processes} found each other")
+    num_gpus = torch.cuda.device_count() if state.device.type == "cuda" else 0
+    if state.distributed_type == DistributedType.NO and num_gpus > 1:
+        raise UserError(
+            f"one process sees {num_gpus} GPUs: torch's DataParallel would make every batch {num_gpus} times as large. "
+            "Set CUDA_VISIBLE_DEVICES to one of them, e.g. CUDA_VISIBLE_DEVICES=0, or start a process for each with "
+            "`accelerate launch --config_file accelerate_configs/multi_gpu.yaml`"
+        )
     return state
 
 
@@ -133,6 +146,8 @@ def _prepare(config: RunConfig, name: str) -> plan.Identity | UserError | None:
             print(f"{name}: gate: {verdict}", flush=True)
         identity = plan.identify(config, name, recorded)  # before anything is dropped: it may not be readable
         folder = config.run_path / name / "checkpoints"
+        if os.environ.get(REDO):
+            shutil.rmtree(folder, ignore_errors=True)
         checkpoints.check_processes(folder, name, identity.digest(), PartialState().num_processes)
         manifest.drop(config.run_path, [name, *plan.descendants(config, name)])
         return identity
@@ -142,7 +157,7 @@ def _prepare(config: RunConfig, name: str) -> plan.Identity | UserError | None:
 
 def _execute(config: RunConfig, name: str, identity: plan.Identity, state: PartialState) -> None:
     started = time.time()
-    tokenizer = tokenizers.open_saved(config.run_path / "tokenizer")
+    tokenizer = tokenizers.open_saved(config.run_path / "tokenizer", config.model.trust_remote_code)
     key = tokenizers.fingerprint(tokenizer)
     _same_tokenizer(config, name, key)
     ctx = StageContext(config, name, tokenizer, key, _loader(config, tokenizer), identity.digest())
@@ -198,6 +213,7 @@ def _finish(ctx: StageContext, identity: plan.Identity, result: Result, started:
 def _loader(config: RunConfig, tokenizer: Any) -> Loader:
     base = config.resolve(config.model.path) if config.model.path else ""
     options = config.model.model_dump(exclude={"path", "scratch"}) | {"quantization": config.quantization}
+    options["revision"] = basemodel.revision_of(config)
     return Loader(base, **options, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
 
 
@@ -210,7 +226,8 @@ def _same_tokenizer(config: RunConfig, name: str, key: str) -> None:
         if not isinstance(config.stages[parent], TrainingStage):
             continue  # a report has no tokenizer
         folder = config.run_path / output_folder(parent)
-        if tokenizers.fingerprint(tokenizers.open_saved(folder)) != key:
+        carried = tokenizers.open_saved(folder, config.model.trust_remote_code)
+        if tokenizers.fingerprint(carried) != key:
             raise UserError(f"{folder} holds another tokenizer than the run's; {name!r} cannot use it. {mend}")
 
 

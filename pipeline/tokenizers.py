@@ -8,7 +8,9 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from pipeline import basemodel
 from pipeline.data import sources
+from pipeline.data.joints import begins_with
 from pipeline.errors import UserError, reason_of
 from pipeline.manifest import digest
 from pipeline.schema import RunConfig
@@ -52,11 +54,17 @@ def _train(config: RunConfig) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
 
 
-def _template(name: str, folder: Path) -> str:
-    """A built-in template by name, or a Jinja file beside the config."""
-    for path in (TEMPLATES / f"{name}.jinja", folder / name):
-        if path.is_file():
-            return path.read_text(encoding="utf-8").rstrip("\n")
+def _template(name: str, folder: Path, tokenizer: Any) -> str:
+    """A built-in template by name, or a Jinja file beside the config.
+
+    A built-in one begins with BOS where the tokenizer puts it before every text: the model was trained with it.
+    """
+    built_in, own = TEMPLATES / f"{name}.jinja", folder / name
+    if built_in.is_file():
+        start = "" if begins_with(tokenizer) is None else "{{- bos_token -}}"
+        return start + built_in.read_text(encoding="utf-8").rstrip("\n")
+    if own.is_file():
+        return own.read_text(encoding="utf-8").rstrip("\n")
     known = ", ".join(sorted(path.stem for path in TEMPLATES.glob("*.jinja")))
     what = f"{name!r} is neither a built-in template ({known}) nor a file beside the config"
     raise UserError(f"tokenizer.chat_template: {what}")
@@ -72,11 +80,11 @@ def build(config: RunConfig) -> Any:
     if base.scratch:
         tokenizer = _train(config)
     else:
-        options = {"revision": base.revision, "trust_remote_code": base.trust_remote_code}
+        options = {"revision": basemodel.revision_of(config), "trust_remote_code": base.trust_remote_code}
         try:
             tokenizer = AutoTokenizer.from_pretrained(config.resolve(base.path), **options)
         except (OSError, ValueError) as error:
-            raise UserError(f"model.path: no tokenizer at {base.path!r}: {reason_of(error)}") from None
+            raise basemodel.unreadable(config, "tokenizer", error) from None
     vocabulary = tokenizer.get_vocab()
     for field, token in settings.model_dump(include={"eos_token", "pad_token"}, exclude_none=True).items():
         if token not in vocabulary:
@@ -95,15 +103,15 @@ def build(config: RunConfig) -> Any:
         )
     if settings.chat_template is not None or tokenizer.chat_template is None:
         name = settings.chat_template or ("scratch" if base.scratch else "plain")
-        tokenizer.chat_template = _template(name, config.folder)
+        tokenizer.chat_template = _template(name, config.folder, tokenizer)
     tokenizer.padding_side = "left"
     return tokenizer
 
 
-def open_saved(folder: Path) -> Any:
+def open_saved(folder: Path, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a run folder or of an output."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: holds no tokenizer that can be read ({reason_of(error)}); restore it") from None
     tokenizer.padding_side = "left"  # not kept by every tokenizer class; policies generate from the right end

@@ -49,6 +49,7 @@ def wire(config: RunConfig, problems: Problems) -> RunConfig:
     for name, stage in stages.items():
         if isinstance(stage, Reinforced):
             stages[name] = _with_report(name, stage, stages, problems)
+    _fit_temperatures(config, stages, problems)
     try:
         order = _order(stages) if not problems else ()
     except graphlib.CycleError as error:
@@ -199,22 +200,27 @@ def _with_report(name: str, stage: Reinforced, stages: dict[str, Any], problems:
     if stage.baseline_shrinkage and (stage.shift is None or stage.prompt_baseline == "none"):
         wrong = "needs a `prompt_baseline`, and a stage of type shift that measured the ICC of its reward model"
         problems.add(wrong, "stages", name, "baseline_shrinkage")
-    if stage.baseline_shrinkage and stage.shift in stages:
-        _check_temperature(name, stage, stages[stage.shift], problems)
     if stage.prompt_baseline == "leave_one_out":
         _check_groups(name, stage, problems)
     return stage
 
 
-def _check_temperature(name: str, stage: Reinforced, report: Shift, problems: Problems) -> None:
-    """The ICC that shrinkage uses was measured on completions as PPO draws them."""
-    temperature = options.effective("ppo", stage.training)["temperature"]
-    if report.temperature != temperature:
-        wrong = (
-            f"{stage.shift!r} measures the ICC at temperature {report.temperature:g}, PPO samples at {temperature:g}"
-        )
-        mend = f"give stages.{stage.shift} `temperature: {temperature:g}`, or PPO's training that of the report"
-        problems.add(f"{wrong}; {mend}", "stages", name, "baseline_shrinkage")
+def _fit_temperatures(config: RunConfig, stages: dict[str, Any], problems: Problems) -> None:
+    """Let a report measure the ICC that shrinkage uses on completions as PPO draws them, unless it says otherwise."""
+    given = {name for name, stage in config.stages.items() if "temperature" in stage.model_fields_set}
+    for name, stage in stages.items():
+        if stage.type != "ppo" or not stage.baseline_shrinkage or stage.shift not in stages:
+            continue
+        report = stages[stage.shift]
+        temperature = options.effective("ppo", stage.training)["temperature"]
+        if stage.shift not in given:
+            stages[stage.shift] = report.model_copy(update={"temperature": temperature})
+            given.add(stage.shift)  # another PPO stage must agree
+        elif report.temperature != temperature:
+            seen = f"{stage.shift!r} measures the ICC at temperature {report.temperature:g}"
+            mend = f"give stages.{stage.shift} `temperature: {temperature:g}`, or PPO's training that of the report"
+            wrong = f"{seen}, PPO samples at {temperature:g}; {mend}"
+            problems.add(wrong, "stages", name, "baseline_shrinkage")
 
 
 def _check_groups(name: str, stage: Reinforced, problems: Problems) -> None:

@@ -1,11 +1,16 @@
-"""The base model counts by what its files hold."""
+"""The base model counts by what its files hold, a hub model by its commit."""
 
+import json
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 import tiny
+from huggingface_hub import constants
+from test_equalities import run
 
-from pipeline import basemodel, manifest
+from pipeline import basemodel, manifest, plan, report, stage
 from pipeline.config import load
 
 SIZE = 5 << 20
@@ -56,3 +61,39 @@ def test_a_copy_elsewhere_is_the_same_model(model):
     (weights.parent / "README.md").write_text("No part of the model.")
     moved = weights.parent.rename(weights.parent.with_name("moved"))
     assert basemodel.digest_of(load(config.source, (f"model.path={moved}",))) == found
+
+
+def test_a_run_keeps_the_commit_it_began_with(tmp_path):
+    """The hub's cache as a download leaves it; the branch moves on between two stages."""
+    stages = {"sft": tiny.SFT | {"init": "base"}, "again": tiny.SFT | {"type": "sft", "init": "base"}}
+    path = tiny.make_run(tmp_path, stages, model={"path": "own/tiny"})
+    cache = Path(constants.HF_HUB_CACHE) / "models--own--tiny"
+    commits = {"a" * 40: 0, "b" * 40: 1}
+    for commit, seed in commits.items():
+        tiny.make_model(cache / "snapshots" / commit, seed)
+    (cache / "refs").mkdir()
+
+    def branch_is_at(commit):
+        (cache / "refs" / "main").write_text(commit)
+
+    try:
+        branch_is_at("a" * 40)
+        run(path, "sft")
+        branch_is_at("b" * 40)
+        found = run(path, "again")
+        assert found.model["commit"] == "a" * 40 and found.model["revision"] is None
+        one, two = ((tmp_path / "run" / name / "output") for name in stages)
+        weights = "adapter_model.safetensors"
+        assert (one / weights).read_bytes() == (two / weights).read_bytes()
+        assert json.loads((two / "adapter_config.json").read_text())["revision"] == "a" * 40
+        assert f'"own/tiny", dtype="float32", revision="{"a" * 40}"' in report.snippet(
+            tmp_path / "run", found, found.stages["again"]
+        )
+        assert all(not decision.run for decision in plan.decide(load(path), found))
+        other = load(path, (f"run_dir={tmp_path / 'other'}",))
+        stage.run(other, "sft")
+        assert manifest.read(other.run_path).model["commit"] == "b" * 40
+        changed = (tmp_path / "other" / "sft" / "output" / weights).read_bytes()
+        assert changed != (one / weights).read_bytes()
+    finally:
+        shutil.rmtree(cache)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -181,7 +182,16 @@ def test_a_stage_goes_on_with_the_number_of_processes_it_had(tmp_path, monkeypat
     for words in ("with 1 process(es), and now there are 2", "--redo sft", str(tmp_path / "run/sft/checkpoints")):
         assert words in refused.stderr
     assert manifest.checksums(tmp_path, [tmp_path / "run" / "sft" / "checkpoints"]) == left
+    shutil.copytree(tmp_path / "run", tmp_path / "left")
     assert run(config, "sft").stages["sft"].resumed_from_step == 2
+    expected = (tmp_path / "run" / "sft" / "output" / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "left").rename(tmp_path / "run")
+    output = rlhf("run", config, "--only", "sft", "--redo", "sft")
+    assert "resuming" not in output
+    record = records(config)["sft"]
+    assert record.resumed_from_step is None and record.config["training.max_steps"] == 4
+    assert (tmp_path / "run" / "sft" / "output" / "adapter_model.safetensors").read_bytes() == expected
 
 
 def test_two_processes(tmp_path):

@@ -222,3 +222,15 @@ def test_shipped_accelerate_configs_load(repo):
     assert len(paths) == 6
     for path in paths:
         assert load_config_from_file(str(path)).num_processes >= 1, path
+
+
+@pytest.mark.parametrize("other", ["*own", "{<<: *own}"])
+def test_an_override_of_a_section_with_an_anchor_is_of_one_place(write_config, tmp_path, other):
+    path = write_config(tmp_path)
+    own = "&own {type: dpo, data: comparisons, training: {max_steps: 1}}"
+    path.write_text(path.read_text().replace("stages:\n", f"stages:\n  first: {own}\n  second: {other}\n"))
+    for changed, same in (("first", "second"), ("second", "first")):
+        stages = load(path, (f"stages.{changed}.training.beta=0.5",)).stages
+        assert stages[changed].training["beta"] == 0.5
+        assert stages[changed].training["max_steps"] == 1
+        assert "beta" not in stages[same].training

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from pipeline import datacheck, tokenizers
 from pipeline.config import load
-from pipeline.data import encode, prepare, sources
+from pipeline.data import joints, prepare, sources
 from pipeline.data.audit import Finding
 from pipeline.data.prepare import Datasets
 from pipeline.errors import UserError
@@ -371,9 +371,9 @@ def test_ids_are_those_of_the_tokenizers_own_call(read):
     said = ["plain", "", " leading", "Hé 👋 より", "<eos><user>", "two\n\nlines", "x" * 300]
     made.tokenizer.backend_tokenizer.enable_truncation(3)
     made.tokenizer.backend_tokenizer.enable_padding()
-    ids = encode._encode(made.tokenizer, said)
+    ids = joints.token_ids(made.tokenizer, said)
     assert ids == [made.tokenizer.encode(text, add_special_tokens=False) for text in said]
-    assert encode._encode(made.tokenizer, []) == []
+    assert joints.token_ids(made.tokenizer, []) == []
 
 
 def test_a_second_time_rows_come_from_the_cache(read, monkeypatch, tmp_path):

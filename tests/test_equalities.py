@@ -23,7 +23,7 @@ from transformers import (
 )
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
-from pipeline import checkpoints, checks, manifest, report, scoring, stage
+from pipeline import checkpoints, checks, divergence, manifest, report, scoring, stage
 from pipeline.config import load
 from pipeline.errors import UserError
 from pipeline.models import Loader, Weights, continue_policy, load_reward, merge
@@ -340,6 +340,22 @@ def test_weights_that_are_no_numbers_are_not_handed_on(tmp_path, name):
     with pytest.raises(UserError, match=f"{name}: its weights are no longer finite numbers.* Lower its learning rate"):
         run(path, name)
     assert name not in manifest.read(tmp_path / "run").stages
+
+
+@pytest.mark.parametrize("measure", ["KL to sft", "scores of the reward model"])
+def test_an_evaluation_with_figures_that_are_no_numbers(tmp_path, monkeypatch, measure):
+    evaluate = {"data": "held_out", "policies": [], "max_new_tokens": 4, "num_prompts": 2}
+    stages = {"sft": tiny.SFT, "reward": tiny.REWARD, "evaluate": evaluate}
+    path = tiny.make_run(tmp_path, stages)
+    tiny.write_rows(tmp_path / "held_out.jsonl", [{"prompt": f"What of {topic}?"} for topic in tiny.TOPICS])
+    names = ("comparisons", "demonstrations", "held_out")
+    tiny.edit(path, {"data": {name: {"path": f"{name}.jsonl"} for name in names}})
+    run(path, "sft", "reward")
+    module, function = (divergence, "kl_of_completions") if measure == "KL to sft" else (scoring, "score")
+    monkeypatch.setattr(module, function, lambda *_: [math.nan, 0.0])
+    with pytest.raises(UserError, match=rf"{measure} (is|are) not finite|1 of 2 {measure} are not finite"):
+        run(path, "evaluate")
+    assert "evaluate" not in manifest.read(tmp_path / "run").stages
 
 
 class Killed(Exception):

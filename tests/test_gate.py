@@ -139,14 +139,11 @@ FIGURES = [
     ("accuracy", estimate(0.3, 0.2, 0.4), ACCURACY, False, "0.30 [0.20, 0.40]"),
     ("within_sd", estimate(0.03, 0.01, 0.05), SPREAD, True, "0.03 [0.01, 0.05]"),
     ("within_sd", estimate(0.03, 0.01, 0.04), SPREAD, False, "0.03 [0.01, 0.04]"),
-    ("within_sd", estimate(0.04, None, None), SPREAD, False, "0.04"),
-    ("within_sd", estimate(0.06, None, None), SPREAD, True, "0.06"),
     ("length_correlation", estimate(0.95, 0.84, 0.97), LENGTH, True, "0.95 [0.84, 0.97]"),
     ("length_correlation", estimate(0.95, 0.86, 0.97), LENGTH, False, "0.95 [0.86, 0.97]"),
     ("length_correlation", estimate(-0.95, -0.97, -0.84), LENGTH, True, "-0.95 [-0.97, -0.84]"),
     ("length_correlation", estimate(-0.95, -0.97, -0.86), LENGTH, False, "-0.95 [-0.97, -0.86]"),
     ("length_correlation", estimate(0.0, -0.95, 0.95), LENGTH, True, "0.00 [-0.95, 0.95]"),
-    ("length_correlation", estimate(0.95, None, None), LENGTH, False, "0.95"),
 ]
 LIMITS = {ACCURACY: "0.5", SPREAD: "0.05", LENGTH: "0.85"}
 MENDS = {ACCURACY: "cleaner labels", SPREAD: "RL has no signal", LENGTH: "balance the lengths"}
@@ -199,6 +196,10 @@ def test_what_was_not_measured_neither_stops_nor_passes(resolve, recorded):
     told = [str(verdict) for verdict in gate.check(config, "ppo", found)][2:]
     assert "not measured: it has no held-out comparisons. Give it `eval_data`" in told[0]
     assert "not measured: there is none. Add a stage of type shift" in told[1]
+    # One prompt has no interval, and two completions of it always correlate by 1.
+    one = recorded(within_sd=estimate(0.0, None, None), length_correlation=estimate(1.0, None, None))
+    assert passed(config, one) == {LOSS: True, TOKEN: True, ACCURACY: True, SPREAD: None, LENGTH: None}
+    assert "score and length: not measured: 1.00 has no interval" in str(gate.check(config, "ppo", one)[4])
     # Completions of one length say nothing about it.
     assert LENGTH not in passed(config, recorded(length_correlation=None))
     bare = Manifest(name="tiny", stages=recorded().stages | {"sft": recorded().stages["reward"]})
@@ -383,6 +384,19 @@ def test_the_report_is_an_input_only_of_shrinkage(resolve):
     assert plan.descendants(shrunk, "reward-shift") == ["ppo", "evaluate"]
     with pytest.raises(UserError, match="baseline_shrinkage"):
         resolve(gate="off", **changes, **{"stages.ppo.baseline_shrinkage": True})
+
+
+def test_shrinkage_uses_the_icc_at_the_temperature_of_ppo(resolve):
+    shrunk = {"stages.ppo.prompt_baseline": "sft_mean", "stages.ppo.baseline_shrinkage": True}
+    sampled = {"stages.evaluate.temperature": 0.9, "stages.reward-shift.num_prompts": 3}
+    assert resolve(**shrunk).stages["reward-shift"].temperature == 0.7  # TRL's default for PPO
+    assert resolve(**shrunk, **sampled).stages["reward-shift"].temperature == 0.7
+    assert resolve(**sampled).stages["reward-shift"].temperature == 0.9
+    own = {"stages.reward-shift.temperature": 1.0}
+    assert resolve(**shrunk, **own, **{"stages.ppo.training.temperature": 1.0}).stages["ppo"].shift == "reward-shift"
+    wrong = "measures the ICC at temperature 1, PPO samples at 0.7; give stages.reward-shift `temperature: 0.7`"
+    with pytest.raises(UserError, match=wrong):
+        resolve(**shrunk, **own)
 
 
 def call(*args):

@@ -5,15 +5,18 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from accelerate import DistributedType
+from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState, PartialState
 from test_equalities import run
 
-from pipeline import launcher, manifest, sharding
+from pipeline import launcher, manifest, sharding, stage
 from pipeline.checks import finite
 from pipeline.config import load
 from pipeline.errors import UserError
@@ -205,3 +208,70 @@ def test_finite_weights():
     assert finite([good, split_away, replaced]) and finite([split_away])
     for bad in (math.nan, math.inf, -math.inf):
         assert not finite([good, torch.nn.Parameter(torch.tensor([0.0, bad]))])
+
+
+def test_one_process_does_not_share_its_batch_among_gpus(monkeypatch):
+    """torch's DataParallel would multiply the batch by the number of GPUs."""
+    seen = types.SimpleNamespace(num_processes=1, device=torch.device("cuda"), distributed_type=DistributedType.NO)
+    monkeypatch.setattr(stage, "PartialState", lambda **_: seen)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert stage._join_processes({}) is seen
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match=r"one process sees 2 GPUs: .* Set CUDA_VISIBLE_DEVICES to one of them"):
+        stage._join_processes({})
+    seen.distributed_type = DistributedType.MULTI_GPU
+    assert stage._join_processes({}) is seen
+
+
+def test_one_process_sees_one_gpu_under_accelerate_too(every_type, tmp_path, monkeypatch):
+    config = load(every_type)
+    own = {}
+    for name, text in (("none", ""), ("own", "gpu_ids: '2'\n"), ("all", "gpu_ids: all\n")):
+        own[name] = tmp_path / f"{name}.yaml"
+        own[name].write_text(f"distributed_type: 'NO'\n{text}")
+
+    def gpu_ids(file):
+        argv = launcher.command(config, "sft", (), str(file))
+        return argv[argv.index("--gpu_ids") + 1] if "--gpu_ids" in argv else None
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert load_config_from_file(str(FILES / "single_gpu.yaml")).gpu_ids == "0"
+    assert [gpu_ids(file) for file in (FILES / "single_gpu.yaml", *own.values())] == [None, "0", None, "0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,4")
+    assert [gpu_ids(file) for file in (FILES / "single_gpu.yaml", *own.values())] == ["3"] * 4
+    assert gpu_ids(FILES / "multi_gpu.yaml") is None
+
+
+JOIN = """
+import sys, torch
+from pipeline.stage import _join_processes
+_join_processes({"use_cpu": True} | eval(sys.argv[1]))
+group = torch.distributed.distributed_c10d._get_default_group()
+print(group._get_backend(torch.device("cpu")).options._timeout.total_seconds())
+"""
+
+
+@pytest.mark.parametrize(("training", "seconds"), [({"ddp_timeout": 77}, 77), ({}, 1800)])
+def test_processes_wait_for_one_another_as_long_as_ddp_timeout_says(training, seconds):
+    launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    command = [sys.executable, "-c", JOIN, str(training)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | launched, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == seconds
+
+
+def test_a_file_that_is_named_like_the_package(tmp_path):
+    """The working directory holds a pipeline.py, the judge lies beside the config; with and without accelerate."""
+    sampled = {"data": "demonstrations", "max_new_tokens": 4, "num_prompts": 2, "policies": [], "judge": "judge:score"}
+    (tmp_path / "own").mkdir()
+    sft = tiny.SFT | {"accelerate_config": str(FILES / "single_gpu.yaml"), "training": {"max_steps": 1}}
+    data = {"demonstrations": {"path": "demonstrations.jsonl", "heldout": 0.5}}
+    path = tiny.make_run(tmp_path / "own", {"sft": sft, "evaluate": sampled}, data=data)
+    (path.parent / "judge.py").write_text("def score(prompt, completion):\n    return len(completion)\n")
+    (tmp_path / "pipeline.py").write_text("raise SystemExit('the wrong pipeline')\n")
+    command = [sys.executable, "-P", "-m", "pipeline", "run", str(path)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = manifest.read(path.parent / "run").stages
+    assert "judge" in found["evaluate"].metrics["policies"]["sft"]

@@ -189,3 +189,16 @@ def test_status_shows_metrics_that_are_no_numbers(cli, tmp_path, make_record):
     assert exit_code == 0
     assert "first loss nan, loss nan" in stdout
     assert "win rate 0.50 [nan, nan]" in stdout
+
+
+@pytest.mark.parametrize("option", [("--until", "reward"), ("--only", "sft")])
+def test_redo_of_a_stage_that_would_not_run(cli, write_config, make_record, tmp_path, option):
+    path, run_dir = write_config(tmp_path), tmp_path / "runs" / "tiny"
+    manifest.write(run_dir, manifest.Manifest(name="tiny", stages={"dpo": make_record(type="dpo")}))
+    (run_dir / "dpo" / "checkpoints").mkdir(parents=True)
+    before = (run_dir / "manifest.json").read_bytes()
+    exit_code, _, message = cli("run", path, "--redo", "dpo", *option)
+    assert exit_code == 2
+    assert "--redo dpo: 'dpo' would lose its record and not run, since " + " ".join(option) in message
+    assert (run_dir / "manifest.json").read_bytes() == before
+    assert (run_dir / "dpo" / "checkpoints").is_dir()

@@ -151,8 +151,8 @@ def test_flash_attention_in_float32(path, version):
 
 
 def test_shrinkage_by_an_icc_of_another_temperature(path):
-    shift = "stages.reward-shift.data=comparisons"
-    on = ("gate=warn", shift, "stages.ppo.prompt_baseline=sft_mean", "stages.ppo.baseline_shrinkage=true")
+    shift = ("stages.reward-shift.data=comparisons", "stages.reward-shift.temperature=1.0")
+    on = ("gate=warn", *shift, "stages.ppo.prompt_baseline=sft_mean", "stages.ppo.baseline_shrinkage=true")
     message = refused(path, *on, "stages.ppo.training.temperature=0.7")
     assert "'reward-shift' measures the ICC at temperature 1, PPO samples at 0.7" in message
     assert load(path, (*on, "stages.ppo.training.temperature=1.0"))

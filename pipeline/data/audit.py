@@ -19,6 +19,8 @@ NOTICED = {
     "contradictory": "are a pair that occurs with both labels",
     "special_tokens": "hold special tokens in their text",
     "eos": "hold eos within a completion",
+    "no_bos": "do not begin with the BOS that the tokenizer puts before every text",
+    "other_tokens": "have other tokens in an earlier turn than prompts that policies are sampled from",
     "truncated": "lose the start of their prompt to {limit}",
     "longer_wins": "prefer the longer side",
 }

@@ -11,6 +11,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from pipeline.data.joints import begins_with, continuations, token_ids
 from pipeline.data.messages import Messages, Row, RowFault
 
 
@@ -27,22 +28,10 @@ def _render(tokenizer: Any, dialogues: list[Messages], add_generation_prompt: bo
         return [text for dialogue in dialogues for text in _render(tokenizer, [dialogue], add_generation_prompt)]
 
 
-def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """Token ids of texts, without what the tokenizer would add, pad or cut.
-
-    The tokenizer's own call gives the same ids and takes half as long again.
-    """
-    backend = tokenizer.backend_tokenizer
-    if backend.padding or backend.truncation:
-        backend.no_padding()
-        backend.no_truncation()
-    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-
-
 def prompt_ids(tokenizer: Any, prompt: Messages) -> list[int]:
     """Token ids of a prompt, up to and including the assistant's header."""
     (text,) = _render(tokenizer, [prompt], add_generation_prompt=True)
-    return _encode(tokenizer, [text])[0]
+    return token_ids(tokenizer, [text])[0]
 
 
 @dataclass(frozen=True)
@@ -70,8 +59,8 @@ def _turn(head: str, text: str, done: str, answer: str, eos: str) -> _Turn | Row
 def encode_dialogues(tokenizer: Any, dialogues: list[Messages]) -> list[tuple[list[int], list[int]] | RowFault]:
     """Token ids of dialogues that end with the assistant, with a mask that has 1 on what the assistant says.
 
-    Each of its turns ends with eos, and the prompt before it is tokenised apart from it, as generation meets them. What
-    a template writes after the last eos (ChatML's newline) is cut: a policy stops at eos, so the reward model must be
+    Each of its turns ends with eos, and follows the tokens of the prompt before it, as generation meets them. What a
+    template writes after the last eos (ChatML's newline) is cut: a policy stops at eos, so the reward model must be
     trained to read the score there.
     """
     places = [(row, i) for row, d in enumerate(dialogues) for i, m in enumerate(d) if m["role"] == "assistant"]
@@ -87,10 +76,19 @@ def encode_dialogues(tokenizer: Any, dialogues: list[Messages]) -> list[tuple[li
         else:
             turns[row].append(turn)
             done[row] = text[: len(text) - len(turn.after)]
-    pieces = [text for row in turns if isinstance(row, list) for turn in row for text in (turn.context, turn.said)]
-    encoded = iter(_encode(tokenizer, pieces))
+    parts = [part for row in turns if isinstance(row, list) for part in _parts(row, tokenizer.eos_token)]
+    encoded = iter(continuations(tokenizer, parts))
     eos = tokenizer.eos_token_id
     return [row if isinstance(row, RowFault) else _joined(row, encoded, eos) for row in turns]
+
+
+def _parts(turns: list[_Turn], eos: str) -> Iterator[tuple[str, str]]:
+    """What is encoded of a dialogue: context and answer of every turn, each with all that is before it."""
+    before = ""
+    for turn in turns:
+        yield before, turn.context
+        yield before + turn.context, turn.said
+        before += turn.context + turn.said + eos
 
 
 def _fault(*values: Any) -> RowFault | None:
@@ -114,20 +112,49 @@ def encode_rows(tokenizer: Any, rows: list[Row], want: str) -> list[Row | RowFau
     (comparisons), `prompt_ids` beside the messages (prompts).
     """
     if want == "text":
-        encoded = _encode(tokenizer, [row["text"] for row in rows])
-        return [{"input_ids": [*ids, tokenizer.eos_token_id]} for ids in encoded]
+        return [{"input_ids": ids} for ids in _encode_texts(tokenizer, [row["text"] for row in rows])]
     prompts = [row["prompt"] for row in rows]
     if want == "prompts":
         texts = _render(tokenizer, prompts, add_generation_prompt=True)
-        encoded = iter(_encode(tokenizer, [text for text in texts if isinstance(text, str)]))
+        encoded = iter(token_ids(tokenizer, [text for text in texts if isinstance(text, str)]))
         pairs = zip(prompts, texts, strict=True)
         return [t if isinstance(t, RowFault) else {"prompt": p, "prompt_ids": next(encoded)} for p, t in pairs]
 
     if want == "demonstrations":
         answers = [[*row["prompt"], {"role": "assistant", "content": row["completion"]}] for row in rows]
         found = encode_dialogues(tokenizer, answers)
-        return [e if isinstance(e, RowFault) else {"input_ids": e[0], "completion_mask": e[1]} for e in found]
+        encoded = [e if isinstance(e, RowFault) else {"input_ids": e[0], "completion_mask": e[1]} for e in found]
+        _mark_other_tokens(tokenizer, rows, encoded)
+        return encoded
     return _encode_comparisons(tokenizer, rows)
+
+
+def _mark_other_tokens(tokenizer: Any, rows: list[Row], encoded: list[Row | RowFault]) -> None:
+    """Set `_other_tokens` where the last answer follows other tokens than a policy would be sampled from.
+
+    An earlier answer has the tokens that follow its own prompt. As part of a later prompt it is encoded with what is
+    around it, which may join its ends to that; where the template writes no eos, it does not end with one there.
+    """
+    several = []
+    for row, ids in zip(rows, encoded, strict=True):
+        if not isinstance(ids, RowFault) and any(message["role"] == "assistant" for message in row["prompt"]):
+            several.append((row["prompt"], ids))
+    texts = _render(tokenizer, [prompt for prompt, _ in several], add_generation_prompt=True)
+    for (_, ids), sampled_from in zip(several, token_ids(tokenizer, texts), strict=True):
+        mask = ids["completion_mask"]
+        start = len(mask) - mask[::-1].index(0)
+        ids["_other_tokens"] = int(ids["input_ids"][:start] != sampled_from)
+
+
+def _encode_texts(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Token ids of raw texts, with eos and with the BOS that the tokenizer begins a text with."""
+    bos, eos = begins_with(tokenizer), tokenizer.eos_token_id
+    encoded = token_ids(tokenizer, texts)
+    for ids in encoded:
+        if bos is not None and ids[:1] != [bos]:  # a text may bring its own
+            ids.insert(0, bos)
+        ids.append(eos)
+    return encoded
 
 
 def _encode_comparisons(tokenizer: Any, rows: list[Row]) -> list[Row | RowFault]:
@@ -137,7 +164,7 @@ def _encode_comparisons(tokenizer: Any, rows: list[Row]) -> list[Row | RowFault]
     for side in ("chosen", "rejected"):
         dialogues = [[*row["prompt"], {"role": "assistant", "content": row[side]}] for row in rows]
         sides.append(_render(tokenizer, dialogues, add_generation_prompt=False))
-    eos, found, pieces = [tokenizer.eos_token_id], [], []
+    eos, found, parts = [tokenizer.eos_token_id], [], []
     for row, head, *texts in zip(rows, heads, *sides, strict=True):
         said = [
             _fault(head, text) or _turn(head, text, "", row[side], tokenizer.eos_token)
@@ -145,8 +172,8 @@ def _encode_comparisons(tokenizer: Any, rows: list[Row]) -> list[Row | RowFault]
         ]
         found.append(_fault(*said))
         if found[-1] is None:
-            pieces += [head, *(turn.said for turn in said)]
-    ids = iter(_encode(tokenizer, pieces))
+            parts += [("", head), *((head, turn.said) for turn in said)]
+    ids = iter(continuations(tokenizer, parts))
     encoded: list[Row | RowFault] = []
     for fault in found:
         row = fault or {"prompt_ids": next(ids), "chosen_ids": next(ids) + eos, "rejected_ids": next(ids) + eos}

@@ -8,6 +8,7 @@ from datasets import Features, List, Value
 
 from pipeline.data.encode import encode_rows, special_tokens
 from pipeline.data.heldout import hash64, key
+from pipeline.data.joints import begins_with
 from pipeline.data.messages import FAULTS, Row, RowFault
 from pipeline.data.shapes import convert, to_messages
 
@@ -63,18 +64,19 @@ class Measure:
     def _finished(self, rows: list[Row]) -> list[Row]:
         if self.tokenizer is None:
             return [{"_fault": 0, "_key": key(row)} for row in rows]
-        special, eos = special_tokens(self.tokenizer), self.tokenizer.eos_token_id
+        special, eos, bos = special_tokens(self.tokenizer), self.tokenizer.eos_token_id, begins_with(self.tokenizer)
         encoded = encode_rows(self.tokenizer, rows, self.want)
         return [
-            self._fault(ids) if isinstance(ids, RowFault) else self._measured(row, ids, special, eos)
+            self._fault(ids) if isinstance(ids, RowFault) else self._measured(row, ids, special, eos, bos)
             for row, ids in zip(rows, encoded, strict=True)
         ]
 
-    def _measured(self, row: Row, ids: Row, special: Any, eos: int) -> Row:
+    def _measured(self, row: Row, ids: Row, special: Any, eos: int, bos: int | None) -> Row:
         texts = [message["content"] for message in row.get("prompt", ())]
         sides = [row[side] for side in ("text", "completion", "chosen", "rejected") if side in row]
         early_eos = self._early_eos(row, ids, eos)
-        cut = self._truncate(ids)  # shortens ids
+        starts = ids[IDS[self.want][0]][:1] == [bos]
+        cut = self._truncate(ids, int(starts))  # shortens ids
         measured = {
             "_fault": 0,
             "_key": key(row),
@@ -82,6 +84,7 @@ class Measure:
             "_pair": hash64(*texts, "", *sorted(sides)),
             "_special_tokens": int(any(map(special.search, [*texts, *sides]))),
             "_eos": int(early_eos),
+            "_no_bos": int(bos is not None and not starts),
             "_truncated": cut,
         }
         if self.want == "demonstrations":
@@ -99,29 +102,31 @@ class Measure:
             return said[-1] != eos or said.count(eos) != 1 + sum(m["role"] == "assistant" for m in row["prompt"])
         return any(ids[side].index(eos) != len(ids[side]) - 1 for side in ("chosen_ids", "rejected_ids") if side in ids)
 
-    def _truncate(self, ids: Row) -> int:
-        """Cut a prompt that does not fit from its start; returns the number of tokens cut."""
+    def _truncate(self, ids: Row, start: int) -> int:
+        """Cut a prompt that does not fit after its first `start` tokens (its BOS); returns the number of tokens cut."""
         if self.max_length is None or self.want == "text":
             return 0
         if self.want == "demonstrations":
             over, mask = len(ids["input_ids"]) - self.max_length, ids["completion_mask"]
-            if over <= 0 or over >= len(mask) - mask[::-1].index(0):  # the last answer stays whole
-                return 0
-            for column in ("input_ids", "completion_mask"):
-                ids[column] = ids[column][over:]
-            return over
-        sides = max((len(ids[side]) for side in ("chosen_ids", "rejected_ids") if side in ids), default=0)
-        over = len(ids["prompt_ids"]) + sides - self.max_length
-        if over <= 0 or over >= len(ids["prompt_ids"]):
+            prompt = len(mask) - mask[::-1].index(0)  # the last answer stays whole
+            columns = ("input_ids", "completion_mask")
+        else:
+            sides = max((len(ids[side]) for side in ("chosen_ids", "rejected_ids") if side in ids), default=0)
+            prompt = len(ids["prompt_ids"])
+            over = prompt + sides - self.max_length
+            columns = ("prompt_ids",)
+        if over <= 0 or over >= prompt - start:
             return 0
-        ids["prompt_ids"] = ids["prompt_ids"][over:]
+        for column in columns:
+            ids[column] = ids[column][:start] + ids[column][start + over :]
         return over
 
     def features(self) -> Features:
         if self.tokenizer is None:
             return Features({"_fault": Value("int8"), "_why": Value("string"), "_key": Value("uint64")})
         types = dict.fromkeys(("_key", "_digest", "_pair"), Value("uint64")) | {"_why": Value("string")}
-        types |= dict.fromkeys(("_fault", "_special_tokens", "_eos"), Value("int8")) | {"_truncated": Value("int32")}
+        types |= dict.fromkeys(("_fault", "_special_tokens", "_eos", "_no_bos", "_other_tokens"), Value("int8"))
+        types["_truncated"] = Value("int32")
         types |= {f"_{name}": Value("int32") for name in LENGTHS[self.want]}
         types |= {name: List(Value("int8" if name.endswith("mask") else "int32")) for name in IDS[self.want]}
         if self.want == "prompts":

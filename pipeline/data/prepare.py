@@ -230,7 +230,8 @@ def _audit(
 ) -> Audit:
     lengths, digests, pairs = _lengths(rows, want), _column(rows, "_digest"), _column(rows, "_pair")
     noticed = {"duplicate": _repeats(digests, kept), "contradictory": _contradicts(pairs, digests, kept)}
-    noticed |= {name: kept & (_column(rows, f"_{name}") > 0) for name in ("special_tokens", "eos", "truncated")}
+    for name in ("special_tokens", "eos", "no_bos", "other_tokens", "truncated"):
+        noticed[name] = kept & (_column(rows, f"_{name}") > 0)
     if want == "comparisons":
         noticed["longer_wins"] = kept & (lengths["chosen"] > lengths["rejected"])
 

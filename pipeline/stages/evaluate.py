@@ -67,7 +67,7 @@ def _add_scores(ctx: StageContext, rows: Any, table: dict[str, list[Entry]]) -> 
         judge = scoring.function(stage.judge, ctx.config.folder, f"stages.{ctx.name}.judge")
     if stage.reward:
         model = to_device(load_reward(ctx.loader, ctx.weights_of(stage.reward)))
-    for entries in table.values():
+    for policy, entries in table.items():
         sequences = [rows[entry["row"]]["prompt_ids"] + entry.pop("ids") for entry in entries]
         scores = [None] * len(entries)
         if stage.reward:
@@ -76,7 +76,10 @@ def _add_scores(ctx: StageContext, rows: Any, table: dict[str, list[Entry]]) -> 
         for i, entry in enumerate(entries):
             row = rows[entry["row"]]
             text = tokenizer.decode(sequences[i][len(row["prompt_ids"]) :], skip_special_tokens=True)
-            judged = float(judge(row["prompt"][-1]["content"], text)) if judge else None
+            judged = None
+            if judge is not None:
+                where = f"row {entry['row']}, policy {policy}"
+                judged = scoring.judged(judge, stage.judge, row["prompt"][-1]["content"], text, where)
             entries[i] = {"completion": text, "score": scores[i], "judge": judged} | entry
 
 

@@ -35,7 +35,11 @@ def judge_function(judge: scoring.Judge, name: str) -> RewardFunction:
     """TRL's form of a reward, from a function (prompt, completion) -> float; the prompt is its last message."""
 
     def function(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
-        return [float(judge(p[-1]["content"], c[-1]["content"])) for p, c in zip(prompts, completions, strict=True)]
+        scores = []
+        for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            texts = prompt[-1]["content"], completion[-1]["content"]
+            scores.append(scoring.judged(judge, name, *texts, f"row {row} of the batch"))
+        return scores
 
     function.__name__ = name.replace(":", ".")
     return function
