@@ -90,10 +90,15 @@ def reference_is_parent(policy: nn.Module, reference: nn.Module, rows: Sequence[
     return largest
 
 
+def _part_here(parameter: nn.Parameter) -> torch.Tensor:
+    """What this process holds of a parameter: FSDP2 keeps a part of each, ZeRO-3 too, in an attribute of its own."""
+    return getattr(parameter, "ds_tensor", getattr(parameter, "to_local", parameter.detach)())
+
+
 @torch.no_grad()
 def finite(parameters: Iterable[nn.Parameter]) -> bool:
     """Whether all weights of all processes are finite numbers; of split ones each process looks at its part."""
-    parts = [getattr(p, "to_local", p.detach)() for p in parameters if p.numel() and not p.is_meta]
+    parts = [part for part in map(_part_here, parameters) if part.numel() and not part.is_meta]
     mine = all(torch.stack([part.isfinite().all() for part in parts]).tolist()) if parts else True
     return bool(gather(torch.tensor([float(mine)], device=PartialState().device)).min())
 

@@ -44,7 +44,7 @@ class ScoreHead(nn.Linear):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Scores of hidden states: (..., hidden size) of any precision -> (..., 1) in float32."""
         with torch.autocast(hidden.device.type, enabled=False):
-            return functional.linear(hidden.float(), self.weight)
+            return functional.linear(hidden.float(), self.weight.float())
 
 
 @dataclass(frozen=True)

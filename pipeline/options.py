@@ -39,6 +39,11 @@ _REASONS = {
     "give the stage `eval_data`": "do_eval",
     "TRL computes it from other sizes": "world_size batch_size micro_batch_size mini_batch_size local_batch_size",
     "TRL computes it from other options": "num_total_batches local_mini_batch_size",
+    "give the stage or the run an `accelerate_config`": "fsdp fsdp_config deepspeed parallelism_config",
+    "it rounds the weights themselves before they are saved": "bf16_full_eval fp16_full_eval",
+    "it changes the model between the checks of a stage, and a saved model is read back without it": (
+        "use_liger_kernel liger_kernel_config"
+    ),
 }
 _PPO_REASONS = {
     "PPO computes in `model.dtype`: PPOTrainer samples outside autocast, its first ratio would not be 1": "bf16 fp16",
@@ -64,6 +69,7 @@ _LORA_REASONS = {
 # Where an adapter starts at exactly 0 and the weights beneath it stay as they are.
 _LORA_STARTS = (True, "gaussian")
 _ONLINE_REASONS = {"policy and reference, and old and new policy, can be compared without it only": "disable_dropout"}
+_GRPO_REASONS = _ONLINE_REASONS | {"log-probabilities are computed in float32 already": "cast_lm_head_to_fp32"}
 _CLASSES = {"training": "transformers:TrainingArguments", "quantization": "transformers:BitsAndBytesConfig"}
 _CLASSES |= {"lora": "peft:LoraConfig"}
 # Variables by which a process knows that it is one of several.
@@ -97,13 +103,17 @@ _AT_LEAST_ONE = (
     "num_generations",
     "max_completion_length",
     "num_iterations",
+    "total_episodes",
+    "steps_per_generation",
+    "r",
 )
 
 
 def owned_by(kind: str) -> dict[str, str]:
     """The options of a section that the pipeline sets itself, with the reasons."""
     own = {"lora": _by_option(_LORA_REASONS), "quantization": {}, "ppo": OWNED | _by_option(_PPO_REASONS)}
-    own |= dict.fromkeys(("rloo", "grpo", "dpo"), OWNED | _by_option(_ONLINE_REASONS))
+    own |= dict.fromkeys(("rloo", "dpo"), OWNED | _by_option(_ONLINE_REASONS))
+    own |= {"grpo": OWNED | _by_option(_GRPO_REASONS)}
     return own.get(kind, OWNED)
 
 
@@ -122,6 +132,11 @@ def _field_types(kind: str) -> dict[str, Any]:
     parameters = inspect.signature(target.__init__).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.name not in ("self", "kwargs")}
     return {name: Any if default is None else type(default) for name, default in defaults.items()}
+
+
+def _default_of(kind: str, key: str) -> Any:
+    field = _target(kind).__dataclass_fields__.get(key)
+    return dataclasses.MISSING if field is None else field.default
 
 
 def _no_bool(value: Any) -> Any:
@@ -152,6 +167,8 @@ def check_section(kind: str, values: dict[str, Any]) -> tuple[dict[str, Any], li
     types, owned = _field_types(kind), owned_by(kind)
     coerced, problems = {}, []
     for key, value in values.items():
+        if kind == "lora" and key in owned and value == _default_of(kind, key):
+            continue  # many write PEFT's own default out
         if key in owned:
             problems.append((key, f"is set by the pipeline: {owned[key]}"))
         elif key not in types:
@@ -173,6 +190,8 @@ def _unfit(kind: str, key: str, value: Any) -> str | None:
     if kind == "lora" and key == "init_lora_weights" and value not in _LORA_STARTS:
         why = "an adapter must start at exactly 0 and leave the base's weights alone"
         return f"{value!r} starts a stage as another model than its parent; {why}: true or gaussian"
+    if key == "max_completion_length" and value is None:
+        return "must be a number of tokens, got null"
     if key in _AT_LEAST_ONE and value is not None and value < 1:
         return f"must be at least 1, got {value}"
     return None

@@ -61,13 +61,18 @@ def _longest(stage: Any, audit: Audit) -> tuple[int, str, str]:
     longest = audit.lengths["row"][-1] if audit.lengths else 0
     if stage.type == "pretrain":
         options = effective("pretrain", stage.training)
-        if audit.streamed or options["packing"]:
-            return options["max_length"], f"pieces have {options['max_length']} tokens", "lower `training.max_length`"
-        longest = min(longest, options["max_length"])
+        limit = options["max_length"]
+        if limit is not None and (audit.streamed or options["packing"]):
+            return limit, f"pieces have {limit} tokens", "lower `training.max_length`"
+        longest = longest if limit is None else min(longest, limit)
     if stage.type not in NEW_TOKENS:
         return longest, f"its longest row has {longest} tokens", "lower `training.max_length`"
+    # Rows may have an answer of their own beside the prompt that is sampled from (PPO's `prompt_baseline: reference`).
+    prompt = audit.lengths["prompt"][-1] if "prompt" in audit.lengths else longest
     key = NEW_TOKENS[stage.type]
     options = effective(stage.type, stage.training) if key.startswith("training.") else vars(stage)
     new = options[key.removeprefix("training.")]
-    made_of = f"its longest prompt of {longest} tokens and `{key}` = {new} make {longest + new} tokens"
-    return longest + new, made_of, f"lower `{key}` or `max_prompt_length`"
+    if longest > prompt + new:
+        return longest, f"its longest row has {longest} tokens", "lower `max_prompt_length`"
+    made_of = f"its longest prompt of {prompt} tokens and `{key}` = {new} make {prompt + new} tokens"
+    return prompt + new, made_of, f"lower `{key}` or `max_prompt_length`"

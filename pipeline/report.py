@@ -172,10 +172,15 @@ def snippet(run_dir: Path, recorded: Manifest, record: Record) -> str:
     base = recorded.model["path"] if full is None else run_dir / full
     if full is None and (revision := recorded.model.get("commit") or recorded.model["revision"]):
         options += f', revision="{revision}"'
+    if full is None and recorded.model.get("quantization"):
+        lines[0] += ", BitsAndBytesConfig"
+        options += f", quantization_config=BitsAndBytesConfig(**{recorded.model['quantization']})"
     lines.insert(1, "from peft import PeftModel")
     lines.append(f'base = {auto}.from_pretrained("{base}", dtype="{dtype}"{options})')
     if scores:  # a score is read at the last token that is not pad, and the base may have another pad token, or none
         lines.append("base.config.pad_token_id = tokenizer.pad_token_id")
+    if scores and dtype != "float32":  # as the run computes it
+        lines.append("base.score.float().register_forward_pre_hook(lambda head, hidden: hidden[0].float())")
     return "\n".join([*lines, f'model = PeftModel.from_pretrained(base, "{folder}")'])
 
 

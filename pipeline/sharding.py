@@ -11,7 +11,7 @@ from ruamel.yaml.error import YAMLError
 
 from pipeline.errors import UserError
 from pipeline.lineage import start_of
-from pipeline.options import effective
+from pipeline.options import effective, precision
 from pipeline.schema import RunConfig
 
 FSDP, ZERO_2, ZERO_3 = "FSDP", "DeepSpeed ZeRO-2", "DeepSpeed ZeRO-3"
@@ -46,7 +46,8 @@ def of_file(path: str | Path, where: str) -> str | None:
     options = settings.get("deepspeed_config") or {}
     stage = options.get("zero_stage")
     if options.get("deepspeed_config_file"):
-        own = _mapping(Path(path).parent / options["deepspeed_config_file"], where, json.loads)
+        # accelerate looks for it from the working directory
+        own = _mapping(Path(options["deepspeed_config_file"]), where, json.loads)
         stage = (own.get("zero_optimization") or {}).get("stage", 0)
     return ZERO_3 if stage == 3 else ZERO_2
 
@@ -92,6 +93,10 @@ def refusal(config: RunConfig, name: str, sharding: str | None) -> str | None:
         reason = REASONS[sharding]
     elif sharding == ZERO_2 and stage.type in ("rloo", "grpo") and effective(stage.type, stage.training)["beta"]:
         reason = REASONS[ZERO_2]
+    elif sharding == ZERO_2 and stage.type == "reward" and precision("reward", stage.training) != "no":
+        reason = (
+            "in mixed precision it rounds the score head, and the saved model scores otherwise (`bf16: false` works)"
+        )
     elif sharding == ZERO_3 and start_of(config, name).merge:
         reason = "the parent's adapter would be merged by one process, while the others wait for its weights"
     if reason is None:

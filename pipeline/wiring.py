@@ -43,6 +43,8 @@ def wire(config: RunConfig, problems: Problems) -> RunConfig:
             changes["training"] = training
             if stage.data in config.data and config.data[stage.data].streaming and stage.type == "pretrain":
                 _check_stream(name, training, problems)
+            elif stage.type == "pretrain" and not message:
+                _check_packing(name, training, problems)
         stages[name] = stage.model_copy(update=changes)
     if config.gate != "off":
         stages = _with_reports(stages)
@@ -89,6 +91,13 @@ def _check_stream(name: str, training: dict[str, Any], problems: Problems) -> No
             problems.add(
                 f"a streamed dataset is shuffled by its `shuffle_buffer` and packed: only {only} fits", *where, key
             )
+
+
+def _check_packing(name: str, training: dict[str, Any], problems: Problems) -> None:
+    """Packed pieces have a length."""
+    given = options.effective("pretrain", training)
+    if given["packing"] and given["max_length"] is None:
+        problems.add("is the length of packed pieces; give a number", "stages", name, "training", "max_length")
 
 
 def _references(config: RunConfig, name: str, problems: Problems) -> dict[str, Any]:

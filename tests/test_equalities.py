@@ -188,10 +188,25 @@ def test_reward_scores_are_equal_in_a_new_process(tmp_path):
     assert here[0] != here[1]
 
 
-@pytest.mark.parametrize(("lora", "pad"), [(tiny.LORA, "eos"), (tiny.LORA, None), (None, "eos")])
-def test_the_shown_code_gives_the_scores_of_the_run(tmp_path, lora, pad):
+@pytest.mark.parametrize(
+    ("lora", "pad", "dtype", "quantization"),
+    [
+        (tiny.LORA, "eos", "float32", None),
+        (tiny.LORA, None, "float32", None),
+        (None, "eos", "float32", None),
+        (tiny.LORA, "eos", "bfloat16", None),
+        (tiny.LORA, "eos", "float32", QUANTISED),
+    ],
+)
+def test_the_shown_code_gives_the_scores_of_the_run(tmp_path, lora, pad, dtype, quantization):
     """Of a batch too, whose shorter row is padded, and where the base's pad token is its eos, or where it has none."""
-    path = tiny.make_run(tmp_path, {"reward": tiny.REWARD | {"init": "base"}}, lora=lora)
+    path = tiny.make_run(
+        tmp_path,
+        {"reward": tiny.REWARD | {"init": "base"}},
+        lora=lora,
+        model={"path": "model", "dtype": dtype},
+        quantization=quantization,
+    )
     shipped = json.loads((tmp_path / "model" / "config.json").read_text())
     pad_token_id = shipped["eos_token_id"] if pad == "eos" else None
     (tmp_path / "model" / "config.json").write_text(json.dumps(shipped | {"pad_token_id": pad_token_id}))
@@ -202,7 +217,9 @@ def test_the_shown_code_gives_the_scores_of_the_run(tmp_path, lora, pad):
     tokenizer, texts = shown["tokenizer"], ["Tell me about tea.<eos>", "I like rain because it is good.<eos>"]
     with torch.no_grad():
         here = shown["model"].eval()(**tokenizer(texts, padding=True, return_tensors="pt")).logits[:, 0].tolist()
-    loader = Loader(base=str(tmp_path / "model"), pad_token_id=tokenizer.pad_token_id)
+    loader = Loader(
+        base=str(tmp_path / "model"), dtype=dtype, quantization=quantization, pad_token_id=tokenizer.pad_token_id
+    )
     weights = Weights(str(tmp_path / "model"), str(output)) if lora else Weights(str(output))
     ids = tokenizer(texts)["input_ids"]
     assert len(ids[0]) < len(ids[1]) and ids[0][-1] == tokenizer.eos_token_id
@@ -412,14 +429,33 @@ def test_damaged_checkpoints_fall_back(tmp_path, capsys):
     assert ["checkpoint-6" in messages[0], "checkpoint-4" in messages[1]] == [True, True]
 
 
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "autocast"])
 @pytest.mark.parametrize("lora", [tiny.LORA, None], ids=["lora", "full"])
-def test_reference_log_probs_of_a_cache_are_those_of_the_stage(tmp_path, lora):
+def test_reference_log_probs_of_a_cache_are_those_of_the_stage(tmp_path, lora, bf16):
     """TRL's cache of them knows rows and weights only; `ld_alpha` changes them, and all stages share the cache."""
     options = {"precompute_ref_log_probs": True, "learning_rate": 1e-9}
     stages = {"sft": tiny.SFT}
     for name, more in {"half": {"ld_alpha": 0.5}, "whole": {}, "quarter": {"ld_alpha": 0.25}}.items():
         stages[name] = tiny.DPO | {"type": "dpo", "training": tiny.DPO["training"] | options | more}
-    found = run(tiny.make_run(tmp_path, stages, lora=lora), *stages).stages
+    path = tiny.make_run(tmp_path, stages, lora=lora, training=tiny.TRAINING | {"bf16": bf16})
+    found = run(path, *stages).stages
     for name in ("half", "whole", "quarter"):
         assert found[name].metrics["initial_loss"] == pytest.approx(math.log(2), abs=1e-5), name
         assert found[name].metrics["first_rewards/margins"] == pytest.approx(0, abs=1e-4), name
+
+
+def test_a_wrong_reference_is_noticed_in_mixed_precision_too(tmp_path, monkeypatch):
+    """With log-probabilities that were computed before the training, and an allowance for rounding."""
+    options = {"precompute_ref_log_probs": True, "bf16": True}
+    stages = {"sft": tiny.SFT, "dpo": tiny.DPO | {"training": tiny.DPO["training"] | options}}
+    path = tiny.make_run(tmp_path, stages)
+    run(path, "sft")
+    original = DPOTrainer.compute_ref_log_probs
+
+    def base_instead(self, model, inputs):
+        with model.disable_adapter():
+            return original(self, model, inputs)
+
+    monkeypatch.setattr(DPOTrainer, "compute_ref_log_probs", base_instead)
+    with pytest.raises(checks.CheckFailed, match="the reference is not the parent: margins of "):
+        run(path, "dpo")

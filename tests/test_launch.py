@@ -144,15 +144,21 @@ def test_what_decides_beside_the_type(every_type):
         UserError, match=r"stages.sft: stages.sft.accelerate_config is .*zero3.yaml: .* would be merged"
     ):
         launcher._launch_files(full, ["sft", "reward"], None)
+    mixed = load(every_type, ("stages.reward.training.bf16=true",))
+    with pytest.raises(UserError, match="reward does not run under DeepSpeed ZeRO-2: in mixed precision it rounds the"):
+        launcher._launch_files(mixed, ["reward"], str(FILES / "zero2.yaml"))
     with_kl = load(every_type, ("stages.grpo.training.beta=0.04", "stages.rloo.training.beta=0"))
     assert launcher._launch_files(with_kl, ["rloo"], str(FILES / "zero2.yaml"))
     with pytest.raises(UserError, match="grpo does not run under DeepSpeed ZeRO-2"):
         launcher._launch_files(with_kl, ["grpo"], str(FILES / "zero2.yaml"))
 
 
-def test_a_deepspeed_file_of_its_own(every_type, tmp_path):
+def test_a_deepspeed_file_of_its_own(every_type, tmp_path, monkeypatch):
+    """Its path counts from the working directory, as accelerate reads it."""
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 3}}')
-    file = tmp_path / "own.yaml"
+    (tmp_path / "files").mkdir()
+    file = tmp_path / "files" / "own.yaml"
     file.write_text("distributed_type: DEEPSPEED\ndeepspeed_config: {deepspeed_config_file: ds.json}\n")
     with pytest.raises(UserError, match="reward does not run under DeepSpeed ZeRO-3"):
         launcher._launch_files(load(every_type), ["reward"], str(file))
@@ -208,6 +214,23 @@ def test_finite_weights():
     assert finite([good, split_away, replaced]) and finite([split_away])
     for bad in (math.nan, math.inf, -math.inf):
         assert not finite([good, torch.nn.Parameter(torch.tensor([0.0, bad]))])
+        split_away.ds_tensor = torch.tensor([bad])  # where ZeRO-3 keeps this process's part
+        assert not finite([good, split_away])
+
+
+def test_an_error_that_another_process_finds_is_said(monkeypatch, capsys):
+    """A judge's value of a row that is not the first process's, for example."""
+
+    def find(*_):
+        raise UserError("row 3 is bad")
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(sys, "argv", ["stage", "config.yaml", "evaluate"])
+    monkeypatch.setattr(stage, "load", find)
+    with pytest.raises(SystemExit) as stopped:
+        stage.main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "error: row 3 is bad\n"
 
 
 def test_one_process_does_not_share_its_batch_among_gpus(monkeypatch):

@@ -58,6 +58,32 @@ def test_lora_options_that_a_chain_cannot_carry(path, option, value, reason):
     assert f"lora.{option}: is set by the pipeline" in message and reason in message
 
 
+def test_a_default_of_peft_may_be_written_out(path):
+    assert load(path, ("lora.bias=none",)).stages["sft"].lora["bias"] == "none"
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("sft.training.fsdp=full_shard", "give the stage or the run an `accelerate_config`"),
+        ("dpo.training.deepspeed=ds.json", "give the stage or the run an `accelerate_config`"),
+        ("reward.training.bf16_full_eval=true", "it rounds the weights themselves before they are saved"),
+        ("reward.training.use_liger_kernel=true", "it changes the model between the checks of a stage"),
+        ("grpo.training.cast_lm_head_to_fp32=true", "log-probabilities are computed in float32 already"),
+        ("grpo.training.max_completion_length=null", "must be a number of tokens, got null"),
+        ("ppo.training.total_episodes=-5", "must be at least 1, got -5"),
+        ("rloo.training.steps_per_generation=0", "must be at least 1, got 0"),
+    ],
+)
+def test_options_that_would_change_what_a_stage_is(path, option, words):
+    message = refused(path, f"stages.{option}")
+    assert f"stages.{option.partition('=')[0]}: " in message and words in message
+
+
+def test_an_adapter_of_rank_0(path):
+    assert "lora.r: must be at least 1, got 0" in refused(path, "lora.r=0")
+
+
 @pytest.mark.parametrize(
     ("modules", "words"),
     [
@@ -188,3 +214,27 @@ def test_a_row_of_more_tokens_than_positions(tmp_path):
     message = refused_by_plan(path)
     assert "stages.dpo: comparisons: its longest row has " in message and "lower `training.max_length`" in message
     assert "stages.sft" not in message
+
+
+def test_texts_without_a_limit(tmp_path):
+    """Pieces need one; whole texts are compared with the model's positions."""
+    path = tiny.make_run(tmp_path, {"pretrain": {"data": "texts", "training": {"max_length": None}}})
+    tiny.write_rows(tmp_path / "texts.jsonl", [{"text": "tea and rain " * 3}, {"text": "wool and salt " * 80}])
+    tiny.edit(path, {"data": {"texts": {"path": "texts.jsonl"}}})
+    assert "training.max_length: is the length of packed pieces; give a number" in refused(path)
+    message = refused_by_plan(path, "stages.pretrain.training.packing=false")
+    assert "stages.pretrain: texts: its longest row has " in message and "but the model has 128 positions" in message
+
+
+def test_answers_of_the_rows_are_not_sampled(tmp_path):
+    """With `prompt_baseline: reference` rows are prompts with an answer; a sample has the place of the answer."""
+    ppo = tiny.PPO | {"prompt_baseline": "reference"}
+    path = tiny.make_run(tmp_path, {"sft": tiny.SFT, "reward": tiny.REWARD, "ppo": ppo})
+    rows = [row | {"completion": "tea and rain " * 18} for row in tiny.demonstrations()]
+    tiny.write_rows(tmp_path / "demonstrations.jsonl", rows)
+    tiny.edit(path, {"checks": {"too_long": None}})
+    config = load(path, ("stages.ppo.training.response_length=90",))
+    facts = launcher._preflight(config, manifest.Manifest(name="tiny"), ["ppo"])
+    (audit,) = facts["ppo"].audits.values()
+    prompt, row = audit.lengths["prompt"][-1], audit.lengths["row"][-1]
+    assert row <= 128 and prompt + 90 <= 128 < row + 90
