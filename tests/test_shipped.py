@@ -148,7 +148,7 @@ def check_records(config: RunConfig, run_dir: Path) -> None:
 def one_process(cli, monkeypatch):
     """`rlhf` in this process, with its stages: each would import for ten seconds in one of its own."""
 
-    def run_stage(config: RunConfig, name: str, overrides: tuple[str, ...], launch: str | None, _: Any) -> None:
+    def run_stage(config: RunConfig, name: str, overrides: tuple[str, ...], launch: str | None, *_: Any) -> None:
         assert launch is None
         stage.run(load(config.source, overrides), name)
 
