@@ -43,7 +43,10 @@ def _interval(values: list[float | None]) -> str:
 
 
 def _estimate(found: dict[str, float | None] | None) -> str:
-    values = [value for value in (found or {"value": None}).values() if value is not None]
+    """value [low, high], as far as they are known; `-` for what could not be measured."""
+    if found is None:
+        return "-"
+    values = [value for value in found.values() if value is not None]
     return _interval(values) if len(values) == 3 else _number(values[0] if values else None, 2)
 
 

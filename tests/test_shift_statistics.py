@@ -17,6 +17,8 @@ from scipy.stats import binomtest
 from statsmodels.formula.api import mixedlm, ols
 from statsmodels.stats.anova import anova_lm
 
+from pipeline.manifest import Manifest
+from pipeline.report import shift_table
 from pipeline.shift import variance
 from pipeline.shift.advice import RULES, advice
 from pipeline.shift.calibration import calibration, wilson
@@ -292,6 +294,18 @@ def test_report_survives_json_and_is_shown():
     banned = "{'torch', 'scipy', 'matplotlib', 'numpy'}"
     code = f"import sys, pipeline.shift.show; assert not {banned} & set(sys.modules), {banned} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_was_not_measured_is_no_number(make_record):
+    """Completions of one length have no correlation with it: that is said as in the report, not as nan."""
+    report = measure(scored([[1.0, 2.0], [3.0, 5.0], [2.0, 2.5]], [[4, 4]] * 3))
+    assert report["length_correlation"] is None
+    report["advice"] = advice(report)
+    finished = Manifest(name="tiny", stages={"reward-shift": make_record(type="shift", metrics=report)})
+    console = Console(record=True, width=160)
+    shift_table(finished, console)
+    shown = console.export_text()
+    assert "score and length -, accuracy -" in shown and "nan" not in shown
 
 
 def test_pictures(tmp_path):

@@ -1,0 +1,216 @@
+"""Every shipped config and the README's example run to their ends, each from its own file.
+
+The model and the data are small stand-ins of the same kind, and what is long is cut short. Each test says which keys
+that changes, and that all others are as shipped: precision, quantisation, adapters, batch sizes, learning rates,
+schedules and the gate, which stops a run on a reward model that is not good enough.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import standins
+import tiny
+from test_precision import check_stage
+from test_readme import fences
+
+from pipeline import launcher, manifest, stage
+from pipeline.config import load
+from pipeline.schema import RunConfig, TrainingStage
+
+Overrides = dict[str, str | int | bool]
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+QUICKSTART = "quickstart.yaml"  # run by test_quickstart.py, with nothing changed
+MULTI_GPU = "qwen2.5-7b-multi-gpu.yaml"
+# What a test may change, by the last part of its key, and why.
+REASONS = {
+    "path": "there is no hub: a folder holds a stand-in of the same kind",
+    "use_cpu": "transformers takes bf16 on a machine without a GPU only if it is told to use the CPU",
+    "total_episodes": "two updates are enough to see PPO train",
+    "max_steps": "two steps are enough to see RLOO and GRPO train",
+    "response_length": "a random model does not stop by itself",
+    "max_completion_length": "a random model does not stop by itself",
+    "max_new_tokens": "a random model does not stop by itself",
+    "accelerate_config": "two CPU processes take the place of four GPUs",
+}
+# By config, what is changed beside its model and data. The other stages are short because their rows are few.
+SHORT: dict[str, Overrides] = {
+    "smollm2-135m.yaml": {
+        "training.use_cpu": True,
+        "stages.ppo.training.total_episodes": 64,
+        "stages.ppo.training.response_length": 8,
+        "stages.evaluate.max_new_tokens": 8,
+    },
+    "qwen2.5-0.5b-lora.yaml": {
+        "training.use_cpu": True,
+        "stages.ppo.training.total_episodes": 64,
+        "stages.ppo.training.response_length": 8,
+        "stages.rloo.training.max_steps": 2,
+        "stages.rloo.training.max_completion_length": 8,
+        "stages.grpo.training.max_steps": 2,
+        "stages.grpo.training.max_completion_length": 8,
+        "stages.evaluate.max_new_tokens": 8,
+    },
+    "llama3.1-8b-qlora.yaml": {
+        "training.use_cpu": True,
+        "stages.ppo.training.total_episodes": 32,
+        "stages.ppo.training.response_length": 8,
+        "stages.evaluate.max_new_tokens": 8,
+    },
+    MULTI_GPU: {
+        "training.use_cpu": True,
+        "stages.sft.accelerate_config": "../accelerate_configs/cpu_2_processes.yaml",
+        "stages.reward.accelerate_config": "../accelerate_configs/cpu_2_processes.yaml",
+        "stages.ppo.accelerate_config": "../accelerate_configs/cpu_2_processes.yaml",
+        "stages.dpo.accelerate_config": "../accelerate_configs/cpu_2_processes.yaml",
+        "stages.ppo.training.total_episodes": 64,
+        "stages.ppo.training.response_length": 8,
+        "stages.evaluate.max_new_tokens": 8,
+    },
+}
+EXAMPLE: Overrides = {
+    "training.use_cpu": True,
+    "stages.ppo.training.total_episodes": 32,
+    "stages.evaluate.max_new_tokens": 8,
+}
+ONE_PROCESS = sorted(SHORT.keys() - {MULTI_GPU})
+NUM_ROWS = 64  # of a dataset to train on
+# Comparisons where these are too few for a reward model that the gate lets pass.
+MORE_COMPARISONS = {"smollm2-135m.yaml": 128}
+
+
+def stand_ins(config: RunConfig, folder: Path) -> Overrides:
+    """Make a config's model and datasets in `folder`; returns what puts them in the place of its own."""
+    standins.MODELS[config.model.path](folder / "model")
+    paths: Overrides = {"model.path": str(folder / "model")}
+    for name, dataset in config.data.items():
+        place = folder / dataset.path.replace("/", "--")
+        if not place.exists():
+            num_rows = NUM_ROWS
+            if "preferences" in name:
+                num_rows = MORE_COMPARISONS.get(config.source.name, NUM_ROWS)
+            standins.make_dataset(dataset.path, place, num_rows)
+        paths[f"data.{name}.path"] = str(place)
+    return paths
+
+
+def arguments(overrides: Overrides) -> tuple[str, ...]:
+    """Overrides as the command line takes them."""
+    return tuple(f"{key}={value}" for key, value in overrides.items())
+
+
+def flat(section: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """{dotted key: value} of nested sections."""
+    values: dict[str, Any] = {}
+    for key, value in section.items():
+        if isinstance(value, dict):
+            values |= flat(value, f"{above}{key}.")
+        else:
+            values[f"{above}{key}"] = value
+    return values
+
+
+def reached(config: RunConfig, key: str) -> set[str]:
+    """The keys of the resolved config that an override of `key` changes.
+
+    A run's `training` goes to every stage that trains. The report on a reward model samples as evaluate does.
+    """
+    keys = {key}
+    if key.startswith("training."):
+        keys |= {f"stages.{name}.{key}" for name, its in config.stages.items() if isinstance(its, TrainingStage)}
+    if key.startswith("stages.evaluate."):
+        keys.add(key.replace("evaluate", "reward-shift"))
+    return keys
+
+
+def check_overrides(path: Path, overrides: Overrides) -> None:
+    """What the overrides change has a reason, and all other keys of the resolved config are as shipped."""
+    assert {key.rpartition(".")[2] for key in overrides} <= REASONS.keys()
+    shipped = load(path)
+    before = flat(shipped.model_dump())
+    after = flat(load(path, arguments(overrides)).model_dump())
+    changed = before.keys() ^ after.keys()
+    changed |= {key for key in before.keys() & after.keys() if before[key] != after[key]}
+    assert changed == set().union(*(reached(shipped, key) for key in overrides))
+
+
+def check_records(config: RunConfig, run_dir: Path) -> None:
+    """Every stage is finished, started from its parent and left what its record says."""
+    recorded = manifest.read(run_dir).stages
+    assert list(recorded) == list(config.stages)
+    for name, record in recorded.items():
+        manifest.verify(run_dir, name, record)
+        check_stage(record)
+
+
+@pytest.fixture
+def one_process(cli, monkeypatch):
+    """`rlhf` in this process, with its stages: each would import for ten seconds in one of its own."""
+
+    def run_stage(config: RunConfig, name: str, overrides: tuple[str, ...], launch: str | None, *_: Any) -> None:
+        assert launch is None
+        stage.run(load(config.source, overrides), name)
+
+    monkeypatch.setattr(launcher, "_run_stage", run_stage)
+
+    def call(*args: str | Path) -> str:
+        code, out, err = cli(*args)
+        assert code == 0, err
+        return out
+
+    return call
+
+
+def test_every_shipped_config_is_run():
+    (quickstart,) = fences("command: quickstart")
+    assert f"configs/{QUICKSTART}" in quickstart
+    assert {path.name for path in CONFIGS.glob("*.yaml")} == {*SHORT, QUICKSTART}
+
+
+@pytest.mark.parametrize("name", ONE_PROCESS)
+def test_a_config_for_one_gpu(tmp_path, one_process, name):
+    path = CONFIGS / name
+    config = load(path)
+    overrides = stand_ins(config, tmp_path) | SHORT[name]
+    check_overrides(path, overrides)
+    one_process("run", path, *arguments(overrides))
+    run_dir = tmp_path / "runs" / config.name
+    check_records(config, run_dir)
+    assert "dpo" in one_process("status", run_dir)
+
+
+def test_the_config_for_several_gpus(tmp_path, rlhf):
+    """As users start it, with two CPU processes for each stage that trains."""
+    path = CONFIGS / MULTI_GPU
+    config = load(path)
+    overrides = stand_ins(config, tmp_path) | SHORT[MULTI_GPU]
+    check_overrides(path, overrides)
+    result = rlhf("run", path, *arguments(overrides))
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr
+    run_dir = tmp_path / "runs" / config.name
+    check_records(config, run_dir)
+    for name, record in manifest.read(run_dir).stages.items():
+        assert record.world_size == (2 if isinstance(config.stages[name], TrainingStage) else 1), name
+    status = rlhf("status", run_dir)
+    assert status.returncode == 0 and "dpo" in status.stdout
+
+
+def test_the_readmes_example(tmp_path, one_process):
+    """The example as it stands, beside files of the names it gives."""
+    (text,) = fences("config")
+    path = tmp_path / "example.yaml"
+    path.write_text(text, encoding="utf-8")
+    config = load(path)
+    standins.MODELS[config.model.path](tmp_path / config.model.path)
+    prompts = standins.prompts()
+    comparisons = [{"prompt": p, "chosen": standins.good(p), "rejected": standins.bad(p)} for p in prompts[:80]]
+    demonstrations = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in comparisons[16:]]
+    tiny.write_rows(tmp_path / "demonstrations.jsonl", demonstrations)
+    tiny.write_rows(tmp_path / "comparisons.jsonl", comparisons[16:])
+    tiny.write_rows(tmp_path / "heldout.jsonl", comparisons[:16])
+    check_overrides(path, EXAMPLE)
+    one_process("run", path, *arguments(EXAMPLE))
+    run_dir = tmp_path / "runs" / config.name
+    check_records(config, run_dir)
+    assert "dpo" in one_process("status", run_dir)
