@@ -37,12 +37,13 @@ def continuations(tokenizer: Any, parts: list[tuple[str, str]]) -> list[list[int
     """
     if _is_independent(tokenizer):
         return token_ids(tokenizer, [text for _, text in parts])
-    before = token_ids(tokenizer, [before for before, _ in parts])
-    both = token_ids(tokenizer, [before + text for before, text in parts])
+    texts = dict.fromkeys(text for before, part in parts for text in (before, before + part))  # prompts recur
+    ids = dict(zip(texts, token_ids(tokenizer, list(texts)), strict=True))
     found = []
-    for (_, text), first, joined in zip(parts, before, both, strict=True):
+    for before, part in parts:
+        first, joined = ids[before], ids[before + part]
         held = joined[: len(first)] == first
-        found.append(joined[len(first) :] if held else _within(tokenizer, text))
+        found.append(joined[len(first) :] if held else _within(tokenizer, part))
     return found
 
 
