@@ -35,13 +35,13 @@ def within_sd(scores: Sequence[Sequence[float]]) -> float:
     return float(np.sqrt(np.concatenate([np.var(group, ddof=1, keepdims=True) for group in scores]).mean()))
 
 
-def of_words(prompts: Sequence[str], seed: int) -> np.ndarray:
-    """delta(x) of each prompt: the sum of a normal number for each of its words, with mean 0 and SD 1 over prompts."""
-    words = [sorted(set(re.findall(r"\w+", prompt.lower()))) for prompt in prompts]
+def of_last_word(prompts: Sequence[str], seed: int) -> np.ndarray:
+    """delta(x) of each prompt: a normal number for its last word, with mean 0 and SD 1 over the prompts."""
+    words = [re.findall(r"\w+", prompt.lower())[-1] for prompt in prompts]
     rng = np.random.default_rng(seed)
-    number = {word: rng.normal() for word in sorted({word for of_prompt in words for word in of_prompt})}
-    sums = np.array([sum(number[word] for word in of_prompt) for of_prompt in words])
-    return (sums - sums.mean()) / sums.std()
+    number = {word: rng.normal() for word in sorted(set(words))}
+    levels = np.array([number[word] for word in words])
+    return (levels - levels.mean()) / levels.std()
 
 
 def refit(
@@ -55,12 +55,15 @@ def refit(
     learning_rate: float,
     prompts_per_step: int = 16,
     completions_per_prompt: int = 2,
+    head_rate: float = 1.0,
+    beta2: float = 0.999,
     seed: int = 0,
 ) -> None:
     """Teach a reward model the level of each prompt beside its own scores; trains `model` in place.
 
     The loss is the squared error in units of the within-prompt variance, of the mean over a prompt's completions and
-    of what each differs from that mean by.
+    of what each differs from that mean by. The score head learns at `head_rate` times the learning rate; `beta2` is
+    Adam's.
     """
     sequences = [[p + ids for ids in group] for p, group in zip(prompts, completions, strict=True)]
     flat = iter(scoring.score(model, [ids for group in sequences for ids in group], pad, 64))
@@ -68,9 +71,12 @@ def refit(
         torch.tensor([next(flat) + level for _ in group]) for group, level in zip(sequences, levels, strict=True)
     ]
     scale = within_sd([target.tolist() for target in targets])
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(parameters, learning_rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps, pct_start=0.1)
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    parameters = [parameter for _, parameter in named]
+    rates = [learning_rate * (head_rate if "score" in name else 1) for name, _ in named]
+    groups = [{"params": [parameter], "lr": rate} for parameter, rate in zip(parameters, rates, strict=True)]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, beta2))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, steps, pct_start=0.1)
     rng = np.random.default_rng(seed)
     model.eval()  # no dropout; the gradients are there all the same
     for _ in range(steps):
@@ -126,7 +132,7 @@ def main() -> None:
     parser.add_argument("--size", type=float, required=True, help="SD of the level, in within-prompt SDs of the score")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--policies", nargs="+", default=["sft"], help="stages whose completions it is refitted on")
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1400)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -142,9 +148,9 @@ def main() -> None:
     drawn: list[list[Ids]] = [[] for _ in prompts]
     fresh: list[list[Ids]] = [[] for _ in prompts]
     for policy in args.policies:
-        for number, of_prompt in enumerate(completions(ctx, policy, prompts, sampling, 6)):
-            drawn[number] += of_prompt[:4]
-            fresh[number] += of_prompt[4:]
+        for number, of_prompt in enumerate(completions(ctx, policy, prompts, sampling, 16)):
+            drawn[number] += of_prompt[:14]
+            fresh[number] += of_prompt[14:]
     reward = load_reward(ctx.loader, ctx.weights_of("reward"), trainable=True)
     pad = tokenizer.pad_token_id
 
@@ -154,7 +160,7 @@ def main() -> None:
         return [[next(scores) for _ in group] for group in completions_of]
 
     before = scores_of(fresh)
-    delta = of_words(texts, args.seed)
+    delta = of_last_word(texts, args.seed)
     levels = delta * args.size * within_sd(before)
     refit(
         reward,
@@ -166,6 +172,8 @@ def main() -> None:
         learning_rate=args.learning_rate,
         prompts_per_step=16,
         completions_per_prompt=4,
+        head_rate=5.0,
+        beta2=0.99,
     )
     found = learnt(before, scores_of(fresh), delta)
     install(config.run_path, "reward", reward)
