@@ -280,7 +280,8 @@ def with_levels(of_kind, tmp_path_factory):
             reward = load_reward(ctx.loader, ctx.weights_of("reward"), trainable=True)
             scores = [scoring.score(reward, [p + ids for ids in d], pad) for p, d in zip(prompts, drawn, strict=True)]
             deltas = np.random.default_rng(0).normal(size=len(prompts)) * 5 * levels.within_sd(scores)
-            levels.refit(reward, prompts, drawn, deltas, pad, steps=300, learning_rate=3e-3, prompts_per_step=8)
+            targets = levels.targets_of(reward, prompts, drawn, deltas, pad)
+            levels.refit(reward, prompts, drawn, targets, pad, steps=300, learning_rate=3e-3, prompts_per_step=8)
             after = [scoring.score(reward, [p + ids for ids in d], pad) for p, d in zip(prompts, drawn, strict=True)]
             learnt = [np.mean(a) - np.mean(b) for a, b in zip(after, scores, strict=True)]
             assert np.corrcoef(learnt, deltas)[0, 1] > 0.99

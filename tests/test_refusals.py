@@ -230,7 +230,7 @@ def test_answers_of_the_rows_are_not_sampled(tmp_path):
     """With `prompt_baseline: reference` rows are prompts with an answer; a sample has the place of the answer."""
     ppo = tiny.PPO | {"prompt_baseline": "reference"}
     path = tiny.make_run(tmp_path, {"sft": tiny.SFT, "reward": tiny.REWARD, "ppo": ppo})
-    rows = [row | {"completion": "tea and rain " * 18} for row in tiny.demonstrations()]
+    rows = [row | {"completion": "tea and rain " * 14} for row in tiny.demonstrations()]
     tiny.write_rows(tmp_path / "demonstrations.jsonl", rows)
     tiny.edit(path, {"checks": {"too_long": None}})
     config = load(path, ("stages.ppo.training.response_length=90",))

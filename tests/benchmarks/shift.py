@@ -9,9 +9,10 @@ For each seed the quickstart's chain is trained up to its reward model. Its scor
 - inside: the reward model itself is refitted to its own score and a level per prompt of the same SD (levels.py), so
   that the value model starts with the level too. This is where the shift of a real reward model lies.
 
-Without a shift and with each of the two: PPO plain, with `sft_mean` and with `leave_one_out`, RLOO and GRPO, all of
-the same number of episodes; DPO, which sees no score, once. Every policy is judged by the quickstart's rubric against
-SFT on its held-out prompts.
+Without a shift and with each of the two: PPO plain, with `sft_mean` and with `leave_one_out`, and RLOO, all of the same
+number of episodes. RLOO has no value model and compares completions of one prompt, so that what it loses to a level
+inside is what the refit itself cost. Every policy is judged by the quickstart's rubric against SFT on its held-out
+prompts.
 
 Two seeds run at a time with one thread each. It can be stopped and started again: finished stages are skipped, results
 are appended to `--results` as they come. `--report` draws the figure and prints the table of what is there so far.
@@ -34,20 +35,23 @@ RESULTS = Path(__file__).with_name("shift_results.jsonl")
 QUICKSTART = REPO / "configs" / "quickstart.yaml"
 SIZE = 10  # SD of the shift, in within-prompt SDs
 SHIFTS = {"none": "none", "added": f"{SIZE} SD added", "inside": f"{SIZE} SD inside"}
-NUM_COMPLETIONS = 4  # of a prompt: for the baselines, RLOO and GRPO
+NUM_COMPLETIONS = 4  # of a prompt: for the baselines and RLOO
 METHODS = {
     "ppo": {"type": "ppo"},
     "ppo-sft_mean": {"type": "ppo", "prompt_baseline": "sft_mean", "baseline_completions": NUM_COMPLETIONS},
     "ppo-leave_one_out": {"type": "ppo", "prompt_baseline": "leave_one_out", "baseline_completions": NUM_COMPLETIONS},
     "rloo": {"type": "rloo"},
-    "grpo": {"type": "grpo"},
 }
-LABELS = {"ppo": "PPO", "ppo-sft_mean": "PPO, sft_mean", "ppo-leave_one_out": "PPO, leave_one_out"}
-LABELS |= {"rloo": "RLOO", "grpo": "GRPO", "dpo": "DPO"}
+LABELS = {
+    "ppo": "PPO",
+    "ppo-sft_mean": "PPO, sft_mean",
+    "ppo-leave_one_out": "PPO, leave_one_out",
+    "rloo": "RLOO",
+}
 
 
 def online_options(ppo: dict[str, Any]) -> dict[str, Any]:
-    """RLOO's and GRPO's options: PPO's rollouts, minibatches, epochs, learning rate and KL coefficient."""
+    """RLOO's options: PPO's rollouts, minibatches, epochs, learning rate and KL coefficient."""
     batch, minibatches, epochs = ppo["per_device_train_batch_size"], ppo["num_mini_batches"], ppo["num_ppo_epochs"]
     return {
         "per_device_train_batch_size": batch // minibatches,
@@ -67,7 +71,7 @@ def config(shift: str, within_sd: float | None) -> dict[str, Any]:
     """The quickstart's chain up to the reward model; with `within_sd` also the policies, for one kind of shift."""
     raw = YAML().load(QUICKSTART)
     stages = raw["stages"]
-    ppo, dpo, evaluate = (stages.pop(name) for name in ("ppo", "dpo", "evaluate"))
+    ppo, _, evaluate = (stages.pop(name) for name in ("ppo", "dpo", "evaluate"))
     for data in raw["data"].values():
         data["path"] = str(QUICKSTART.parent / data["path"])
     stages["shift"] = {
@@ -83,8 +87,6 @@ def config(shift: str, within_sd: float | None) -> dict[str, Any]:
         same = {key: ppo[key] for key in ("init", "reward", "data")} | {"training": training}
         offset = SIZE * within_sd if shift == "added" else 0.0
         policies[f"{method}-{shift}"] = same | options | {"added_shift": offset}
-    if shift == "none":
-        policies["dpo"] = dpo
     stages |= policies | {f"evaluate-{shift}": dict(evaluate) | {"type": "evaluate", "policies": [*policies]}}
     return raw | {"name": "shift"}
 

@@ -33,7 +33,7 @@ def report(results: list[dict[str, Any]], figure: Path, shifts: dict[str, str], 
         for shift, shown in shifts.items():
             if lines := cells.get((method, shift)):
                 without = cells.get((method, "none"), lines)
-                row = [label, "-" if method == "dpo" else shown, *_figures(lines, without)]
+                row = [label, shown, *_figures(lines, without)]
                 print(f"| {' | '.join(row)} |")
     _draw(cells, figure, shifts, labels)
 
@@ -64,10 +64,7 @@ def _draw(cells: dict[Any, list[Any]], path: Path, shifts: dict[str, str], label
         found = np.array([mean_and_interval([line[MEASURE][0] for line in cells[method, s]]) for s in there])
         if not there:
             continue
-        if method == "dpo":
-            axes.axhline(found[0, 0], color="black", linestyle="--", label=f"{label} (sees no score)")
-            continue
-        places = np.array([list(shifts).index(shift) for shift in there]) + 0.08 * (number - 2)
+        places = np.array([list(shifts).index(shift) for shift in there]) + 0.08 * (number - 1.5)
         ends = [found[:, 0] - found[:, 1], found[:, 2] - found[:, 0]]
         axes.errorbar(places, found[:, 0], yerr=ends, marker="o", capsize=3, linestyle="none", label=label)
     names = {"none": "no shift", "added": "10 SD added to the score", "inside": "10 SD inside the reward model"}
