@@ -180,7 +180,7 @@ def main() -> None:
             targets,
             pad,
             steps=args.steps,
-            learning_rate=args.learning_rate,
+            learning_rate=args.learning_rate / (2 if number else 1),
             prompts_per_step=16,
             completions_per_prompt=4,
             head_rate=5.0,
