@@ -224,7 +224,9 @@ def test_the_shown_code_gives_the_scores_of_the_run(tmp_path, lora, pad, dtype, 
     ids = tokenizer(texts)["input_ids"]
     assert len(ids[0]) < len(ids[1]) and ids[0][-1] == tokenizer.eos_token_id
     model = load_reward(loader, weights)
-    np.testing.assert_allclose(here, [scoring.score(model, [row], tokenizer.pad_token_id)[0] for row in ids], atol=1e-6)
+    there = [scoring.score(model, [row], tokenizer.pad_token_id)[0] for row in ids]
+    # On a CPU bitsandbytes has a kernel of its own for 4-bit weights that are not trained, which rounds to bf16.
+    np.testing.assert_allclose(here, there, rtol=0, atol=1e-2 if quantization else 1e-6)
 
 
 def four_separate_models(base: Path, parent: Path, reward: Path) -> ppo.Models:

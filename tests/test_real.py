@@ -95,6 +95,8 @@ def test_four_bit_base(model, tmp_path):
         "quantization.bnb_4bit_quant_type=nf4",
         f"quantization.bnb_4bit_compute_dtype={'bfloat16' if FAST_BF16 else 'float32'}",
         "stages.sft.init=base",
+        # A quantised base is not trained in full; this stage does not run here.
+        "stages.rloo_full.lora={r: 8, lora_alpha: 16, lora_dropout: 0.0, target_modules: all-linear}",
     )
     for until in ("ppo", "dpo"):
         found = run(model, tmp_path, *four_bit, "--until", until)
