@@ -45,7 +45,9 @@ def _figures(lines: list[dict[str, Any]], without: list[dict[str, Any]]) -> list
     better = sum(line[MEASURE][1] > 0.5 for line in lines)
     kl = np.mean([line["kl"] for line in lines])
     explained = [line["explained_variance"] for line in lines if line["explained_variance"]]
-    first_and_last = " to ".join(f"{value:.2f}" for value in np.mean(explained, axis=0)) if explained else "-"
+    first_and_last = (
+        " to ".join(f"{value.round(2) + 0:.2f}" for value in np.mean(explained, axis=0)) if explained else "-"
+    )
     return [
         f"{mean:.2f} [{low:.2f}, {high:.2f}]",
         f"{mean / start:.0%}",
