@@ -291,7 +291,8 @@ def _named(stage: Stage, *fields: str) -> dict[str, str]:
 def same_shape(a: Options, b: Options) -> bool:
     """Whether an adapter made with options `a` can be continued under options `b`.
 
-    Dropout and initialisation do not belong to an adapter's shape; `lora_alpha` does, since it scales the weights.
+    Dropout and initialisation do not belong to an adapter's shape; `lora_alpha` does, since it scales the weights. A
+    `bias` is the same everywhere: any but PEFT's default is refused.
     """
-    free = ("lora_dropout", "init_lora_weights")
+    free = ("lora_dropout", "init_lora_weights", "bias")
     return {k: v for k, v in a.items() if k not in free} == {k: v for k, v in b.items() if k not in free}

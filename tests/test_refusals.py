@@ -7,6 +7,7 @@ from test_equalities import run
 from pipeline import launcher, manifest
 from pipeline.config import load
 from pipeline.errors import UserError
+from pipeline.lineage import start_of
 
 STAGES = {"sft": tiny.SFT, "reward": tiny.REWARD, "ppo": tiny.PPO, "dpo": tiny.DPO}
 GRPO = {"data": "demonstrations", "training": {"max_completion_length": 8, "num_generations": 4, "beta": 0.04}}
@@ -60,6 +61,8 @@ def test_lora_options_that_a_chain_cannot_carry(path, option, value, reason):
 
 def test_a_default_of_peft_may_be_written_out(path):
     assert load(path, ("lora.bias=none",)).stages["sft"].lora["bias"] == "none"
+    one_stage = load(path, (f"stages.dpo.lora={tiny.LORA | {'bias': 'none'}}",))
+    assert not start_of(one_stage, "dpo").merge
 
 
 @pytest.mark.parametrize(
