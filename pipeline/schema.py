@@ -215,7 +215,8 @@ STAGE_CLASSES |= {"evaluate": Evaluate, "shift": Shift}
 STAGE_CLASSES |= dict.fromkeys(("pretrain", "sft", "reward", "dpo"), Offline)
 FINAL_TYPES = ("ppo", "rloo", "grpo", "dpo")
 POLICY_TYPES = ("pretrain", "sft", *FINAL_TYPES)
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+Name = Annotated[str, Field(pattern=NAME)]
 
 
 class RunConfig(Strict):
