@@ -55,7 +55,7 @@ def show(table: Table, console: Console) -> None:
     """Print a table if every word of it fits into the console's width, else a block of `name: value` for each row."""
     heads = [_text(name, console, "bold") for name in table.columns]
     rows = [[_text(cell, console) for cell in row] for row in table.rows]
-    say(console, table.title, "bold")
+    _lay(_text(table.title, console, "bold"), "", "", console.width, console)
     widths = _widths([heads, *rows], console.width)
     if widths is None:
         _blocks(heads, rows, console)
