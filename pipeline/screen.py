@@ -41,7 +41,8 @@ def open_console(width: int | None = None) -> Console:
     console = Console(width=width, markup=False, emoji=False, highlight=False)
     if width is None and not console.file.isatty():
         console.width = streams.columns_asked() or WIDTH
-    console.width = _width(console)  # rich prints nothing at a width of 0
+    if console.width < LEAST:
+        console.width = LEAST  # rich prints nothing at a width of 0
     return console
 
 
