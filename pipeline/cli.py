@@ -70,7 +70,8 @@ def plan(config: str, overrides: tuple[str, ...], accelerate_config: str | None)
 def check_data(config: str, overrides: tuple[str, ...], stages: tuple[str, ...], sample: int) -> None:
     """Read all data of CONFIG as its stages would, count what is wrong with it, and show rows.
 
-    Rows are shown with the template's text and special tokens; what is trained on stands between ⟦ and ⟧.
+    Rows are shown with the template's text and special tokens; what is trained on stands between ⟦ and ⟧ (between [[
+    and ]] where these cannot be printed).
     """
     from pipeline import datacheck
     from pipeline.config import load

@@ -42,3 +42,15 @@ def test_imports_point_one_way():
 def test_one_module_imports_trl_experimental():
     users = [name for name, tree in modules().items() if any(i.startswith("trl.experimental") for i in imports(tree))]
     assert users == ["pipeline.trainers"]
+
+
+def test_one_module_makes_consoles():
+    """So all of them are without rich's markup, which would read a user's names and rows as instructions."""
+
+    def makes(tree):
+        calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        return any(isinstance(called, ast.Name) and called.id == "Console" for called in calls)
+
+    trees = modules()
+    assert [name for name, tree in trees.items() if makes(tree)] == ["pipeline.screen"]
+    assert [name for name, tree in trees.items() if "rich.markup" in imports(tree)] == []

@@ -262,9 +262,9 @@ def test_libraries_are_silent_within_a_command_and_not_after_it():
 
 
 def test_a_bad_file_is_one_message_and_no_more(rlhf, write_config, tmp_path):
-    config = write_config(tmp_path)
-    (tmp_path / "prompts.jsonl").write_text("no JSON\n")
-    (tmp_path / "comparisons.jsonl").write_text('{"prompt": "a", "chosen": \n')
+    config = write_config(tmp_path, **{"data.prompts": {"path": "prompts.parquet"}})
+    (tmp_path / "prompts.parquet").write_bytes(b"no parquet" * 20)
+    (tmp_path / "comparisons.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"\n')
     done = rlhf("plan", config)
     assert done.returncode == 2
     heading, *lines = done.stderr.splitlines()
