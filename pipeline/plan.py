@@ -6,14 +6,15 @@ the three questions of every build tool. Inputs are compared by content, so a mo
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from pipeline import basemodel, manifest, scoring, tokenizers
+from pipeline import basemodel, functions, manifest, tokenizers
 from pipeline.data import heldout, sources
 from pipeline.data.prepare import Datasets
 from pipeline.errors import UserError
 from pipeline.manifest import Manifest, TokenizerRecord, digest
-from pipeline.schema import RunConfig, Stage, TrainingStage, datasets, functions, parents
+from pipeline.schema import RunConfig, Stage, TrainingStage, datasets, functions_of, parents
 
 # Options of `training:` that change what is shown or kept, not what is learned.
 _LOADING = ("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers")
@@ -70,8 +71,8 @@ def _data_inputs(config: RunConfig, name: str, read: Datasets) -> dict[str, str]
         trained_on = heldout.role_split(role, isinstance(stage, TrainingStage)) == heldout.TRAIN
         if trained_on and (removed := read.removed(dataset)):
             inputs[f"{role}: held-out prompts in it"] = removed
-    for field, reference in functions(stage):
-        files = scoring.sources_of(reference, config.folder, f"stages.{name}.{field}")
+    for field, reference in functions_of(stage):
+        files = functions.sources_of(reference, config.folder, f"stages.{name}.{field}")
         if len(files) == 1:
             inputs[f"function {reference}"] = manifest.file_digest(files[0])
         elif files:
@@ -190,7 +191,7 @@ def tokenizer_of(config: RunConfig, recorded: Manifest) -> tuple[Any, TokenizerR
     """
     source, saved, old = _tokenizer_source(config), config.run_path / "tokenizer", recorded.tokenizer
     if old and old.source == source and saved.is_dir():
-        return tokenizers.open_saved(saved, config.model.trust_remote_code), old
+        return _as_recorded(saved, old, config.model.trust_remote_code), old
     tokenizer = tokenizers.build(config)
     made = TokenizerRecord(
         source=source,
@@ -207,6 +208,15 @@ def tokenizer_of(config: RunConfig, recorded: Manifest) -> tuple[Any, TokenizerR
             f"{template}). Undo the change, give a new `run_dir`, or give `--redo` of the first stages"
         )
     return tokenizer, made
+
+
+def _as_recorded(saved: Path, old: TokenizerRecord, trust_remote_code: bool) -> Any:
+    """The run's saved tokenizer, which is still the one on record: cached rows are looked up by its fingerprint."""
+    tokenizer = tokenizers.open_saved(saved, trust_remote_code)
+    if tokenizers.fingerprint(tokenizer) != old.fingerprint:
+        mend = "Restore that folder, or remove it: it is made again then"
+        raise UserError(f"{saved} is not the tokenizer this run was started with. {mend}")
+    return tokenizer
 
 
 def prepare_run(config: RunConfig) -> Manifest:

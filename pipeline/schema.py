@@ -278,7 +278,7 @@ def datasets(stage: Stage) -> dict[str, str]:
     return _named(stage, "data", "eval_data")
 
 
-def functions(stage: Stage) -> list[tuple[str, str]]:
+def functions_of(stage: Stage) -> list[tuple[str, str]]:
     """The functions a stage calls, as (field, `module:function`)."""
     rewards = [("reward_functions", reference) for reference in getattr(stage, "reward_functions", ())]
     return rewards + list(_named(stage, "judge").items())

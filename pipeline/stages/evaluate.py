@@ -10,7 +10,7 @@ from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
 from scipy import stats
 
-from pipeline import checks, divergence, scoring
+from pipeline import checks, divergence, functions, scoring
 from pipeline.context import Result, StageContext, write_json
 from pipeline.models import load_policy, load_reward, to_device
 from pipeline.sampling import Ids, Sampling, completions, weights_of
@@ -64,7 +64,7 @@ def _add_scores(ctx: StageContext, rows: Any, table: dict[str, list[Entry]]) -> 
     """Put into the entries of all policies: the completion's text, the reward model's score, the judge's."""
     stage, tokenizer, judge = ctx.stage, ctx.tokenizer, None
     if stage.judge:
-        judge = scoring.function(stage.judge, ctx.config.folder, f"stages.{ctx.name}.judge")
+        judge = functions.function(stage.judge, ctx.config.folder, f"stages.{ctx.name}.judge")
     if stage.reward:
         model = to_device(load_reward(ctx.loader, ctx.weights_of(stage.reward)))
     for policy, entries in table.items():
@@ -79,7 +79,7 @@ def _add_scores(ctx: StageContext, rows: Any, table: dict[str, list[Entry]]) -> 
             judged = None
             if judge is not None:
                 where = f"row {entry['row']}, policy {policy}"
-                judged = scoring.judged(judge, stage.judge, row["prompt"][-1]["content"], text, where)
+                judged = functions.judged(judge, stage.judge, row["prompt"][-1]["content"], text, where)
             entries[i] = {"completion": text, "score": scores[i], "judge": judged} | entry
 
 
