@@ -11,7 +11,7 @@ from typing import IO, Any
 from rich.console import Console
 from rich.rule import Rule
 
-from pipeline import datacheck, manifest, plan, preflight, report, sharding
+from pipeline import datacheck, manifest, plan, preflight, report, runfolder, sharding
 from pipeline.errors import StageFailed, UserError, all_of, unknown
 from pipeline.schema import RunConfig, parents, waits_for
 
@@ -147,7 +147,7 @@ def _first_gpu() -> str:
 def _run_stage(
     config: RunConfig, name: str, overrides: tuple[str, ...], launch: str | None, redo: bool, console: Console
 ) -> None:
-    log = config.run_path / name / "log.txt"
+    log = config.run_path / name / runfolder.LOG
     log.parent.mkdir(parents=True, exist_ok=True)
     argv = command(config, name, overrides, launch)
     streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}

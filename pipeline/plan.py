@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import basemodel, functions, manifest, tokenizers
+from pipeline import basemodel, functions, manifest, runfolder, tokenizers
 from pipeline.data import heldout, sources
 from pipeline.data.prepare import Datasets
 from pipeline.errors import UserError
@@ -158,9 +158,11 @@ def open_run(config: RunConfig) -> Manifest:
     """The manifest of the config's run folder, empty before the first run.
 
     Raises:
-        UserError: if it is damaged or belongs to a run of another name.
+        UserError: if it is damaged or belongs to a run of another name, or the folder is no run folder.
     """
-    recorded = manifest.read(config.run_path) or Manifest(name=config.name)
+    found = manifest.read(config.run_path)
+    runfolder.check(config, found)
+    recorded = found or Manifest(name=config.name)
     if recorded.name != config.name:
         seen = f"holds the run {recorded.name!r}, this config is {config.name!r}"
         raise UserError(f"{config.run_path} {seen}; give another `run_dir`, or the name of that run")
@@ -223,6 +225,7 @@ def prepare_run(config: RunConfig) -> Manifest:
     """Make sure that the run folder has its manifest and tokenizer; the first write to a run folder."""
     recorded = open_run(config)
     tokenizer, made = tokenizer_of(config, recorded)
+    manifest.update(config.run_path, config.name)  # from here on what lies in the folder is the run's
     saved = config.run_path / "tokenizer"
     # The base's folder as it is here: whoever loads an output from the run folder does not know the config's place.
     path = config.model.path and config.resolve(config.model.path)

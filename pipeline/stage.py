@@ -24,7 +24,7 @@ import transformers
 from accelerate import DistributedType, PartialState
 from filelock import FileLock, Timeout
 
-from pipeline import basemodel, checkpoints, gate, manifest, options, plan, sharding, tokenizers
+from pipeline import basemodel, checkpoints, gate, manifest, options, plan, runfolder, sharding, tokenizers
 from pipeline.config import load
 from pipeline.context import Result, StageContext, same_everywhere
 from pipeline.errors import UserError
@@ -69,7 +69,7 @@ def run(config: RunConfig, name: str) -> None:
     if state.is_main_process:
         for message in ignored:
             print(f"{name}: {message}", flush=True)
-    with _locked(config.run_path / name) if state.is_main_process else contextlib.nullcontext():
+    with _locked(config, name) if state.is_main_process else contextlib.nullcontext():
         decided = same_everywhere(lambda: _prepare(config, name))
         if isinstance(decided, UserError):
             raise decided
@@ -230,13 +230,15 @@ def _same_tokenizer(config: RunConfig, name: str, key: str) -> None:
             raise UserError(f"{folder} holds another tokenizer than the run's; {name!r} cannot use it. {mend}")
 
 
-def _locked(folder: Path) -> contextlib.AbstractContextManager:
+def _locked(config: RunConfig, name: str) -> contextlib.AbstractContextManager:
     """One process group at a time works on a stage. The lock dies with its holder, also under `kill -9`."""
+    plan.open_run(config)  # a folder with a lock counts as one of the run's
+    folder = config.run_path / name
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        return FileLock(folder / ".lock").acquire(timeout=15)
+        return FileLock(folder / runfolder.LOCK).acquire(timeout=15)
     except Timeout:
-        raise UserError(f"stage {folder.name!r} is being run by another process; wait for it or stop it") from None
+        raise UserError(f"stage {name!r} is being run by another process; wait for it or stop it") from None
 
 
 def _end_with_launcher(launcher: str | None) -> None:
