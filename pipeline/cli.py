@@ -8,6 +8,7 @@ import click
 
 from pipeline import __version__
 from pipeline.errors import StageFailed, UserError
+from pipeline.signals import Stopped, stopping
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -46,7 +47,8 @@ def run(
     from pipeline import launcher
     from pipeline.config import load
 
-    launcher.run(load(config, overrides), _console(), overrides, until, only, redo, accelerate_config)
+    with stopping():
+        launcher.run(load(config, overrides), _console(), overrides, until, only, redo, accelerate_config)
 
 
 @cli.command()
@@ -111,5 +113,7 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(2)
+    except Stopped as stopped:
+        sys.exit(stopped.exit_code)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)

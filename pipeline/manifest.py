@@ -18,6 +18,7 @@ from pipeline.errors import UserError
 
 SCHEMA_VERSION = 1
 FILE = "manifest.json"
+PARTIAL = f"{FILE}.tmp"
 
 
 class Frozen(BaseModel):
@@ -126,12 +127,19 @@ def read(run_dir: Path) -> Manifest | None:
 def write(run_dir: Path, manifest: Manifest) -> None:
     """Replace the manifest in one step: a reader, or a crash, sees the old one or the new one."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    temporary = run_dir / f"{FILE}.tmp"
+    temporary = run_dir / PARTIAL
     with temporary.open("w", encoding="utf-8") as file:
         file.write(manifest.model_dump_json(indent=1) + "\n")
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(run_dir / FILE)
+
+
+def remove_partial(run_dir: Path) -> None:
+    """Remove what a process left that was killed while it wrote the manifest."""
+    if (run_dir / PARTIAL).exists():
+        with FileLock(run_dir / ".manifest.lock"):
+            (run_dir / PARTIAL).unlink(missing_ok=True)
 
 
 def update(run_dir: Path, name: str, **changes: Any) -> Manifest:

@@ -19,6 +19,7 @@ from typing import Any
 
 from pipeline.quiet import quieten_transformers  # isort: skip
 
+import psutil
 import torch
 import transformers
 from accelerate import DistributedType, PartialState
@@ -76,6 +77,7 @@ def run(config: RunConfig, name: str) -> None:
         if decided is not None:
             _execute(config, name, decided, state)
         elif state.is_main_process:
+            shutil.rmtree(config.run_path / name / "checkpoints", ignore_errors=True)  # if it was killed at its end
             print(f"{name}: finished already, and nothing changed", flush=True)
 
 
@@ -148,7 +150,6 @@ def _prepare(config: RunConfig, name: str) -> plan.Identity | UserError | None:
         if os.environ.get(REDO):
             shutil.rmtree(folder, ignore_errors=True)
         checkpoints.check_processes(folder, name, identity.digest(), PartialState().num_processes)
-        manifest.drop(config.run_path, [name, *plan.descendants(config, name)])
         return identity
     except UserError as error:
         return error
@@ -160,11 +161,13 @@ def _execute(config: RunConfig, name: str, identity: plan.Identity, state: Parti
     key = tokenizers.fingerprint(tokenizer)
     _same_tokenizer(config, name, key)
     ctx = StageContext(config, name, tokenizer, key, _loader(config, tokenizer), identity.digest())
+    quieten_transformers()
+    ctx.rows()  # refused before the record is dropped, where the launcher has not looked at them
     if state.is_main_process:
+        manifest.drop(config.run_path, [name, *plan.descendants(config, name)])
         shutil.rmtree(ctx.new_output, ignore_errors=True)
         ctx.new_output.mkdir(parents=True)
     state.wait_for_everyone()
-    quieten_transformers()
     transformers.set_seed(ctx.seed)
     module = MODULES.get(ctx.stage.type, ctx.stage.type)
     result: Result = importlib.import_module(f"pipeline.stages.{module}").run(ctx)
@@ -241,14 +244,16 @@ def _locked(config: RunConfig, name: str) -> contextlib.AbstractContextManager:
         raise UserError(f"stage {name!r} is being run by another process; wait for it or stop it") from None
 
 
-def _end_with_launcher(launcher: str | None) -> None:
+def _end_with_launcher(number: str | None) -> None:
     """End this process when the `rlhf run` that started it is gone, so that a killed run leaves nothing training."""
-    while launcher is not None:
-        try:
-            os.kill(int(launcher), 0)
-        except OSError:
-            os._exit(1)
-        time.sleep(1)
+    if number is None:
+        return
+    with contextlib.suppress(psutil.NoSuchProcess):
+        launcher = psutil.Process(int(number))
+        # A killed process keeps its number until its own parent has asked how it ended.
+        while launcher.is_running() and launcher.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(1)
+    os._exit(1)
 
 
 def _versions() -> dict[str, str]:
