@@ -44,11 +44,12 @@ def run(
 
     Overrides are dotted and checked like the file: stages.sft.training.learning_rate=1e-4
     """
-    from pipeline import launcher
+    from pipeline import disk, launcher
     from pipeline.config import load
 
-    with stopping():
-        launcher.run(load(config, overrides), _console(), overrides, until, only, redo, accelerate_config)
+    loaded = load(config, overrides)
+    with stopping(), disk.reported(loaded.run_path):
+        launcher.run(loaded, _console(), overrides, until, only, redo, accelerate_config)
 
 
 @cli.command()
@@ -57,10 +58,12 @@ def run(
 @click.option("--accelerate-config", metavar="FILE", help="Check for a run with the same option.")
 def plan(config: str, overrides: tuple[str, ...], accelerate_config: str | None) -> None:
     """Check CONFIG and its data and show what `rlhf run` would do, without training or writing anything."""
-    from pipeline import launcher
+    from pipeline import disk, launcher
     from pipeline.config import load
 
-    launcher.show_plan(load(config, overrides), _console(), accelerate_config)
+    loaded = load(config, overrides)
+    with disk.reported(loaded.run_path):
+        launcher.show_plan(loaded, _console(), accelerate_config)
 
 
 @cli.command("check-data")
@@ -75,10 +78,12 @@ def check_data(config: str, overrides: tuple[str, ...], stages: tuple[str, ...],
 
     Rows are shown with the template's text and special tokens; what is trained on stands between ⟦ and ⟧.
     """
-    from pipeline import datacheck
+    from pipeline import datacheck, disk
     from pipeline.config import load
 
-    datacheck.run(load(config, overrides), list(stages), sample, _console())
+    loaded = load(config, overrides)
+    with disk.reported(loaded.run_path):
+        datacheck.run(loaded, list(stages), sample, _console())
 
 
 @cli.command()

@@ -25,7 +25,7 @@ import transformers
 from accelerate import DistributedType, PartialState
 from filelock import FileLock, Timeout
 
-from pipeline import basemodel, checkpoints, gate, manifest, options, plan, runfolder, sharding, tokenizers
+from pipeline import basemodel, checkpoints, disk, gate, manifest, options, plan, runfolder, sharding, tokenizers
 from pipeline.config import load
 from pipeline.context import Result, StageContext, same_everywhere
 from pipeline.errors import UserError
@@ -46,9 +46,12 @@ def main() -> None:
     path, name, *overrides = sys.argv[1:]
     threading.Thread(target=_end_with_launcher, args=[os.environ.get(LAUNCHER)], daemon=True).start()
     try:
-        run(load(path, tuple(overrides)), name)
+        config = load(path, tuple(overrides))
+        with disk.reported(config.run_path):
+            run(config, name)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)  # any process may be the one that found it
+        # Any process may be the one that found it, and a progress bar may be in the middle of its line.
+        print(f"\nerror: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():

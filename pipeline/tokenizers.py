@@ -82,7 +82,7 @@ def build(config: RunConfig) -> Any:
     else:
         options = {"revision": basemodel.revision_of(config), "trust_remote_code": base.trust_remote_code}
         try:
-            tokenizer = AutoTokenizer.from_pretrained(config.resolve(base.path), **options)
+            tokenizer = _load(config.resolve(base.path), **options)
         except (OSError, ValueError) as error:
             raise basemodel.unreadable(config, "tokenizer", error) from None
     vocabulary = tokenizer.get_vocab()
@@ -108,10 +108,17 @@ def build(config: RunConfig) -> Any:
     return tokenizer
 
 
+def _load(place: str | Path, **options: Any) -> Any:
+    tokenizer = AutoTokenizer.from_pretrained(place, **options)
+    # transformers would save it whether the hub was out of reach; then equal runs would have other files.
+    tokenizer.init_kwargs.pop("local_files_only", None)
+    return tokenizer
+
+
 def open_saved(folder: Path, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a run folder or of an output."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = _load(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: holds no tokenizer that can be read ({reason_of(error)}); restore it") from None
     tokenizer.padding_side = "left"  # not kept by every tokenizer class; policies generate from the right end
