@@ -1,9 +1,10 @@
 """All cases of bad input, in order."""
 
 import cases_config
+import cases_options
 from forked import Case
 
-MODULES = (cases_config,)
+MODULES = (cases_config, cases_options)
 
 
 def all_cases() -> list[Case]:

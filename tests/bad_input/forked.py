@@ -27,7 +27,8 @@ LIMIT = 60  # seconds after which a command counts as hung
 # What tells a reader what to do: one of these must stand in a message.
 MEND = re.compile(
     r"expected|did you mean|valid here|must|is required|give|set |choose|name |use |add |restore|redo|run |should|"
-    r"leave|lower|drop|remove|look at|undo|take another|make |install|move|write|check|save|either|free|only |needs|"
+    r"let |indent |leave|lower|drop|remove|look at|undo|take another|make |install|move|write|check|save|either|free|"
+    r"only |needs|does not take|"
     r"list them|map|cannot be|greater than|less than|not between|no name here is near|no such file",
     re.IGNORECASE,
 )
