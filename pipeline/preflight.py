@@ -143,7 +143,7 @@ def _model(config: RunConfig, tokenizer: Any) -> Any:
     if base.scratch:
         try:
             return from_scratch(base.scratch.architecture, tokenizer, "float32", seed=0)
-        except _ERRORS as error:
+        except Exception as error:  # models raise what they like at fields that do not fit
             raise UserError(f"model.scratch.architecture: {reason_of(error)}") from None
     try:
         return AutoModelForCausalLM.from_config(
