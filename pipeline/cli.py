@@ -1,12 +1,13 @@
 """The `rlhf` command. Heavy imports happen inside the commands: `--help` and `status` answer at once."""
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from pipeline import __version__
+from pipeline import __version__, quiet, streams
 from pipeline.errors import StageFailed, UserError
 from pipeline.signals import Stopped, stopping
 
@@ -18,11 +19,9 @@ def cli() -> None:
 
 
 def _console() -> Any:
-    from rich.console import Console
+    from pipeline.screen import open_console
 
-    console = Console()
-    # Tables need room: without a terminal rich assumes 80 columns.
-    return console if console.is_terminal else Console(width=160, highlight=False)
+    return open_console()
 
 
 @cli.command()
@@ -110,15 +109,26 @@ def shift(run_dir: Path, stage: str | None) -> None:
 
 def main() -> None:
     """Run the command; a user's error is one message and exit code 2, a bug keeps its traceback."""
+    streams.prepare()
     try:
-        cli(standalone_mode=False)
+        with quiet.libraries():
+            cli(standalone_mode=False)
+            sys.stdout.flush()
     except (UserError, StageFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
+        streams.error(str(error))
         sys.exit(error.exit_code)
     except click.ClickException as error:
-        error.show()
+        with contextlib.suppress(OSError):  # there is nowhere left to say it
+            error.show()
         sys.exit(2)
     except Stopped as stopped:
         sys.exit(stopped.exit_code)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
+    except OSError as error:
+        if not streams.refuses_stdout(error):
+            raise
+        streams.give_up(sys.stdout)
+        if not isinstance(error, BrokenPipeError):  # that is `| head`, which has seen enough
+            streams.error(f"cannot write to standard output: {error.strerror}")
+        sys.exit(1)

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from pipeline import streams
 from pipeline.errors import UserError
 
 _ROOM = "Make room, then give the same command again: finished stages stay, and the others go on from a checkpoint"
@@ -43,7 +44,8 @@ def reported(folder: Path) -> Iterator[None]:
         yield
     except Exception as error:
         message = refusal(error, folder)
-        if message is None or isinstance(error, UserError):
+        about_stdout = isinstance(error, OSError) and streams.refuses_stdout(error)
+        if message is None or about_stdout or isinstance(error, UserError):
             raise
         raise message from error
 

@@ -37,4 +37,5 @@ Text = Annotated[str, AfterValidator(_usable)]
 PathText = Annotated[Text, AfterValidator(_possible_path)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # what numpy's generators take
 # Names are names of folders too, and stages have `-shift` added.
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)]
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+Name = Annotated[str, Field(pattern=NAME, max_length=100)]
