@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, UndefinedError
 
+from pipeline.chat_templates import CODE_ERRORS, code_error, line_of
 from pipeline.data.joints import begins_with, continuations, token_ids
 from pipeline.data.messages import Messages, Row, RowFault
 
@@ -22,10 +23,17 @@ def _render(tokenizer: Any, dialogues: list[Messages], add_generation_prompt: bo
         return []
     try:
         return tokenizer.apply_chat_template(dialogues, **options)
-    except TemplateError as error:
+    except (TemplateError, *CODE_ERRORS) as error:
         if len(dialogues) == 1:
-            return [RowFault("roles", "prompt", f"the chat template refuses it: {error}")]
+            return [_refusal(error)]
         return [text for dialogue in dialogues for text in _render(tokenizer, [dialogue], add_generation_prompt)]
+
+
+def _refusal(error: Exception) -> RowFault:
+    """A chat template raises on purpose where it does not take a dialogue, or else it has an error."""
+    if isinstance(error, TemplateError) and not isinstance(error, UndefinedError):
+        return RowFault("roles", "prompt", f"the chat template refuses it: {error}")
+    return RowFault("malformed", "prompt", f"the chat template fails{line_of(error)}: {code_error(error)}")
 
 
 def prompt_ids(tokenizer: Any, prompt: Messages) -> list[int]:
