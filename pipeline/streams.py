@@ -41,8 +41,14 @@ def printable(text: str, encoding: str) -> str:
     >>> printable("caf\xe9 \u2192 \x1b[31m", "latin-1")
     'caf\xe9 \\u2192 \\x1b[31m'
     """
-    shown = _CONTROL.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
-    return shown.encode(encoding, "backslashreplace").decode(encoding)
+    return _CONTROL.sub(_escaped, text).encode(encoding, "backslashreplace").decode(encoding)
+
+
+def _escaped(match: re.Match[str]) -> str:
+    character = match.group()
+    if "\udc80" <= character <= "\udcff":  # a byte of a file's name that the locale cannot read
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
 
 
 def either(preferred: str, plain: str, encoding: str) -> str:
