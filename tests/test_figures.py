@@ -203,6 +203,13 @@ def test_a_win_rate_without_variation():
     assert win_rate([1.0, 1.0], [1.0, 1.0]) == (0.5, 0.5, 0.5)
 
 
+def test_equal_completions_tie(run):
+    """Whatever is scored beside them: in another batch the same completion has another score, by rounding."""
+    equal = [row["base"]["score"] == row["sft"]["score"] for row in run.close_rows]
+    assert equal == [row["base"]["completion"] == row["sft"]["completion"] for row in run.close_rows]
+    assert 1 < sum(equal) < len(equal)
+
+
 # The shift report
 
 
