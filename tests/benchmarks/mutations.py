@@ -181,12 +181,15 @@ def try_tests(tests: Path, mutation: Mutation | None, entries: tuple[str, ...]) 
     return Outcome(verdict, test, time.monotonic() - started)
 
 
-def check_unchanged(tests: Path, mutations: list[Mutation]) -> None:
+def chosen_tests(mutation: Mutation, tests: Path, first: bool) -> tuple[str, ...]:
+    """Those of the tests that are named with a mutation that there are."""
+    found = [entry for entry in mutation.tests if commands((entry,), tests)]
+    return tuple(found[:1] if first else found)
+
+
+def check_unchanged(tests: Path, entries: list[str]) -> None:
     """All tests that are named pass on the package as it is."""
-    entries = dict.fromkeys(entry for mutation in mutations for entry in mutation.tests)
     for entry in entries:
-        if not commands((entry,), tests):
-            continue
         outcome = try_tests(tests, None, (entry,))
         print(f"as it is    {outcome.seconds:6.1f} s  {entry}", flush=True)
         if outcome.verdict != "survived":
@@ -197,6 +200,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="PATTERN", default=[""], help="parts of files or names")
     parser.add_argument("--list", action="store_true", help="show the mutations and run nothing")
+    parser.add_argument("--first", action="store_true", help="run only the first test file that is named with each")
     parser.add_argument("--tests", type=Path, default=ROOT / "tests", help="the tests of another checkout")
     options = parser.parse_args()
     chosen = [m for m in mutations_list.MUTATIONS if any(pattern in str(m) for pattern in options.only)]
@@ -210,10 +214,11 @@ def main() -> None:
         return
     tests = options.tests.resolve()
     import_once()
-    check_unchanged(tests, chosen)
+    entries = {mutation: chosen_tests(mutation, tests, options.first) for mutation in chosen}
+    check_unchanged(tests, list(dict.fromkeys(entry for named in entries.values() for entry in named)))
     outcomes = {}
     for mutation in chosen:
-        outcomes[mutation] = outcome = try_tests(tests, mutation, mutation.tests)
+        outcomes[mutation] = outcome = try_tests(tests, mutation, entries[mutation])
         print(f"{outcome.verdict:10} {outcome.seconds:6.1f} s  {mutation}  {outcome.test}", flush=True)
     report(outcomes)
 

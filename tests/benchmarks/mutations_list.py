@@ -21,7 +21,7 @@ class Mutation:
 
 Change = tuple[str, str, str]  # what, old, new
 
-EVALUATE = ("test_figures.py", "test_divergence.py", "test_functions.py -k number", "test_gate.py")
+EVALUATE = ("test_figures.py", "test_divergence.py", "test_gate.py")
 KEPT = "drawn_once or changed_parents or second_stage"
 SAMPLING = ("test_figures_sampling.py", "test_figures.py", f"test_baselines.py -k '{KEPT}'")
 STATISTICS = ("test_figures_shift.py", "test_shift_statistics.py", "test_figures.py", "test_gate.py")
