@@ -98,6 +98,8 @@ def open_folder(folder: Path, identity: str, num_processes: int) -> bool:
     if foreign:
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / PROCESSES).write_text(str(num_processes))
-    stamp.write_text(identity)
+    for file, text in ((folder / PROCESSES, str(num_processes)), (stamp, identity)):
+        # Not written anew at every start: half written, they would cost the checkpoints beside them.
+        if not file.exists() or file.read_text() != text:
+            file.write_text(text)
     return removed

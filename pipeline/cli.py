@@ -9,6 +9,7 @@ import click
 
 from pipeline import __version__, quiet, streams
 from pipeline.errors import StageFailed, UserError
+from pipeline.signals import Stopped, stopping
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -42,10 +43,12 @@ def run(
 
     Overrides are dotted and checked like the file: stages.sft.training.learning_rate=1e-4
     """
-    from pipeline import launcher
+    from pipeline import disk, launcher
     from pipeline.config import load
 
-    launcher.run(load(config, overrides), _console(), overrides, until, only, redo, accelerate_config)
+    loaded = load(config, overrides)
+    with stopping(), disk.reported(loaded.run_path):
+        launcher.run(loaded, _console(), overrides, until, only, redo, accelerate_config)
 
 
 @cli.command()
@@ -54,10 +57,12 @@ def run(
 @click.option("--accelerate-config", metavar="FILE", help="Check for a run with the same option.")
 def plan(config: str, overrides: tuple[str, ...], accelerate_config: str | None) -> None:
     """Check CONFIG and its data and show what `rlhf run` would do, without training or writing anything."""
-    from pipeline import launcher
+    from pipeline import disk, launcher
     from pipeline.config import load
 
-    launcher.show_plan(load(config, overrides), _console(), accelerate_config)
+    loaded = load(config, overrides)
+    with disk.reported(loaded.run_path):
+        launcher.show_plan(loaded, _console(), accelerate_config)
 
 
 @cli.command("check-data")
@@ -73,10 +78,12 @@ def check_data(config: str, overrides: tuple[str, ...], stages: tuple[str, ...],
     Rows are shown with the template's text and special tokens; what is trained on stands between ⟦ and ⟧ (between [[
     and ]] where these cannot be printed).
     """
-    from pipeline import datacheck
+    from pipeline import datacheck, disk
     from pipeline.config import load
 
-    datacheck.run(load(config, overrides), list(stages), sample, _console())
+    loaded = load(config, overrides)
+    with disk.reported(loaded.run_path):
+        datacheck.run(loaded, list(stages), sample, _console())
 
 
 @cli.command()
@@ -115,6 +122,8 @@ def main() -> None:
         with contextlib.suppress(OSError):  # there is nowhere left to say it
             error.show()
         sys.exit(2)
+    except Stopped as stopped:
+        sys.exit(stopped.exit_code)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
     except OSError as error:

@@ -111,6 +111,10 @@ class StageContext:
         Raises:
             UserError: if more rows cannot be used than the config's `checks` allow, or none is left.
         """
+        return self._rows
+
+    @functools.cached_property
+    def _rows(self) -> tuple[Any, Any, dict[str, dict[str, Any]]]:
         rows, recorded = {}, {}
         for role, name in datasets(self.stage).items():
             recorded[role] = {"dataset": name, "fingerprint": fingerprint_of(self.config, name)}

@@ -1,24 +1,31 @@
 """`rlhf run` and `rlhf plan`: decide, check everything, then one process per stage that is not current."""
 
+import collections
 import contextlib
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.rule import Rule
 
-from pipeline import datacheck, manifest, plan, preflight, report, sharding
+from pipeline import datacheck, manifest, plan, preflight, report, runfolder, sharding
 from pipeline.errors import StageFailed, UserError, all_of, unknown
 from pipeline.schema import RunConfig, parents, waits_for
 from pipeline.screen import say
 
 LAUNCHER = "RLHF_LAUNCHER_PID"  # stages watch this process and end with it
 REDO = "RLHF_REDO"  # set for a stage that is to begin anew, whatever checkpoints it has
-NUM_LOG_LINES = 20
+NUM_LOG_LINES = 20  # shown of a stage that failed
+NUM_KEPT_LINES = 1000
+STOP_SECONDS = 15  # that a stage has to end by itself
 
 
 def select(config: RunConfig, until: str | None, only: str | None, redo: tuple[str, ...]) -> list[str]:
@@ -70,6 +77,7 @@ def run(
     recorded = recorded.without(gone)  # before the tokenizer is looked at: with all of them gone it may change
     facts = _preflight(config, recorded, pending) if pending else {}
     report.plan_table(config, [d for d in decisions if d.stage in selected], facts, console)
+    _tidy(config, [decision.stage for decision in decisions if not decision.run])
     if gone:
         manifest.drop(config.run_path, gone)
     for number, name in enumerate(pending, 1):
@@ -90,6 +98,22 @@ def _decide(config: RunConfig, redo: tuple[str, ...] = ()) -> tuple[manifest.Man
         if not decision.run:
             manifest.verify(config.run_path, decision.stage, recorded.stages[decision.stage])
     return recorded, decisions
+
+
+def _tidy(config: RunConfig, finished: list[str]) -> None:
+    """Remove what processes left that were killed after a record was written, or while the manifest was.
+
+    Under the locks, since another process may be at work; what cannot be removed does no harm.
+    """
+    with contextlib.suppress(OSError):
+        manifest.remove_partial(config.run_path)
+    for name in finished:
+        folder = config.run_path / name
+        if not (folder / "checkpoints").is_dir():
+            continue
+        with contextlib.suppress(OSError, Timeout), FileLock(folder / ".lock").acquire(timeout=0):
+            if name in plan.open_run(config).stages:
+                shutil.rmtree(folder / "checkpoints")
 
 
 def _check_parents(config: RunConfig, decisions: list[plan.Decision], selected: list[str]) -> None:
@@ -146,8 +170,8 @@ def _first_gpu() -> str:
 def _run_stage(
     config: RunConfig, name: str, overrides: tuple[str, ...], launch: str | None, redo: bool, console: Console
 ) -> None:
-    log = config.run_path / name / "log.txt"
-    log.parent.mkdir(parents=True, exist_ok=True)
+    path = config.run_path / name / runfolder.LOG
+    path.parent.mkdir(parents=True, exist_ok=True)
     argv = command(config, name, overrides, launch)
     streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     environment = os.environ | {LAUNCHER: str(os.getpid()), "TOKENIZERS_PARALLELISM": "false"}
@@ -160,36 +184,96 @@ def _run_stage(
     if launch is None:
         # One process on several GPUs would fall into torch's DataParallel, which no trainer here supports.
         environment["CUDA_VISIBLE_DEVICES"] = _first_gpu()
+    before = plan.open_run(config).stages.get(name)
     process = subprocess.Popen(argv, env=environment, **streams)
     try:
-        with log.open("a", buffering=1, encoding="utf-8") as file:
-            file.write(f"$ {' '.join(argv)}\n")
-            _relay(process.stdout, file, console)
+        with _Log(path, console) as log:
+            log.write(f"$ {' '.join(argv)}\n")
+            _relay(process.stdout, log, console)
         exit_code = process.wait()
     except KeyboardInterrupt:
         _stop(process)
-        console.print(f"\nStopped in {name}. The same command goes on from there; its log is {log}")
+        finished = plan.open_run(config).stages.get(name, before) != before
+        where = f"after {name}, which is finished" if finished else f"in {name}"
+        _say_last(console, f"\nStopped {where}. The same command goes on from there; its log is {path}")
         raise
-    if exit_code == 0 and name in plan.open_run(config).stages:
-        return
-    lines = log.read_text(encoding="utf-8").rpartition(f"$ {' '.join(argv)}\n")[2].splitlines()
-    tail, errors = lines[-NUM_LOG_LINES:], [line for line in lines if line.startswith("error: ")]
+    finally:
+        if process.poll() is None:
+            _stop(process)
+    if exit_code != 0 or name not in plan.open_run(config).stages:
+        raise _failure(name, exit_code, log)
+
+
+def _failure(name: str, exit_code: int, log: "_Log") -> StageFailed:
+    """What to say of a stage that ended without its record, by its exit code and its last lines."""
+    lines = list(log.lines)
+    errors = [line for line in lines if line.startswith("error: ")]
     # Under several processes the launcher reports a stage's exit code in its text.
     if errors and (exit_code == 2 or any(re.search(r"exitcode\s*: 2 ", line) for line in lines)):
-        raise StageFailed(f"stage {name!r} stopped: {errors[-1].removeprefix('error: ')}", 2)
+        return StageFailed(f"stage {name!r} stopped: {errors[-1].removeprefix('error: ')}", 2)
     what = f"ended with exit code {exit_code}" if exit_code else "ended without a record in the manifest"
-    raise StageFailed("\n  ".join([f"stage {name!r} {what}. The last lines of {log}:", *tail]), 1)
+    if exit_code < 0:
+        what = f"was ended by signal {-exit_code} ({signal.strsignal(-exit_code)})"
+    tail = lines[-NUM_LOG_LINES:]
+    return StageFailed("\n  ".join([f"stage {name!r} {what}. The last lines of {log.path}:", *tail]), 1)
+
+
+class _Log:
+    """A stage's log file, and its last lines in memory. A disk that is full does not end the stage that says so."""
+
+    def __init__(self, path: Path, console: Console):
+        self.path = path
+        self.lines: collections.deque[str] = collections.deque(maxlen=NUM_KEPT_LINES)
+        self._console = console
+        self._file = path.open("ab", buffering=0)
+
+    def __enter__(self) -> "_Log":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, text: str) -> None:
+        """Add whole lines."""
+        self.lines.extend(text.splitlines())
+        if self._file.closed:
+            return
+        try:
+            self._file.write(text.encode())
+        except OSError as error:
+            self._file.close()
+            _say_last(self._console, f"{self.path}: cannot be written any more ({error.strerror}); the stage goes on")
 
 
 def _stop(process: subprocess.Popen) -> None:
-    """Let the stage end by the interrupt that the terminal sent to it too; insist after a while or another one."""
-    for insist in (process.poll, process.terminate, process.kill):  # they do nothing to a process that has ended
-        with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
-            insist()
-            process.wait(timeout=15)
+    """End a stage with all processes that it has started; insist after a while, or at another interrupt.
+
+    Nothing is lost by not letting it finish what it does: a stage may be killed at any time.
+    """
+    try:
+        stage = psutil.Process(process.pid)
+        remaining = [stage, *stage.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        remaining = []
+    for insist in (psutil.Process.terminate, psutil.Process.kill):
+        for one in remaining:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                insist(one)
+        with contextlib.suppress(KeyboardInterrupt):
+            _, remaining = psutil.wait_procs(remaining, timeout=STOP_SECONDS)
+    process.wait()
 
 
-def _relay(stream: IO[bytes], log: IO[str], console: Console) -> None:
+def _say_last(console: Console, text: str) -> None:
+    """Print, where there may be no terminal any more, or nobody who reads."""
+    try:
+        console.print(text, soft_wrap=True)
+    except (OSError, SystemExit):  # rich ends the process when a pipe is closed
+        with Path(os.devnull).open("w") as nowhere:  # or python would fail when it writes the rest at its end
+            os.dup2(nowhere.fileno(), console.file.fileno())
+
+
+def _relay(stream: IO[bytes], log: _Log, console: Console) -> None:
     """Show a stage's output as it comes, progress bars redrawn in place on a terminal; log its finished lines."""
     pending = b""
     while chunk := os.read(stream.fileno(), 65536):

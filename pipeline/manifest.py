@@ -17,10 +17,12 @@ from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 
 from pipeline import metrics
 from pipeline.errors import UserError
-from pipeline.schema import NAME, STAGE_CLASSES, Dtype
+from pipeline.schema import STAGE_CLASSES, Dtype
+from pipeline.values import NAME
 
 SCHEMA_VERSION = 1
 FILE = "manifest.json"
+PARTIAL = f"{FILE}.tmp"
 Fault = tuple[tuple[str | int, ...], str]  # the place of a value and what is wrong with it
 
 
@@ -194,12 +196,19 @@ def _is_inside(path: str) -> bool:
 def write(run_dir: Path, manifest: Manifest) -> None:
     """Replace the manifest in one step: a reader, or a crash, sees the old one or the new one."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    temporary = run_dir / f"{FILE}.tmp"
+    temporary = run_dir / PARTIAL
     with temporary.open("w", encoding="utf-8") as file:
         file.write(manifest.model_dump_json(indent=1) + "\n")
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(run_dir / FILE)
+
+
+def remove_partial(run_dir: Path) -> None:
+    """Remove what a process left that was killed while it wrote the manifest."""
+    if (run_dir / PARTIAL).exists():
+        with FileLock(run_dir / ".manifest.lock"):
+            (run_dir / PARTIAL).unlink(missing_ok=True)
 
 
 def update(run_dir: Path, name: str, **changes: Any) -> Manifest:

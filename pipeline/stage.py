@@ -19,12 +19,25 @@ from typing import Any
 
 from pipeline.quiet import quieten_transformers  # isort: skip
 
+import psutil
 import torch
 import transformers
 from accelerate import DistributedType, PartialState
 from filelock import FileLock, Timeout
 
-from pipeline import basemodel, checkpoints, gate, manifest, options, plan, sharding, streams, tokenizers
+from pipeline import (
+    basemodel,
+    checkpoints,
+    disk,
+    gate,
+    manifest,
+    options,
+    plan,
+    runfolder,
+    sharding,
+    streams,
+    tokenizers,
+)
 from pipeline.config import load
 from pipeline.context import Result, StageContext, same_everywhere
 from pipeline.errors import UserError
@@ -46,9 +59,12 @@ def main() -> None:
     path, name, *overrides = sys.argv[1:]
     threading.Thread(target=_end_with_launcher, args=[os.environ.get(LAUNCHER)], daemon=True).start()
     try:
-        run(load(path, tuple(overrides)), name)
+        config = load(path, tuple(overrides))
+        with disk.reported(config.run_path):
+            run(config, name)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)  # any process may be the one that found it
+        # Any process may be the one that found it, and a progress bar may be in the middle of its line.
+        print(f"\nerror: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -70,13 +86,14 @@ def run(config: RunConfig, name: str) -> None:
     if state.is_main_process:
         for message in ignored:
             print(f"{name}: {message}", flush=True)
-    with _locked(config.run_path / name) if state.is_main_process else contextlib.nullcontext():
+    with _locked(config, name) if state.is_main_process else contextlib.nullcontext():
         decided = same_everywhere(lambda: _prepare(config, name))
         if isinstance(decided, UserError):
             raise decided
         if decided is not None:
             _execute(config, name, decided, state)
         elif state.is_main_process:
+            shutil.rmtree(config.run_path / name / "checkpoints", ignore_errors=True)  # if it was killed at its end
             print(f"{name}: finished already, and nothing changed", flush=True)
 
 
@@ -149,7 +166,6 @@ def _prepare(config: RunConfig, name: str) -> plan.Identity | UserError | None:
         if os.environ.get(REDO):
             shutil.rmtree(folder, ignore_errors=True)
         checkpoints.check_processes(folder, name, identity.digest(), PartialState().num_processes)
-        manifest.drop(config.run_path, [name, *plan.descendants(config, name)])
         return identity
     except UserError as error:
         return error
@@ -161,11 +177,13 @@ def _execute(config: RunConfig, name: str, identity: plan.Identity, state: Parti
     key = tokenizers.fingerprint(tokenizer)
     _same_tokenizer(config, name, key)
     ctx = StageContext(config, name, tokenizer, key, _loader(config, tokenizer), identity.digest())
+    quieten_transformers()
+    ctx.rows()  # refused before the record is dropped, where the launcher has not looked at them
     if state.is_main_process:
+        manifest.drop(config.run_path, [name, *plan.descendants(config, name)])
         shutil.rmtree(ctx.new_output, ignore_errors=True)
         ctx.new_output.mkdir(parents=True)
     state.wait_for_everyone()
-    quieten_transformers()
     transformers.set_seed(ctx.seed)
     module = MODULES.get(ctx.stage.type, ctx.stage.type)
     result: Result = importlib.import_module(f"pipeline.stages.{module}").run(ctx)
@@ -231,23 +249,27 @@ def _same_tokenizer(config: RunConfig, name: str, key: str) -> None:
             raise UserError(f"{folder} holds another tokenizer than the run's; {name!r} cannot use it. {mend}")
 
 
-def _locked(folder: Path) -> contextlib.AbstractContextManager:
+def _locked(config: RunConfig, name: str) -> contextlib.AbstractContextManager:
     """One process group at a time works on a stage. The lock dies with its holder, also under `kill -9`."""
+    plan.open_run(config)  # a folder with a lock counts as one of the run's
+    folder = config.run_path / name
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        return FileLock(folder / ".lock").acquire(timeout=15)
+        return FileLock(folder / runfolder.LOCK).acquire(timeout=15)
     except Timeout:
-        raise UserError(f"stage {folder.name!r} is being run by another process; wait for it or stop it") from None
+        raise UserError(f"stage {name!r} is being run by another process; wait for it or stop it") from None
 
 
-def _end_with_launcher(launcher: str | None) -> None:
+def _end_with_launcher(number: str | None) -> None:
     """End this process when the `rlhf run` that started it is gone, so that a killed run leaves nothing training."""
-    while launcher is not None:
-        try:
-            os.kill(int(launcher), 0)
-        except OSError:
-            os._exit(1)
-        time.sleep(1)
+    if number is None:
+        return
+    with contextlib.suppress(psutil.NoSuchProcess):
+        launcher = psutil.Process(int(number))
+        # A killed process keeps its number until its own parent has asked how it ended.
+        while launcher.is_running() and launcher.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(1)
+    os._exit(1)
 
 
 def _versions() -> dict[str, str]:

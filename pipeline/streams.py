@@ -63,14 +63,14 @@ def columns_asked() -> int | None:
 
 
 def error(message: str) -> None:
-    """Print an error on stderr: wrapped at words on a terminal, one line a thought elsewhere."""
+    """Print an error on stderr: wrapped at words on a terminal, one line a thought elsewhere.
+
+    Only there COLUMNS counts: GNU readline exports it, so that every program that a Python session starts has it.
+    """
     stream = sys.stderr
     shown = printable(f"error: {message}", stream.encoding or "utf-8")
-    width = columns_asked()
-    if width is None and stream.isatty():
-        width = shutil.get_terminal_size().columns
-    if width is not None:
-        shown = wrapped(shown, width)
+    if stream.isatty():
+        shown = wrapped(shown, columns_asked() or shutil.get_terminal_size().columns)
     with contextlib.suppress(OSError):  # there is nowhere left to say it
         print(shown, file=stream, flush=True)
 

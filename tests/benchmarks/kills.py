@@ -1,0 +1,596 @@
+"""Kill runs of a tiny chain, run the same command again, and compare all that is left with an uninterrupted run.
+
+    python tests/benchmarks/kills.py --folder /tmp/kills --kills 100
+
+One half of the kills comes at a named point (`POINTS`: while a file is half written, between two steps of a hand-over),
+the other at a random time. Signals are SIGKILL, SIGTERM, SIGINT and SIGHUP; they go to the launcher alone, to the stage
+alone or to the whole process group. Some runs are killed a second time. Then the command runs to its end, and
+everything recorded is compared with a run that was not interrupted: the manifest (but for times and the step a stage
+was resumed from), every file of the run folder but the logs, and the names of all files in the data cache. Nothing may
+be left over: no file that the uninterrupted run does not have, no process, no lock.
+
+A process takes long to import torch and TRL, so that launchers and stages are forked from this one, which has done it.
+All else is as `rlhf run` does it. Compared are runs with the same numbers of processes and threads, on CPUs in float32.
+"""
+
+import argparse
+import contextlib
+import faulthandler
+import functools
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+STAGES = ("sft", "reward", "ppo", "dpo", "evaluate")
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+TARGETS = ("launcher", "stage", "group")
+TIMES = ("started", "duration", "resumed_from_step")
+# In the log of TRL's trainers these count from the start of the process.
+SINCE_START = ("num_tokens", "train_loss", "eps")
+SECONDS = 90  # that a run may take
+
+
+@dataclass(frozen=True)
+class Point:
+    """A call at which a process is killed: before it, after it, or "torn", with half of the file that it wrote.
+
+    `call` is `module:name` or `module:Class.name`; it counts when `of` is a part of the text of its arguments.
+    `again` starts from a finished stage that has lost its record, so that there is an output to replace.
+    """
+
+    name: str
+    stage: str
+    call: str
+    when: str
+    of: str = ""
+    nth: int = 1
+    by: str = "stage"
+    cold: bool = False  # starts with an empty data cache
+    again: bool = False
+
+
+def _points() -> list[Point]:
+    write, replace, rename = "pathlib:Path.write_text", "pathlib:Path.replace", "pathlib:Path.rename"
+    points = []
+    for stage in ("sft", "ppo", "evaluate"):
+        points += [
+            Point(f"{stage}: before the record", stage, "pipeline.manifest:commit", "before"),
+            Point(f"{stage}: after the record", stage, "pipeline.manifest:commit", "after"),
+            Point(f"{stage}: old output gone, new one not there", stage, rename, "before", "output.new", again=True),
+            Point(f"{stage}: new output there, no record", stage, rename, "after", "output.new", again=True),
+        ]
+    for stage, saved in (("sft", "checkpoint-2"), ("reward", "checkpoint-4")):
+        weights = "peft.peft_model:safe_save_file"
+        points += [
+            Point(f"{stage}: weights of {saved}", stage, weights, "torn", saved),
+            Point(f"{stage}: optimizer of {saved}", stage, "torch:save", "torn", f"{saved}/optimizer.pt"),
+            Point(f"{stage}: state of {saved}", stage, "transformers.trainer_callback:TrainerState.save_to_json", "torn",
+                  saved),
+            Point(f"{stage}: {saved} without marker", stage, write, "before", f"{saved}/complete.json"),
+            Point(f"{stage}: marker of {saved}", stage, write, "torn", f"{saved}/complete.json"),
+            Point(f"{stage}: {saved} complete", stage, write, "after", f"{saved}/complete.json"),
+        ]  # fmt: skip
+    points += [
+        Point("sft: identity of the checkpoints", "sft", write, "torn", "identity.txt"),
+        Point("sft: processes of the checkpoints", "sft", write, "torn", "num_processes.txt"),
+        Point("sft: checkpoints half removed", "sft", "shutil:rmtree", "torn", "sft/checkpoints"),
+        Point("reward: an old checkpoint half removed", "reward", "shutil:rmtree", "torn", "checkpoint-2"),
+        Point("sft: weights of the output", "sft", "peft.peft_model:safe_save_file", "torn", "output.new"),
+        Point("sft: log history", "sft", write, "torn", "log_history.json"),
+        Point("sft: old output half removed", "sft", "shutil:rmtree", "torn", "sft/output'", again=True),
+        Point("sft: the run's tokenizer", "sft", "pipeline.manifest:update", "before"),
+        Point("sft: first manifest, half written", "sft", "os:fsync", "torn"),
+        Point("sft: first manifest, not in its place", "sft", replace, "before", "manifest.json"),
+        Point("sft: first manifest, in its place", "sft", replace, "after", "manifest.json"),
+        Point("sft: manifest with the record, half written", "sft", "os:fsync", "torn", nth=2),
+        Point("sft: manifest with the record, not in its place", "sft", replace, "before", "manifest.json", 2),
+        Point("ppo: completions, not written", "ppo", "pipeline.sampling:_add", "before"),
+        Point("ppo: completions", "ppo", "pipeline.sampling:_add", "torn"),
+        Point("ppo: completions, written", "ppo", "pipeline.sampling:_add", "after"),
+        Point("ppo: scores", "ppo", write, "torn", "/scores-"),
+        Point("ppo: scores, not in their place", "ppo", replace, "before", "/scores-"),
+        Point("ppo: scores, in their place", "ppo", replace, "after", "/scores-"),
+        Point("ppo: in its first update", "ppo", "torch.optim.adamw:AdamW.step", "after", nth=2),
+        Point("ppo: weights of the output", "ppo", "peft.peft_model:safe_save_file", "torn", "output.new"),
+        Point("dpo: merged weights", "dpo", "transformers.modeling_utils:safe_save_file", "torn", "merged"),
+        Point("dpo: merged, no tokenizer", "dpo", "pipeline.models:merge", "after"),
+        Point("dpo: old merged weights, torn", "dpo", "transformers.modeling_utils:safe_save_file", "torn", "merged",
+              again=True),
+        Point("dpo: checkpoint of the new shape", "dpo", write, "after", "checkpoint-2/complete.json"),
+        Point("evaluate: table", "evaluate", write, "torn", "table.json"),
+        Point("evaluate: completions", "evaluate", "pipeline.sampling:_add", "torn"),
+        Point("data cache: a dataset as read", "sft", "datasets.arrow_writer:ArrowWriter.finalize", "before", by="launcher",
+              cold=True),
+        Point("data cache: a dataset as prepared", "sft", "datasets.arrow_writer:ArrowWriter.finalize", "before", nth=2,
+              by="launcher", cold=True),
+        Point("data cache: not in its place", "sft", "shutil:move", "before", "rlhf-pipeline/", by="launcher", cold=True),
+        Point("data cache: in its place", "sft", "shutil:move", "after", "rlhf-pipeline/", by="launcher", cold=True),
+        Point("data cache: a digest", "sft", write, "torn", "digests", by="launcher", cold=True),
+        Point("launcher: before a stage", "reward", "pipeline.launcher:command", "after", by="launcher"),
+        Point("launcher: after a stage", "reward", "pipeline.report:result_table", "before", by="launcher"),
+    ]  # fmt: skip
+    return points
+
+
+POINTS = _points()
+
+
+@dataclass(frozen=True)
+class Kill:
+    """One interruption: at a point or after some seconds, by which signal, of which processes."""
+
+    number: signal.Signals
+    target: str
+    point: Point | None = None
+    seconds: float = 0.0
+
+
+@dataclass
+class Count:
+    """What became of the kills."""
+
+    kills: Counter[str] = field(default_factory=Counter)
+    reached: set[str] = field(default_factory=set)
+    missed: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+
+# --- processes -----------------------------------------------------------------------------------------------------
+
+
+def _lookup(call: str) -> tuple[Any, str]:
+    """The module or class that holds a call, and the call's name there."""
+    module, _, dotted = call.partition(":")
+    owner = __import__(module, fromlist=["_"])
+    *classes, name = dotted.split(".")
+    for part in classes:
+        owner = getattr(owner, part)
+    return owner, name
+
+
+def _half(point: Point, arguments: tuple[Any, ...]) -> None:
+    """Leave half of what a call wrote, or has to remove."""
+    if point.call == "shutil:rmtree":
+        files = sorted(path for path in Path(arguments[0]).rglob("*") if path.is_file())
+        for file in files[::2]:
+            file.unlink()
+        return
+    file = next((Path(a) for a in arguments if isinstance(a, str | Path)), None)
+    if point.call == "os:fsync":
+        file = Path(os.readlink(f"/proc/self/fd/{arguments[0]}"))
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def kill_at(kill: Kill, reached: Path) -> None:
+    """Let this process come to the end that `kill` describes."""
+    point = kill.point
+    owner, name = _lookup(point.call)
+    original, calls = getattr(owner, name), [0]
+
+    def end() -> None:
+        reached.touch()
+        if kill.target == "group":
+            os.killpg(0, kill.number)
+        elif kill.target == "launcher" and point.by == "stage":
+            os.kill(os.getppid(), kill.number)
+        else:
+            os.kill(os.getpid(), kill.number)
+        if point.when == "torn":  # it must not go on with the half
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    @functools.wraps(original)
+    def wrapper(*arguments: Any, **options: Any) -> Any:
+        counts = point.of in str(arguments) and not reached.exists()
+        calls[0] += counts
+        now = counts and calls[0] == point.nth
+        if now and point.when == "before":
+            end()
+        if now and point.when == "torn" and point.call == "shutil:rmtree":
+            _half(point, arguments)
+            end()
+        result = original(*arguments, **options)
+        if now and point.when == "torn" and point.call != "shutil:rmtree":
+            _half(point, arguments)
+            end()
+        if now and point.when == "after":
+            end()
+        return result
+
+    setattr(owner, name, wrapper)
+
+
+def _become(main: Callable[[], None], argv: list[str]) -> None:
+    """Run an entry point in this forked process and end as the interpreter would."""
+    faulthandler.dump_traceback_later(SECONDS - 10)
+    sys.argv = argv
+    code: Any = 0
+    try:
+        main()
+    except SystemExit as error:
+        code = error.code
+    except KeyboardInterrupt:
+        traceback.print_exc()
+        code = None
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    if code is None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    os._exit(code or 0)
+
+
+class Spare:
+    """A process that waits to become a stage: forked before its launcher has threads of its own."""
+
+    def __init__(self, kill: Kill | None, reached: Path, started: Path):
+        self.connection, theirs = socket.socketpair()
+        self.pid = os.fork()
+        if self.pid:
+            theirs.close()
+            return
+        self.connection.close()
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)  # it is no stage yet
+        message, streams, *_ = socket.recv_fds(theirs, 1 << 20, 2)
+        if not message:
+            os._exit(0)
+        started.write_text(str(os.getpid()))
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        given = json.loads(message)
+        os.environ.clear()
+        os.environ.update(given["environment"])
+        for number, stream in enumerate([streams[0], streams[1], streams[1]]):
+            os.dup2(stream, number)
+        os.closerange(3, 256)
+        from pipeline import stage
+
+        if kill is not None and kill.point is not None and kill.point.by == "stage":
+            kill_at(kill, reached)
+        _become(stage.main, given["argv"])
+
+    def start(self, argv: list[str], environment: dict[str, str], streams: list[int]) -> None:
+        message = json.dumps({"argv": argv, "environment": environment}).encode()
+        socket.send_fds(self.connection, [message], streams)
+        self.connection.close()
+
+
+class Forked(subprocess.Popen):
+    """A stage's process, forked instead of started anew."""
+
+    spare: Spare
+
+    def _execute_child(self, args: list[str], *given: Any) -> None:
+        if "pipeline.stage" not in args:
+            return super()._execute_child(args, *given)
+        environment, streams = given[5], given[9:15]
+        self.spare.start(args[args.index("pipeline.stage") :], environment, [streams[0], streams[3]])
+        self.pid = self.spare.pid
+        self._child_created = True
+        self._close_pipe_fds(*streams)
+
+
+class Bench:
+    """The chain, its uninterrupted run and what it looked like before each stage."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.work = folder, folder / "work"
+        self.config = folder / "base" / "tiny.yaml"
+        self.output, self.reached, self.started = folder / "output.txt", folder / "reached", folder / "stage"
+        self.seconds: dict[str, float] = {}
+
+    def start(self, until: str, kill: Kill | None = None) -> int:
+        """Fork `rlhf run --until STAGE` as the leader of a process group of its own; it may start one stage."""
+        self.started.unlink(missing_ok=True)
+        pid = os.fork()
+        if pid:
+            with contextlib.suppress(OSError):
+                os.setpgid(pid, pid)
+            return pid
+        with contextlib.suppress(OSError):
+            os.setpgid(0, 0)
+        out = os.open(self.output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        from pipeline import cli
+
+        Forked.spare = Spare(kill, self.reached, self.started)
+        subprocess.Popen = Forked
+        if kill is not None and kill.point is not None and kill.point.by == "launcher":
+            kill_at(kill, self.reached)
+        _become(cli.main, ["rlhf", "run", str(self.config), "--until", until])
+        raise AssertionError
+
+    def wait(self, pid: int) -> int:
+        """The exit code of a launcher, negative for a signal, as subprocess has it."""
+        deadline = time.time() + SECONDS
+        while True:
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                return os.waitstatus_to_exitcode(status)
+            if time.time() > deadline:
+                os.killpg(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                return -99
+            time.sleep(0.01)
+
+    def make(self) -> None:
+        """The chain's files; the uninterrupted run, stage by stage, with a copy of it before and after each."""
+        sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+        import tiny
+
+        base = self.folder / "base"
+        base.mkdir(parents=True)
+        steps = {"max_steps": 4, "save_steps": 2, "save_strategy": "steps"}
+        stages = {
+            "sft": tiny.SFT | {"training": steps},
+            "reward": tiny.REWARD | {"training": tiny.REWARD["training"] | steps | {"save_total_limit": 1}},
+            "ppo": tiny.PPO | {"prompt_baseline": "sft_mean", "baseline_completions": 2},
+            "dpo": tiny.DPO | {"lora": tiny.LORA | {"r": 2}, "training": tiny.DPO["training"] | steps},
+            "evaluate": {"data": "heldout", "max_new_tokens": 8, "judge": "judge:score"},
+        }
+        names = ("comparisons", "demonstrations", "heldout")
+        (base / "judge.py").write_text("def score(prompt, completion):\n    return -len(completion)\n")
+        tiny.write_rows(base / "heldout.jsonl", [{"prompt": f"What of {topic}?"} for topic in tiny.TOPICS])
+        data = {name: {"path": f"{name}.jsonl"} for name in names}
+        tiny.make_run(base, stages, data=data, run_dir=str(self.work / "run"))
+        for file in (base / "model").iterdir():
+            os.utime(file, (1e9, 1e9))  # old enough for its digest to be kept
+        self.work.mkdir()
+        for stage in STAGES:
+            shutil.copytree(self.work, self.folder / f"before-{stage}")
+            start = time.time()
+            code = self.wait(self.start(stage))
+            self.seconds[stage] = time.time() - start
+            if code:
+                raise SystemExit(f"the uninterrupted run failed in {stage}:\n{self.output.read_text()}")
+            shutil.copytree(self.work, self.folder / f"after-{stage}")
+
+    def lay_out(self, stage: str, point: Point | None = None) -> None:
+        """The work folder as it was before a stage, or after it but without its record."""
+        shutil.rmtree(self.work)
+        again = point is not None and point.again
+        shutil.copytree(self.folder / f"{'after' if again else 'before'}-{stage}", self.work)
+        if again:
+            from pipeline import manifest
+
+            manifest.drop(self.work / "run", [stage])
+        if point is not None and point.cold:
+            shutil.rmtree(self.work / "cache", ignore_errors=True)
+        self.reached.unlink(missing_ok=True)
+
+    def interrupt(self, until: str, kill: Kill) -> tuple[bool, list[str]]:
+        """Run and kill; whether the kill came before the end, and what was not as it should be."""
+        pid = self.start(until, kill)
+        if kill.point is None:
+            time.sleep(kill.seconds)
+            targets = [pid]
+            if kill.target == "stage" and self.started.exists():
+                targets = [int(self.started.read_text() or pid)]
+            with contextlib.suppress(ProcessLookupError):
+                for target in targets:
+                    if kill.target == "group":
+                        os.killpg(pid, kill.number)
+                    else:
+                        os.kill(target, kill.number)
+        code = self.wait(pid)
+        faults = _alive(pid)
+        text = self.output.read_text()
+        if code == 0:  # it was too late, or the point is not on the way
+            return kill.point is not None and self.reached.exists(), faults
+        by_launcher = kill.point is not None and kill.point.by == "launcher"
+        to_launcher = kill.target != "stage" or by_launcher or (kill.point is None and targets == [pid])
+        # Before and after its work `rlhf run` has no handlers.
+        allowed = [-kill.number, 128 + kill.number] if to_launcher else [1]
+        if code not in allowed:
+            faults.append(f"exit code {code}, expected one of {allowed}: {text[-1500:]}")
+        if to_launcher and "Traceback" in text and "KeyboardInterrupt" not in text:
+            faults.append(f"a traceback: {text[-1500:]}")
+        return True, faults + self._untrue(text)
+
+    def _untrue(self, text: str) -> list[str]:
+        """What the launcher said of the stage it was stopped in, if that is not so."""
+        from pipeline import manifest
+
+        recorded = manifest.read(self.work / "run")
+        finished = recorded.stages if recorded else {}
+        for stage in STAGES:
+            if f"Stopped in {stage}." in text and stage in finished:
+                return [f"said 'Stopped in {stage}', which is finished"]
+            if f"Stopped after {stage}," in text and stage not in finished:
+                return [f"said 'Stopped after {stage}', which has no record"]
+        return []
+
+    def compare(self, stage: str) -> list[str]:
+        """Where the work folder differs from the uninterrupted run after a stage; what is left over in it."""
+        expected, seen = (contents(folder) for folder in (self.folder / f"after-{stage}", self.work))
+        faults = [f"left over: {name}" for name in sorted(seen.keys() - expected.keys())]
+        faults += [f"missing: {name}" for name in sorted(expected.keys() - seen.keys())]
+        faults += [f"differs: {name}" for name in sorted(seen.keys() & expected.keys()) if seen[name] != expected[name]]
+        return faults + _held(self.work)
+
+    def trial(self, stage: str, kills: list[Kill]) -> tuple[int, list[str]]:
+        """Kill a run of one stage as often as `kills` says, finish it, compare; how many kills came in time."""
+        first = kills[0].point
+        self.lay_out(stage, first)
+        in_time, faults = 0, []
+        for kill in kills:
+            came, wrong = self.interrupt(stage, kill)
+            in_time += came
+            faults += wrong
+        code = self.wait(self.start(stage))
+        if code:
+            return in_time, [*faults, f"not recovered, exit code {code}: {self.output.read_text()[-2000:]}"]
+        return in_time, faults + self.compare(stage)
+
+
+def _alive(group: int) -> list[str]:
+    """Processes of a group that do not end within 20 seconds after their launcher."""
+    import psutil
+
+    remaining: list[str] = []
+    for _ in range(200):
+        remaining = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                    remaining.append(f"still alive: {process.pid} {process.name()}")
+        if not remaining:
+            return []
+        time.sleep(0.1)
+    return remaining
+
+
+def _held(folder: Path) -> list[str]:
+    """Locks that cannot be taken."""
+    from filelock import FileLock, Timeout
+
+    held = []
+    for path in folder.rglob("*.lock"):
+        try:
+            FileLock(path).acquire(timeout=0).lock.release()
+        except Timeout:
+            held.append(f"held: {path}")
+    return held
+
+
+def _without(value: Any, keys: Callable[[str], bool]) -> Any:
+    if isinstance(value, dict):
+        return {key: _without(item, keys) for key, item in value.items() if not keys(key)}
+    return [_without(item, keys) for item in value] if isinstance(value, list) else value
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """What is compared of every file of a run folder and its data cache, by path."""
+    found: dict[str, Any] = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_dir():
+            found[f"{name}/"] = None
+        elif name.startswith("cache/") or path.name == "log.txt":
+            found[name] = None
+        elif path.name == "manifest.json":
+            found[name] = _without(json.loads(path.read_text()), lambda key: key in TIMES)
+        elif path.name == "log_history.json":
+            entries = json.loads(path.read_text())
+            found[name] = _without(entries, lambda key: key in SINCE_START or key.endswith(("_runtime", "_per_second")))
+        elif path.name.startswith("completions-") and path.suffix == ".jsonl":
+            found[name] = sorted(_entries(path))
+        else:
+            found[name] = path.read_bytes()
+    return found
+
+
+def _entries(path: Path) -> Iterator[str]:
+    """The whole lines of cached completions; what a killed process left of one is passed over, as the package does."""
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            yield json.dumps(json.loads(line), sort_keys=True)
+
+
+# --- the kills -----------------------------------------------------------------------------------------------------
+
+
+def draw(bench: Bench, number: int, points: list[Point], rng: random.Random) -> tuple[str, list[Kill]]:
+    """The kills of one trial: every second one at the next point, the others at a time of a stage's run."""
+    at = points[number // 2 % len(points)] if number % 2 == 0 or len(points) < len(POINTS) else None
+    stage = at.stage if at else rng.choice(STAGES)
+
+    def seconds() -> float:
+        return rng.uniform(0, bench.seconds[stage] * 1.05)
+
+    kills = [Kill(rng.choice(SIGNALS), rng.choice(TARGETS), at, 0.0 if at else seconds())]
+    if rng.random() < 0.2:
+        kills.append(Kill(rng.choice(SIGNALS), rng.choice(TARGETS), None, seconds()))
+    return stage, kills
+
+
+def said(kill: Kill) -> str:
+    where = kill.point.name if kill.point else f"after {kill.seconds:.1f} s"
+    return f"{kill.number.name} to {kill.target}, {where}"
+
+
+def run(bench: Bench, num_kills: int, seed: int, names: list[str], minutes: float) -> Count:
+    """Kill until there are enough of them, or the time is up."""
+    rng, count, number, end = random.Random(seed), Count(), 0, time.time() + 60 * minutes
+    points = [point for point in POINTS if not names or point.name in names]
+    while sum(count.kills.values()) < num_kills and time.time() < end:
+        stage, kills = draw(bench, number, points, rng)
+        number += 1
+        start = time.time()
+        in_time, faults = bench.trial(stage, kills)
+        what = f"{stage}: " + "; then ".join(map(said, kills))
+        for kill in kills[:in_time]:
+            count.kills[f"{kill.number.name} to {kill.target}"] += 1
+        point = kills[0].point
+        if point is not None:
+            (count.reached.add if bench.reached.exists() else count.missed.append)(point.name)
+        count.faults += [f"{what}: {fault}" for fault in faults]
+        print(f"{number:3d}  {time.time() - start:5.1f} s  {what}: {faults or 'equal'}", flush=True)
+    return count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, required=True, help="a new folder")
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=60.0, help="stop after so many")
+    parser.add_argument("--points", nargs="*", default=[], choices=[point.name for point in POINTS], metavar="NAME")
+    options = parser.parse_args()
+    folder = options.folder.resolve()
+    os.environ |= {
+        "HF_HOME": str(folder / "hf"),
+        "HF_DATASETS_CACHE": str(folder / "work" / "cache"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    sys.path.insert(0, str(ROOT))
+    import pipeline.launcher
+    import pipeline.stage
+    import pipeline.stages.dpo
+    import pipeline.stages.evaluate
+    import pipeline.stages.ppo
+    import pipeline.stages.reward
+    import pipeline.stages.sft  # noqa: F401
+
+    bench = Bench(folder)
+    start = time.time()
+    bench.make()
+    print(f"uninterrupted: {bench.seconds}, with imports {time.time() - start:.0f} s", flush=True)
+    count = run(bench, options.kills, options.seed, options.points, options.minutes)
+    result = {
+        "kills": dict(sorted(count.kills.items())),
+        "total": sum(count.kills.values()),
+        "points": len(POINTS),
+        "reached": sorted(count.reached),
+        "missed": count.missed,
+        "faults": count.faults,
+    }
+    (folder / "result.json").write_text(json.dumps(result, indent=1))
+    print(json.dumps(result, indent=1))
+    raise SystemExit(1 if count.faults else 0)
+
+
+if __name__ == "__main__":
+    main()
