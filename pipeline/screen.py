@@ -37,10 +37,13 @@ class Table:
 
 
 def open_console(width: int | None = None) -> Console:
-    """The console of a command. Without a terminal it is as wide as COLUMNS says, else WIDTH."""
+    """The console of a command. Without a terminal it is WIDTH columns wide, whatever COLUMNS says.
+
+    GNU readline exports COLUMNS, so that every program that a Python session starts has it.
+    """
     console = Console(width=width, markup=False, emoji=False, highlight=False)
     if width is None and not console.file.isatty():
-        console.width = streams.columns_asked() or WIDTH
+        console.width = WIDTH
     if console.width < LEAST:
         console.width = LEAST  # rich prints nothing at a width of 0
     return console
@@ -49,8 +52,7 @@ def open_console(width: int | None = None) -> Console:
 def say(console: Console, text: Cell, style: str = "") -> None:
     """Print prose: wrapped at words on a screen, unwrapped in a pipe, where lines are searched."""
     shown = _text(text, console, style)
-    on_screen = console.is_terminal or streams.columns_asked() is not None
-    width = _width(console) if on_screen else None
+    width = _width(console) if console.is_terminal else None
     for line in shown.split("\n", allow_blank=True):
         _lay(line, "", "", width, console)
 

@@ -1,9 +1,11 @@
 """What is printed on narrow and wide screens, in any encoding, and where it cannot be printed at all."""
 
+import contextlib
 import errno
 import io
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -92,7 +94,7 @@ def test_text_is_never_markup():
 
 
 @pytest.mark.parametrize("width", [20, 40])
-def test_prose_is_wrapped_at_words_on_a_screen_and_not_at_all_in_a_pipe(monkeypatch, width):
+def test_prose_is_wrapped_at_words_on_a_screen_and_not_at_all_in_a_pipe(width):
     path = "/a/path/that/is/longer/than/the/screen/is/wide"
     text = f"Plots are in {path}; `rlhf status` shows the rest of it"
     console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
@@ -100,23 +102,54 @@ def test_prose_is_wrapped_at_words_on_a_screen_and_not_at_all_in_a_pipe(monkeypa
     lines = console.file.getvalue().splitlines()
     assert " ".join(lines) == text
     assert all(len(line) <= width for line in lines if path not in line)
-    monkeypatch.delenv("COLUMNS", raising=False)
     console = Console(file=io.StringIO(), width=width)
     say(console, text)
     assert console.file.getvalue() == f"{text}\n"
 
 
-def test_errors_are_wrapped_where_a_width_is_asked_for(cli, tmp_path, monkeypatch):
+@pytest.fixture
+def on_terminal(cli, tmp_path, monkeypatch):
+    """`on_terminal(columns, stream, *args)`: what the command prints on a stream that is a terminal of that width."""
+
+    def call(columns, stream, *args):
+        reader, writer = os.openpty()
+        with monkeypatch.context() as patch, open(writer, "w", encoding="utf-8") as terminal:  # noqa: PTH123
+            patch.chdir(tmp_path)
+            patch.setenv("COLUMNS", str(columns))
+            patch.setenv("TERM", "xterm")
+            patch.setattr(sys, stream, terminal)
+            patch.setattr(sys, "argv", ["rlhf", *map(str, args)])
+            with contextlib.suppress(SystemExit):
+                commands.main()
+        shown = b""
+        with contextlib.suppress(OSError):  # at its end
+            while chunk := os.read(reader, 65536):
+                shown += chunk
+        os.close(reader)
+        return re.sub(r"\x1b\[[\d;]*m", "", shown.decode()).replace("\r\n", "\n")
+
+    return call
+
+
+def test_errors_are_wrapped_on_a_terminal_alone(cli, on_terminal, tmp_path, monkeypatch):
     (tmp_path / "config.yaml").write_text("name: tiny\nstages: {}\nlora: {alpha: 3}\nseeds: 5\n")
-    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setenv("COLUMNS", "40")
     exit_code, _, whole = cli("plan", "config.yaml")
     assert exit_code == 2
-    monkeypatch.setenv("COLUMNS", "40")
-    exit_code, _, narrow = cli("plan", "config.yaml")
-    assert exit_code == 2
+    narrow = on_terminal(40, "stderr", "plan", "config.yaml")
     assert narrow.split() == whole.split()
     assert len(narrow.splitlines()) > len(whole.splitlines())
     assert all(len(line) <= 40 for line in narrow.splitlines())
+
+
+def test_status_on_a_narrow_terminal_and_in_a_pipe(cli, on_terminal, run_dir, monkeypatch):
+    narrow = on_terminal(40, "stdout", "status", "run")
+    assert narrow.startswith("tiny: run\n- sft\n  type: sft\n  from: -\n  took: 1s\n  metrics: loss 1.000\n")
+    wide = on_terminal(100, "stdout", "status", "run")
+    assert wide.startswith("tiny: run\n┏━")
+    monkeypatch.setenv("COLUMNS", "40")  # as readline exports it
+    exit_code, piped, _ = cli("status", "run")
+    assert (exit_code, piped) == (0, wide)
 
 
 # Encodings.
@@ -179,7 +212,7 @@ def test_a_run_in_ascii_without_a_home_in_a_folder_with_spaces(write_config, tmp
     folder = tmp_path / "a folder ü 漢"
     config = write_config(folder)
     environment = {key: value for key, value in os.environ.items() if key not in ("HOME", "HF_HOME")}
-    environment |= {"PYTHONIOENCODING": "ascii", "COLUMNS": "60"}
+    environment["PYTHONIOENCODING"] = "ascii"
     command = [sys.executable, "-m", "pipeline", "run", str(config), "--until", "pretrain"]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
