@@ -207,6 +207,7 @@ def test_what_no_stream_can_print_is_escaped():
     assert streams.printable("a\ud800b\udce4c\x9bd\u202ee\tf\n", "utf-8") == "a\\ud800b\\xe4c\\x9bd\\u202ee\tf\n"
 
 
+@pytest.mark.slow
 def test_a_run_in_ascii_without_a_home_in_a_folder_with_spaces(write_config, tmp_path):
     """The stage's own process prints its folder too, after its record is written."""
     folder = tmp_path / "a folder ü 漢"
