@@ -1,12 +1,13 @@
 """The `rlhf` command. Heavy imports happen inside the commands: `--help` and `status` answer at once."""
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from pipeline import __version__
+from pipeline import __version__, quiet, streams
 from pipeline.errors import StageFailed, UserError
 from pipeline.signals import Stopped, stopping
 
@@ -18,11 +19,9 @@ def cli() -> None:
 
 
 def _console() -> Any:
-    from rich.console import Console
+    from pipeline.screen import open_console
 
-    console = Console()
-    # Tables need room: without a terminal rich assumes 80 columns.
-    return console if console.is_terminal else Console(width=160, highlight=False)
+    return open_console()
 
 
 @cli.command()
@@ -44,11 +43,12 @@ def run(
 
     Overrides are dotted and checked like the file: stages.sft.training.learning_rate=1e-4
     """
-    from pipeline import launcher
+    from pipeline import disk, launcher
     from pipeline.config import load
 
-    with stopping():
-        launcher.run(load(config, overrides), _console(), overrides, until, only, redo, accelerate_config)
+    loaded = load(config, overrides)
+    with stopping(), disk.reported(loaded.run_path):
+        launcher.run(loaded, _console(), overrides, until, only, redo, accelerate_config)
 
 
 @cli.command()
@@ -57,10 +57,12 @@ def run(
 @click.option("--accelerate-config", metavar="FILE", help="Check for a run with the same option.")
 def plan(config: str, overrides: tuple[str, ...], accelerate_config: str | None) -> None:
     """Check CONFIG and its data and show what `rlhf run` would do, without training or writing anything."""
-    from pipeline import launcher
+    from pipeline import disk, launcher
     from pipeline.config import load
 
-    launcher.show_plan(load(config, overrides), _console(), accelerate_config)
+    loaded = load(config, overrides)
+    with disk.reported(loaded.run_path):
+        launcher.show_plan(loaded, _console(), accelerate_config)
 
 
 @cli.command("check-data")
@@ -75,10 +77,12 @@ def check_data(config: str, overrides: tuple[str, ...], stages: tuple[str, ...],
 
     Rows are shown with the template's text and special tokens; what is trained on stands between ⟦ and ⟧.
     """
-    from pipeline import datacheck
+    from pipeline import datacheck, disk
     from pipeline.config import load
 
-    datacheck.run(load(config, overrides), list(stages), sample, _console())
+    loaded = load(config, overrides)
+    with disk.reported(loaded.run_path):
+        datacheck.run(loaded, list(stages), sample, _console())
 
 
 @cli.command()
@@ -105,15 +109,26 @@ def shift(run_dir: Path, stage: str | None) -> None:
 
 def main() -> None:
     """Run the command; a user's error is one message and exit code 2, a bug keeps its traceback."""
+    streams.prepare()
     try:
-        cli(standalone_mode=False)
+        with quiet.libraries():
+            cli(standalone_mode=False)
+            sys.stdout.flush()
     except (UserError, StageFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
+        streams.error(str(error))
         sys.exit(error.exit_code)
     except click.ClickException as error:
-        error.show()
+        with contextlib.suppress(OSError):  # there is nowhere left to say it
+            error.show()
         sys.exit(2)
     except Stopped as stopped:
         sys.exit(stopped.exit_code)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
+    except OSError as error:
+        if not streams.refuses_stdout(error):
+            raise
+        streams.give_up(sys.stdout)
+        if not isinstance(error, BrokenPipeError):  # that is `| head`, which has seen enough
+            streams.error(f"cannot write to standard output: {error.strerror}")
+        sys.exit(1)

@@ -1,14 +1,15 @@
 """Read a run's config: one strict YAML file, all errors of all stages at once, before anything heavy happens."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from pipeline import options
-from pipeline.document import Document, Problems, plain
-from pipeline.errors import all_of, nearest
+from pipeline import options, ranges
+from pipeline.document import Document, Problems, kind_of, plain, shown
+from pipeline.errors import all_of, nearest, reason_of
 from pipeline.schema import REPORT, RESERVED, STAGE_CLASSES, Options, RunConfig, TrainingStage
 from pipeline.wiring import wire
 
@@ -22,11 +23,16 @@ def load(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     document = Document(Path(path), overrides)
     raw = plain(document.raw)
     problems = Problems()
+    _check_numbers(raw, problems)
+    numbers = [loc for loc, _ in problems]
     _coerce_options(raw, problems)
     config = _parse(raw, document.path.resolve(), problems)
     if config is not None and not problems:
         config = wire(config, problems)
+    if config is not None and not problems:
+        _check_run_dir(config, problems)
     if problems:
+        problems = [problem for at, problem in enumerate(problems) if problem[0] not in numbers[:at]]
         lines = sorted({document.describe(*problem) for problem in problems}, key=_by_line)
         raise all_of(document.path, "problem", "in the config", lines)
     return config
@@ -41,20 +47,22 @@ def _parse(raw: dict[str, Any], source: Path, problems: Problems) -> RunConfig |
     """Our own schema. Stages are checked one by one, so that every stage's errors are found."""
     stages = raw.get("stages")
     if not isinstance(stages, dict) or not stages:
-        problems.add("is required: a mapping of stage names, e.g. `sft: {data: demos}`", "stages")
+        wanted = "is required: a mapping of stage names, e.g. `sft: {data: demos}`"
+        problems.add(f"{wanted}, got {kind_of(stages)}", "stages")
         stages = {}
     parsed = {}
     for name, section in stages.items():
         if not isinstance(section, dict):
-            problems.add(f"expected a section, got {section!r}", "stages", name)
+            problems.add(f"expected a section, got {kind_of(section)}", "stages", name)
             continue
         measured = name.removesuffix(REPORT)
         if measured != name and measured in stages and "type" not in section:  # the report that is added by itself
             section = {"type": "shift", "reward": measured} | section
         stage_type = str(section.get("type", name))
         if stage_type not in STAGE_CLASSES:
-            hint = f"{stage_type!r} is none; {nearest(stage_type, STAGE_CLASSES)}"
-            problems.add(f"its type is its name unless `type:` is given, and {hint}", "stages", name)
+            hint = f"{shown(stage_type)} is none; {nearest(stage_type, STAGE_CLASSES)}"
+            given = ("type",) if "type" in section else ()
+            problems.add(f"its type is its name unless `type:` is given, and {hint}", "stages", name, *given)
         else:
             stage_class = STAGE_CLASSES[stage_type]
             inherited = {"lora": raw.get("lora")} if issubclass(stage_class, TrainingStage) else {}
@@ -77,7 +85,9 @@ def _validated(model: type[BaseModel], values: dict[str, Any], problems: Problem
     except ValidationError as error:
         found = error.errors()
     for item in found:
-        message = f"{item['msg'][0].lower()}{item['msg'][1:]}"
+        message = f"{item['msg'][0].lower()}{item['msg'][1:]}".replace("input should be", "expected")
+        if item["type"] == "value_error":  # from `values`
+            message = str(item["ctx"]["error"])
         if item["type"] == "missing":
             message = "is required"
         elif item["type"] == "extra_forbidden":
@@ -85,8 +95,8 @@ def _validated(model: type[BaseModel], values: dict[str, Any], problems: Problem
             for part in item["loc"][:-1]:
                 level = _model_at(level, part)
             message = f"unknown key; {nearest(str(item['loc'][-1]), level.model_fields.keys() - {'source'})}"
-        elif not isinstance(item["input"], (dict, list)):
-            message += f", got {item['input']!r}"
+        else:
+            message += f", got {kind_of(item['input'])}"
         problems.add(message, *loc, *item["loc"])
     return None
 
@@ -96,6 +106,34 @@ def _model_at(model: type[BaseModel], part: str | int) -> type[BaseModel]:
     field = model.model_fields.get(str(part))
     kinds = (field.annotation, *getattr(field.annotation, "__args__", ())) if field else ()
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), model)
+
+
+def _check_numbers(node: Any, problems: Problems, *loc: str | int) -> None:
+    """No number of the config is NaN, infinite or longer than 64 bits."""
+    children: Iterable[tuple[str | int, Any]] = ()
+    if isinstance(node, dict):
+        children = node.items()
+    elif isinstance(node, list):
+        children = enumerate(node)
+    elif isinstance(node, (int, float)) and (fault := ranges.not_usable(node)):
+        problems.add(fault, *loc)
+    for key, child in children:
+        _check_numbers(child, problems, *loc, key)
+
+
+def _check_run_dir(config: RunConfig, problems: Problems) -> None:
+    """The run folder is a folder that can be made, or one that is there."""
+    where = "run_dir"
+    try:
+        path = config.run_path
+        above = next(place for place in (path, *path.parents) if os.path.lexists(place))
+    except (OSError, RuntimeError) as error:  # a link that leads to itself
+        problems.add(f"cannot be a folder: {reason_of(error)}; give another path", where)
+        return
+    if above.is_relative_to("/proc") or above.is_relative_to("/sys"):
+        problems.add(f"{path} is below a folder of the system, where no file can be written; give another path", where)
+    elif not above.is_dir():
+        problems.add(f"{above} is no folder, so {path} cannot be one; give another path", where)
 
 
 def _sections(raw: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str, Options]]:
@@ -122,6 +160,6 @@ def _coerce_options(raw: dict[str, Any], problems: Problems) -> None:
         coerced, found = options.check_section(kind, section)
         section.update(coerced)
         for key, message in found:
-            problems.add(message, *loc, key)
+            problems.add(message, *loc, *filter(None, [key]))  # without a key it is about the whole section
         if not found and kind in ("lora", "quantization") and (message := options.rehearse(kind, coerced)):
             problems.add(message, *loc)

@@ -6,21 +6,21 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.markup import escape
 from rich.rule import Rule
-from rich.text import Text
 
 from pipeline import plan, preflight
 from pipeline.data.audit import Audit, Finding
+from pipeline.data.faults import Row
 from pipeline.data.joints import begins_with
-from pipeline.data.messages import Row
 from pipeline.data.prepare import Datasets
 from pipeline.errors import UserError, all_of, unknown
 from pipeline.options import effective
-from pipeline.report import count, table
+from pipeline.report import count
 from pipeline.schema import RunConfig, Stage
+from pipeline.screen import Cell, Table, say, show
+from pipeline.streams import either, printable
 
-TRAINED = ("⟦", "⟧")  # around tokens that are trained on
+TRAINED = (("⟦", "⟧"), ("[[", "]]"))  # around tokens that are trained on; the second where the first cannot be printed
 _STYLE = "bold green"
 _SIDES = {"prompt_ids": "prompt", "chosen_ids": "chosen", "rejected_ids": "rejected"}
 
@@ -44,7 +44,7 @@ def run(config: RunConfig, stages: list[str], sample: int, console: Console) -> 
         except UserError as error:
             problems.append(f"stages.{name}: {error}")
     tables(audits, config.checks.model_dump(), console)
-    console.print(escape(_start_of_rows(tokenizer, audits)), soft_wrap=True)
+    say(console, _start_of_rows(tokenizer, audits))
     for name, roles in audits.items() if sample else ():
         for role, audit in roles.items():
             show_rows(read, name, role, audit, sample, console)
@@ -88,8 +88,8 @@ def tables(audits: dict[str, dict[str, Audit]], thresholds: dict[str, float | No
         "tokens per row: median / 90 % / 99 % / longest",
     )
     shown, findings = (
-        table("data", columns),
-        table("findings", ("dataset", "for", "split", "rows that", "rows", "share", "first (from 0)")),
+        Table("data", columns),
+        Table("findings", ("dataset", "for", "split", "rows that", "rows", "share", "first (from 0)")),
     )
     for stages, audit in _grouped(audits):
         lengths = "\n".join(f"{name} {_quantiles(values)}" for name, values in audit.lengths.items())
@@ -97,13 +97,13 @@ def tables(audits: dict[str, dict[str, Audit]], thresholds: dict[str, float | No
         if audit.streamed:
             rows, tokens, lengths = "streamed", "", f"of the first {audit.read} documents: {tokens} tokens"
         where = (audit.dataset, stages, audit.split)
-        shown.add_row(*where, rows, count(audit.num_dropped), tokens, lengths)
+        shown.add(*where, rows, count(audit.num_dropped), tokens, lengths)
         for kind, finding in (audit.dropped | audit.noticed).items():
             if finding.count:
-                findings.add_row(*where, *_finding(audit, kind, finding, thresholds))
-    console.print(shown)
-    if findings.row_count:
-        console.print(findings)
+                findings.add(*where, *_finding(audit, kind, finding, thresholds))
+    show(shown, console)
+    if findings.rows:
+        show(findings, console)
 
 
 def _grouped(audits: dict[str, dict[str, Audit]]) -> list[tuple[str, Audit]]:
@@ -124,33 +124,37 @@ def _quantiles(values: list[int]) -> str:
     return " / ".join(map(str, rest))
 
 
-def _finding(audit: Audit, kind: str, finding: Finding, thresholds: dict[str, float | None]) -> tuple[str, ...]:
+def _finding(audit: Audit, kind: str, finding: Finding, thresholds: dict[str, float | None]) -> tuple[Cell, ...]:
     dropped = kind in audit.dropped
     share, allowed = finding.count / (audit.read if dropped else audit.rows), thresholds.get(kind)
     limit = "" if allowed is None else f" of {allowed:.0%} allowed"
-    color = "red" if allowed is not None and share > allowed else "yellow" if dropped else "default"
-    words = f"[{color}]{escape(audit.what(kind))}[/]" + (" (left out)" if dropped else "")
+    color = "yellow" if dropped else ""
+    if allowed is not None and share > allowed:
+        color = "red"
+    words = [(audit.what(kind), color), (" (left out)" if dropped else "", "")]
     places = f"row {', '.join(map(str, finding.rows))}" if finding.rows and kind != "longer_wins" else ""
     if places and len([file for part, _ in audit.parts for file in part.files]) > 1:
         places = "\n".join(map(audit.place, finding.rows))
-    why = f": {escape(finding.why)}" if finding.why else ""
+    why = f": {finding.why}" if finding.why else ""
     return words, str(finding.count), f"{share:.2%}{limit}", places + why
 
 
 def show_rows(read: Datasets, name: str, role: str, audit: Audit, number: int, console: Console) -> None:
     """Rows of a stage's dataset as the model will see them, spread over the dataset."""
     stage = read.config.stages[name]
-    console.print(Rule(f"{name}: {audit.dataset} ({audit.split})", align="left", style="bold cyan"))
+    title = printable(f"{name}: {audit.dataset} ({audit.split})", console.encoding)
+    console.print(Rule(title, align="left", style="bold cyan"))
     rows: Any = [{"input_ids": ids} for ids in audit.head]
     if not audit.streamed:
         rows = read.prepare(name, role).rows
+    opening, closing = (either(*pair, console.encoding) for pair in zip(*TRAINED, strict=True))
     for i in np.linspace(0, len(rows) - 1, min(number, len(rows))).round().astype(int).tolist():
-        console.print(f"[dim]row {i} of {len(rows)}[/]")
+        say(console, f"row {i} of {len(rows)}", "dim")
         for label, spans in parts_of(rows[i], stage, read.tokenizer):
-            text = Text(f"{label}: " if label else "", style="dim")
-            for said, trained in spans:
-                text.append(f"{TRAINED[0]}{said}{TRAINED[1]}" if trained else said, _STYLE if trained else "not dim")
-            console.print(text, soft_wrap=True)
+            shown = [(f"{label}: " if label else "", "dim")]
+            for text, trained in spans:
+                shown.append((f"{opening}{text}{closing}", _STYLE) if trained else (text, ""))
+            say(console, shown)
 
 
 def parts_of(row: Row, stage: Stage, tokenizer: Any) -> list[tuple[str, list[tuple[str, bool]]]]:

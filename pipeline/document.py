@@ -4,9 +4,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
-
+from pipeline import yaml_text
 from pipeline.errors import UserError
 
 
@@ -23,40 +21,37 @@ class Document:
     def __init__(self, path: Path, overrides: tuple[str, ...] = ()):
         self.path = path
         self.overridden: dict[tuple[str, ...], str] = {}
-        try:
-            self.raw = YAML().load(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such file; expected a run's config in YAML") from None
-        except MarkedYAMLError as error:
-            line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-            raise UserError(f"{path}{line}: not valid YAML: {error.problem}") from None
-        except (OSError, UnicodeDecodeError, YAMLError) as error:
-            raise UserError(f"{path}: cannot be read as YAML: {error}") from None
+        self.raw = yaml_text.read_file(path)
         if not isinstance(self.raw, dict):
-            kind = type(self.raw).__name__
-            raise UserError(f"{path}: expected a mapping with name, model, data and stages, got {kind}")
+            wanted = "expected a mapping with name, model, data and stages"
+            raise UserError(f"{path}: {wanted}, got {kind_of(self.raw) if self.raw else 'nothing'}")
         for override in overrides:
             self._override(override)
 
     def _override(self, override: str) -> None:
         key, equals, text = override.partition("=")
         if not equals or not all(key.split(".")):
-            raise UserError(f"override {override!r}: expected KEY=VALUE, e.g. stages.sft.training.learning_rate=1e-4")
+            wanted = "expected KEY=VALUE, e.g. stages.sft.training.learning_rate=1e-4"
+            raise UserError(f"override {shown(override)}: {wanted}")
         keys = self._keys(key.split("."))
+        if len(keys) > yaml_text.DEEPEST:
+            mend = "a config has no more than 6"
+            raise UserError(f"override {shown(override)}: a key of {len(keys)} levels; {mend}")
         node = self.raw
         for part in keys[:-1]:
             section = node.get(part)
             if section is None:
                 section = {}
             if not isinstance(section, dict):
-                raise UserError(f"override {override!r}: {part!r} holds a value, not a section")
+                mend = "give the whole value, or the key of a section"
+                raise UserError(f"override {shown(override)}: {part!r} holds a value, not a section; {mend}")
             # A section with an anchor is one object in all places that name it; the override is of this place alone.
             node[part] = copy.copy(section)
             node = node[part]
         try:
-            node[keys[-1]] = YAML(typ="safe").load(text)
-        except YAMLError:
-            raise UserError(f"override {override!r}: {text!r} is not a valid YAML value") from None
+            node[keys[-1]] = yaml_text.read_value(text)
+        except ValueError as error:
+            raise UserError(f"override {shown(override)}: {shown(text)} is not a valid YAML value: {error}") from None
         self.overridden[keys] = override
 
     def _keys(self, parts: list[str]) -> tuple[str, ...]:
@@ -74,21 +69,41 @@ class Document:
         """`FILE:LINE` of the key at `loc`, or of the nearest key above it; the override where that set it."""
         for keys, override in self.overridden.items():
             if loc[: len(keys)] == keys:
-                return f"override {override!r}"
+                return f"override {shown(override)}"
         node, at = self.raw, str(self.path)
         for key in loc:
             try:
+                if isinstance(node, dict):
+                    key = next(own for own in node if str(own) == key)  # a key may be a number or a date
                 line, _ = node.lc.key(key) if isinstance(node, dict) else node.lc.item(key)
                 node = node[key]
-            except (AttributeError, KeyError, IndexError, TypeError):
+            except (AttributeError, KeyError, IndexError, TypeError, StopIteration):
                 # Not in the file: a section that an override made, or a key that is missing.
                 made = [override for keys, override in self.overridden.items() if keys[: len(loc)] == loc]
-                return f"override {made[0]!r}" if made else at
+                return f"override {shown(made[0])}" if made else at
             at = f"{self.path}:{line + 1}"
         return at
 
     def describe(self, loc: tuple[str | int, ...], message: str) -> str:
-        return f"{self.where(loc)}: {'.'.join(map(str, loc))}: {message}"
+        dotted = ".".join(map(str, loc))
+        return f"{self.where(loc)}: {dotted if len(dotted) < 200 else shown(dotted)}: {message}"
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it: text in quotes, and a long one cut."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:80]}... ({len(text)} characters)"
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, in a word."""
+    if value is None:
+        return "null"
+    if isinstance(value, dict):
+        return "a section"
+    if isinstance(value, list):
+        return "a list"
+    return shown(value)
 
 
 def plain(node: Any) -> Any:

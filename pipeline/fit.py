@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from peft import PeftConfig
 
 from pipeline import checkpoints, checks
 from pipeline.context import Result, StageContext, write_json
@@ -106,5 +107,13 @@ def save_adapter(ctx: StageContext, model: Any, state: dict[str, Any] | None = N
     full = place_of(ctx.config, ctx.name).full
     model.peft_config["default"].base_model_name_or_path = f"../../{full}" if full else ctx.loader.base
     model.peft_config["default"].revision = None if full else ctx.loader.revision
+    _sort(model.peft_config["default"])
     model.save_pretrained(ctx.new_output, selected_adapters=["default"], state_dict=state, save_embedding_layers=False)
     (ctx.new_output / "README.md").unlink(missing_ok=True)  # PEFT's model card template, to be filled in by hand
+
+
+def _sort(config: PeftConfig) -> None:
+    """Put an order to what PEFT keeps as sets, or equal runs would write other files, and their children differ."""
+    for field, value in vars(config).items():
+        if isinstance(value, set):
+            setattr(config, field, sorted(value))

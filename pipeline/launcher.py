@@ -1,5 +1,6 @@
 """`rlhf run` and `rlhf plan`: decide, check everything, then one process per stage that is not current."""
 
+import collections
 import contextlib
 import os
 import re
@@ -15,13 +16,15 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.rule import Rule
 
-from pipeline import datacheck, manifest, plan, preflight, report, sharding
+from pipeline import datacheck, manifest, plan, preflight, report, runfolder, sharding
 from pipeline.errors import StageFailed, UserError, all_of, unknown
 from pipeline.schema import RunConfig, parents, waits_for
+from pipeline.screen import say
 
 LAUNCHER = "RLHF_LAUNCHER_PID"  # stages watch this process and end with it
 REDO = "RLHF_REDO"  # set for a stage that is to begin anew, whatever checkpoints it has
-NUM_LOG_LINES = 20
+NUM_LOG_LINES = 20  # shown of a stage that failed
+NUM_KEPT_LINES = 1000
 STOP_SECONDS = 15  # that a stage has to end by itself
 
 
@@ -84,9 +87,7 @@ def run(
         _run_stage(config, name, overrides, launch_files[name], name in redo, console)
     report.shift_table(plan.open_run(config), console)
     report.result_table(plan.open_run(config), console)
-    console.print(
-        f"Everything is in {config.run_path}; `rlhf status {config.run_path}` shows how to load it.", soft_wrap=True
-    )
+    say(console, f"Everything is in {config.run_path}; `rlhf status {config.run_path}` shows how to load it.")
 
 
 def _decide(config: RunConfig, redo: tuple[str, ...] = ()) -> tuple[manifest.Manifest, list[plan.Decision]]:
@@ -169,11 +170,14 @@ def _first_gpu() -> str:
 def _run_stage(
     config: RunConfig, name: str, overrides: tuple[str, ...], launch: str | None, redo: bool, console: Console
 ) -> None:
-    log = config.run_path / name / "log.txt"
-    log.parent.mkdir(parents=True, exist_ok=True)
+    path = config.run_path / name / runfolder.LOG
+    path.parent.mkdir(parents=True, exist_ok=True)
     argv = command(config, name, overrides, launch)
     streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     environment = os.environ | {LAUNCHER: str(os.getpid()), "TOKENIZERS_PARALLELISM": "false"}
+    environment["PYTHONIOENCODING"] = "utf-8:backslashreplace"  # what `_relay` reads, in any locale
+    if not console.encoding.startswith("utf"):
+        environment["TQDM_ASCII"] = " 123456789#"  # bars of blocks would be shown as escapes
     environment["PYTHONSAFEPATH"] = "1"  # or `-m` would look for this package in the working directory first
     if redo:
         environment[REDO] = "true"
@@ -183,30 +187,62 @@ def _run_stage(
     before = plan.open_run(config).stages.get(name)
     process = subprocess.Popen(argv, env=environment, **streams)
     try:
-        with log.open("a", buffering=1, encoding="utf-8") as file:
-            file.write(f"$ {' '.join(argv)}\n")
-            _relay(process.stdout, file, console)
+        with _Log(path, console) as log:
+            log.write(f"$ {' '.join(argv)}\n")
+            _relay(process.stdout, log, console)
         exit_code = process.wait()
     except KeyboardInterrupt:
         _stop(process)
         finished = plan.open_run(config).stages.get(name, before) != before
         where = f"after {name}, which is finished" if finished else f"in {name}"
-        _say_last(console, f"\nStopped {where}. The same command goes on from there; its log is {log}")
+        _say_last(console, f"\nStopped {where}. The same command goes on from there; its log is {path}")
         raise
     finally:
         if process.poll() is None:
             _stop(process)
-    if exit_code == 0 and name in plan.open_run(config).stages:
-        return
-    lines = log.read_text(encoding="utf-8").rpartition(f"$ {' '.join(argv)}\n")[2].splitlines()
-    tail, errors = lines[-NUM_LOG_LINES:], [line for line in lines if line.startswith("error: ")]
+    if exit_code != 0 or name not in plan.open_run(config).stages:
+        raise _failure(name, exit_code, log)
+
+
+def _failure(name: str, exit_code: int, log: "_Log") -> StageFailed:
+    """What to say of a stage that ended without its record, by its exit code and its last lines."""
+    lines = list(log.lines)
+    errors = [line for line in lines if line.startswith("error: ")]
     # Under several processes the launcher reports a stage's exit code in its text.
     if errors and (exit_code == 2 or any(re.search(r"exitcode\s*: 2 ", line) for line in lines)):
-        raise StageFailed(f"stage {name!r} stopped: {errors[-1].removeprefix('error: ')}", 2)
+        return StageFailed(f"stage {name!r} stopped: {errors[-1].removeprefix('error: ')}", 2)
     what = f"ended with exit code {exit_code}" if exit_code else "ended without a record in the manifest"
     if exit_code < 0:
         what = f"was ended by signal {-exit_code} ({signal.strsignal(-exit_code)})"
-    raise StageFailed("\n  ".join([f"stage {name!r} {what}. The last lines of {log}:", *tail]), 1)
+    tail = lines[-NUM_LOG_LINES:]
+    return StageFailed("\n  ".join([f"stage {name!r} {what}. The last lines of {log.path}:", *tail]), 1)
+
+
+class _Log:
+    """A stage's log file, and its last lines in memory. A disk that is full does not end the stage that says so."""
+
+    def __init__(self, path: Path, console: Console):
+        self.path = path
+        self.lines: collections.deque[str] = collections.deque(maxlen=NUM_KEPT_LINES)
+        self._console = console
+        self._file = path.open("ab", buffering=0)
+
+    def __enter__(self) -> "_Log":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, text: str) -> None:
+        """Add whole lines."""
+        self.lines.extend(text.splitlines())
+        if self._file.closed:
+            return
+        try:
+            self._file.write(text.encode())
+        except OSError as error:
+            self._file.close()
+            _say_last(self._console, f"{self.path}: cannot be written any more ({error.strerror}); the stage goes on")
 
 
 def _stop(process: subprocess.Popen) -> None:
@@ -237,7 +273,7 @@ def _say_last(console: Console, text: str) -> None:
             os.dup2(nowhere.fileno(), console.file.fileno())
 
 
-def _relay(stream: IO[bytes], log: IO[str], console: Console) -> None:
+def _relay(stream: IO[bytes], log: _Log, console: Console) -> None:
     """Show a stage's output as it comes, progress bars redrawn in place on a terminal; log its finished lines."""
     pending = b""
     while chunk := os.read(stream.fileno(), 65536):

@@ -7,18 +7,23 @@ field that could go stale, and nothing is guessed from which files exist.
 import hashlib
 import json
 import os
+import re
 from collections.abc import Collection, Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from filelock import FileLock
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 
+from pipeline import metrics
 from pipeline.errors import UserError
+from pipeline.schema import STAGE_CLASSES, Dtype
+from pipeline.values import NAME
 
 SCHEMA_VERSION = 1
 FILE = "manifest.json"
 PARTIAL = f"{FILE}.tmp"
+Fault = tuple[tuple[str | int, ...], str]  # the place of a value and what is wrong with it
 
 
 class Frozen(BaseModel):
@@ -54,7 +59,7 @@ class Record(Frozen):
     versions: dict[str, str]
     world_size: int
     started: str
-    duration: float
+    duration: FiniteFloat
     resumed_from_step: int | None = None
     git_revision: str | None = None
 
@@ -67,6 +72,19 @@ class TokenizerRecord(Frozen):
     pad_token: str
     eos_token: str
     template: str
+
+
+class Base(BaseModel):
+    """What is read again of a manifest's `model`: the config's section, and the commit that was loaded."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+
+    path: str | None = None
+    dtype: Dtype = "float32"
+    revision: str | None = None
+    commit: str | None = None
+    trust_remote_code: bool = False
+    quantization: dict[str, Any] | None = None
 
 
 class Manifest(Frozen):
@@ -113,15 +131,66 @@ def read(run_dir: Path) -> Manifest | None:
         return None
     except OSError as error:
         raise UserError(f"{run_dir}: cannot be read as a run folder: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: damaged: expected a manifest in JSON, got {error}. {mend}") from None
-    if version != SCHEMA_VERSION:
+    if version != SCHEMA_VERSION or isinstance(version, bool):
         raise UserError(f"{path}: has schema version {version}, this version reads {SCHEMA_VERSION}. {mend}")
     try:
-        return Manifest.model_validate(raw)
+        manifest = Manifest.model_validate(raw, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
-        raise UserError(f"{path}: damaged at {'.'.join(map(str, first['loc']))}: {first['msg']}. {mend}") from None
+        fault = first["loc"], metrics.in_words(first)
+    else:
+        fault = _odd(manifest)
+    if fault is not None:
+        where, words = fault
+        raise UserError(f"{path}: damaged at {'.'.join(map(str, where))}: {words}. {mend}")
+    return manifest
+
+
+def _odd(manifest: Manifest) -> Fault | None:
+    """The first value that has the right form and yet cannot be: its place and what is wrong with it."""
+    if re.fullmatch(NAME, manifest.name) is None:
+        return ("name",), f"expected letters, digits, `_`, `.` and `-`, got {metrics.shown(manifest.name)}"
+    try:
+        Base.model_validate(manifest.model)
+    except ValidationError as error:
+        first = error.errors()[0]
+        return ("model", *first["loc"]), metrics.in_words(first)
+    for name, record in manifest.stages.items():
+        fault = _odd_record(name, record, manifest)
+        if fault is not None:
+            where, words = fault
+            return ("stages", name, *where), words
+    return None
+
+
+def _odd_record(name: str, record: Record, manifest: Manifest) -> Fault | None:
+    if re.fullmatch(NAME, name) is None:
+        return (), f"expected a name of letters, digits, `_`, `.` and `-`, got {metrics.shown(name)}"
+    if record.type not in STAGE_CLASSES:
+        return ("type",), f"expected one of {', '.join(sorted(STAGE_CLASSES))}, got {metrics.shown(record.type)}"
+    if record.type == "shift" and "reward" not in record.parents:
+        return ("parents", "reward"), "expected the name of the reward model's stage, got none"
+    output = record.output
+    for key, path in (("path", output.path), ("full", output.full), *(("files", file) for file in output.files)):
+        if path is not None and not _is_inside(path):
+            return ("output", key), f"expected a path inside the run folder, relative to it, got {metrics.shown(path)}"
+    if output.kind == "adapter" and output.full is None and not manifest.model.get("path"):
+        return (
+            "output",
+            "full",
+        ), "expected the folder of the adapter's full weights, since model.path is empty, got null"
+    fault = metrics.check(record.type, record.metrics)
+    if fault is not None:
+        where, words = fault
+        return ("metrics", *where), words
+    return None
+
+
+def _is_inside(path: str) -> bool:
+    parts = PurePosixPath(path).parts
+    return bool(parts) and not path.startswith("/") and ".." not in parts and "\0" not in path
 
 
 def write(run_dir: Path, manifest: Manifest) -> None:

@@ -24,7 +24,9 @@ from transformers import (
     GenerationConfig,
 )
 from transformers.trainer_utils import set_seed
-from transformers.utils import logging as transformers_logging
+
+from pipeline.errors import UserError
+from pipeline.weights import quiet_loading, unfit
 
 Options = dict[str, Any]
 
@@ -81,7 +83,9 @@ class Loader:
                 options["device_map"] = {"": PartialState().device}
         if self.attn_implementation:
             options["attn_implementation"] = self.attn_implementation
-        model = auto_class.from_pretrained(full, **options)
+        model, info = auto_class.from_pretrained(full, output_loading_info=True, **options)
+        if fault := unfit(model, info):
+            raise UserError(f"{full}: its weights are not those of its config.json: {fault}")
         for module in model.modules():
             # bitsandbytes packs 4-bit weights for CPU inference at the first forward in eval mode, and never unpacks
             # them for training: whatever trains after that gets no gradient, in silence.
@@ -101,12 +105,8 @@ class Loader:
 
     def score(self, full: str) -> Any:
         """A model with one score per sequence; its head is float32, and new where `full` holds a language model."""
-        verbosity = transformers_logging.get_verbosity()
-        transformers_logging.set_verbosity_error()  # it would report the missing head as a fault
-        try:
+        with quiet_loading():  # it would report the missing head as a fault
             model = self._load(AutoModelForSequenceClassification, full, num_labels=1)
-        finally:
-            transformers_logging.set_verbosity(verbosity)
         model.score = ScoreHead(model.score.weight)
         return model
 

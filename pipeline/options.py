@@ -11,6 +11,7 @@ import functools
 import inspect
 import os
 import pkgutil
+import re
 import tempfile
 import typing
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from typing import Any
 
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
+from pipeline import architecture, choices, ranges
+from pipeline.document import shown
 from pipeline.errors import nearest
 from pipeline.trainers import config_class
 
@@ -91,22 +94,6 @@ DEFAULTS = {
     "rloo": {"logging_steps": 1, "disable_dropout": True},
     "grpo": {"logging_steps": 1, "disable_dropout": True},
 }
-# Options that count something: below 1 there is nothing to train on.
-_AT_LEAST_ONE = (
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "gradient_accumulation_steps",
-    "num_mini_batches",
-    "num_ppo_epochs",
-    "local_rollout_forward_batch_size",
-    "response_length",
-    "num_generations",
-    "max_completion_length",
-    "num_iterations",
-    "total_episodes",
-    "steps_per_generation",
-    "r",
-)
 
 
 def owned_by(kind: str) -> dict[str, str]:
@@ -163,7 +150,7 @@ def check_section(kind: str, values: dict[str, Any]) -> tuple[dict[str, Any], li
     Returns the coerced options and the problems found, as (key, message) pairs.
     """
     if kind == "architecture":
-        return values, _check_architecture(values)
+        return values, architecture.problems_of(values)
     types, owned = _field_types(kind), owned_by(kind)
     coerced, problems = {}, []
     for key, value in values.items():
@@ -181,7 +168,7 @@ def check_section(kind: str, values: dict[str, Any]) -> tuple[dict[str, Any], li
                     problems.append((key, fault))
             except ValidationError as error:
                 expected = getattr(types[key], "__name__", None) or str(types[key])
-                problems.append((key, f"expected {expected}, got {value!r}: {error.errors()[0]['msg']}"))
+                problems.append((key, f"expected {expected}, got {shown(value)}: {error.errors()[0]['msg']}"))
     return coerced, problems
 
 
@@ -192,21 +179,27 @@ def _unfit(kind: str, key: str, value: Any) -> str | None:
         return f"{value!r} starts a stage as another model than its parent; {why}: true or gaussian"
     if key == "max_completion_length" and value is None:
         return "must be a number of tokens, got null"
-    if key in _AT_LEAST_ONE and value is not None and value < 1:
-        return f"must be at least 1, got {value}"
+    if fault := choices.fault_of(kind, key, value, _field_types(kind)[key]):
+        return fault
+    if kind == "lora" and (fault := _no_pattern(key, value)):
+        return fault
+    return ranges.fault_of(kind, key, value)
+
+
+def _no_pattern(key: str, value: Any) -> str | None:
+    """Why a text that names modules by a regular expression is none, or None. PEFT compiles them in its loops."""
+    patterns: list[str] = []
+    if key in ("target_modules", "exclude_modules", "layers_pattern") and isinstance(value, str):
+        patterns = [value]
+    if key in ("rank_pattern", "alpha_pattern"):
+        patterns = list(value)
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            mend = "give a list of names, `all-linear`, or a regular expression"
+            return f"{shown(pattern)} is no regular expression ({error}); {mend}"
     return None
-
-
-def _check_architecture(values: dict[str, Any]) -> list[tuple[str, str]]:
-    """Check the fields of a new model's architecture against the config class of its `model_type`."""
-    from transformers import CONFIG_MAPPING
-
-    model_type = values.get("model_type")
-    if model_type not in CONFIG_MAPPING:
-        return [("model_type", f"is required, got {model_type!r}; {nearest(str(model_type), CONFIG_MAPPING.keys())}")]
-    config_class = CONFIG_MAPPING[model_type]
-    known = config_class().to_dict().keys() | {"model_type"}
-    return [(key, f"unknown field of {config_class.__name__}; {nearest(key, known)}") for key in values.keys() - known]
 
 
 def with_defaults(stage_type: str, training: dict[str, Any]) -> dict[str, Any]:
@@ -279,7 +272,7 @@ def rehearse(kind: str, values: dict[str, Any]) -> str | None:
         device = {"use_cpu": True, "tf32": None, "output_dir": tempfile.gettempdir()}
         with _without_a_trace():
             args = config_class(kind)(**with_defaults(kind, values) | device)
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, AttributeError, ImportError) as error:
         return " ".join(str(error).split())
     return _sizes_of_ppo(args) if kind == "ppo" else None
 

@@ -6,14 +6,15 @@ the three questions of every build tool. Inputs are compared by content, so a mo
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from pipeline import basemodel, manifest, scoring, tokenizers
+from pipeline import basemodel, functions, manifest, runfolder, tokenizers
 from pipeline.data import heldout, sources
 from pipeline.data.prepare import Datasets
 from pipeline.errors import UserError
 from pipeline.manifest import Manifest, TokenizerRecord, digest
-from pipeline.schema import RunConfig, Stage, TrainingStage, datasets, functions, parents
+from pipeline.schema import RunConfig, Stage, TrainingStage, datasets, functions_of, parents
 
 # Options of `training:` that change what is shown or kept, not what is learned.
 _LOADING = ("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers")
@@ -70,8 +71,8 @@ def _data_inputs(config: RunConfig, name: str, read: Datasets) -> dict[str, str]
         trained_on = heldout.role_split(role, isinstance(stage, TrainingStage)) == heldout.TRAIN
         if trained_on and (removed := read.removed(dataset)):
             inputs[f"{role}: held-out prompts in it"] = removed
-    for field, reference in functions(stage):
-        files = scoring.sources_of(reference, config.folder, f"stages.{name}.{field}")
+    for field, reference in functions_of(stage):
+        files = functions.sources_of(reference, config.folder, f"stages.{name}.{field}")
         if len(files) == 1:
             inputs[f"function {reference}"] = manifest.file_digest(files[0])
         elif files:
@@ -157,9 +158,11 @@ def open_run(config: RunConfig) -> Manifest:
     """The manifest of the config's run folder, empty before the first run.
 
     Raises:
-        UserError: if it is damaged or belongs to a run of another name.
+        UserError: if it is damaged or belongs to a run of another name, or the folder is no run folder.
     """
-    recorded = manifest.read(config.run_path) or Manifest(name=config.name)
+    found = manifest.read(config.run_path)
+    runfolder.check(config, found)
+    recorded = found or Manifest(name=config.name)
     if recorded.name != config.name:
         seen = f"holds the run {recorded.name!r}, this config is {config.name!r}"
         raise UserError(f"{config.run_path} {seen}; give another `run_dir`, or the name of that run")
@@ -190,7 +193,7 @@ def tokenizer_of(config: RunConfig, recorded: Manifest) -> tuple[Any, TokenizerR
     """
     source, saved, old = _tokenizer_source(config), config.run_path / "tokenizer", recorded.tokenizer
     if old and old.source == source and saved.is_dir():
-        return tokenizers.open_saved(saved, config.model.trust_remote_code), old
+        return _as_recorded(saved, old, config.model.trust_remote_code), old
     tokenizer = tokenizers.build(config)
     made = TokenizerRecord(
         source=source,
@@ -209,10 +212,20 @@ def tokenizer_of(config: RunConfig, recorded: Manifest) -> tuple[Any, TokenizerR
     return tokenizer, made
 
 
+def _as_recorded(saved: Path, old: TokenizerRecord, trust_remote_code: bool) -> Any:
+    """The run's saved tokenizer, which is still the one on record: cached rows are looked up by its fingerprint."""
+    tokenizer = tokenizers.open_saved(saved, trust_remote_code)
+    if tokenizers.fingerprint(tokenizer) != old.fingerprint:
+        mend = "Restore that folder, or remove it: it is made again then"
+        raise UserError(f"{saved} is not the tokenizer this run was started with. {mend}")
+    return tokenizer
+
+
 def prepare_run(config: RunConfig) -> Manifest:
     """Make sure that the run folder has its manifest and tokenizer; the first write to a run folder."""
     recorded = open_run(config)
     tokenizer, made = tokenizer_of(config, recorded)
+    manifest.update(config.run_path, config.name)  # from here on what lies in the folder is the run's
     saved = config.run_path / "tokenizer"
     # The base's folder as it is here: whoever loads an output from the run folder does not know the config's place.
     path = config.model.path and config.resolve(config.model.path)

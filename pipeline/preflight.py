@@ -10,14 +10,14 @@ from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from pipeline import basemodel, positions, scoring
+from pipeline import basemodel, functions, positions, weights
 from pipeline.data.audit import Audit
 from pipeline.data.prepare import Datasets
 from pipeline.data.stream import TextStream
 from pipeline.errors import UserError, all_of, reason_of
 from pipeline.models import from_scratch, lora_config, num_parameters
 from pipeline.options import effective
-from pipeline.schema import RunConfig, TrainingStage, datasets, functions
+from pipeline.schema import RunConfig, TrainingStage, datasets, functions_of
 
 # What transformers and PEFT raise at a model or at options that they cannot take.
 _ERRORS = (OSError, KeyError, ValueError, TypeError, AttributeError)
@@ -40,6 +40,7 @@ def check(config: RunConfig, names: list[str], tokenizer: Any, key: str) -> dict
     """
     if config.model.path:
         positions.architecture(config)  # or every stage would say the same of it
+        weights.check_base(config, tokenizer)
     problems: list[str] = []
     facts: dict[str, Facts] = {}
     read = Datasets(config, tokenizer, key)
@@ -49,7 +50,7 @@ def check(config: RunConfig, names: list[str], tokenizer: Any, key: str) -> dict
             faults = [fault for found in audits.values() for fault in found.problems(config.checks.model_dump())]
             problems += [f"stages.{name}: {fault}" for fault in faults]
             if not faults:
-                facts[name] = _facts(config, name, audits, tokenizer)
+                facts[name] = _facts(read, name, audits)
         except UserError as error:
             problems.append(f"stages.{name}: {error}")
     if problems:
@@ -73,11 +74,12 @@ def audit(read: Datasets, name: str) -> dict[str, Audit]:
     return audits
 
 
-def _facts(config: RunConfig, name: str, audits: dict[str, Audit], tokenizer: Any) -> Facts:
+def _facts(read: Datasets, name: str, audits: dict[str, Audit]) -> Facts:
+    config, tokenizer = read.config, read.tokenizer
     stage = config.stages[name]
-    for field, reference in functions(stage):
-        scoring.source_of(reference, config.folder, f"stages.{name}.{field}")
-        scoring.function(reference, config.folder, f"stages.{name}.{field}")
+    for field, reference in functions_of(stage):
+        prompt = read.prepare(name, "data").rows[0]["prompt"][-1]["content"]
+        functions.check(reference, config.folder, f"stages.{name}.{field}", prompt)
     positions.check(config, name, audits)
     if not isinstance(stage, TrainingStage):
         return Facts(audits)
@@ -141,7 +143,7 @@ def _model(config: RunConfig, tokenizer: Any) -> Any:
     if base.scratch:
         try:
             return from_scratch(base.scratch.architecture, tokenizer, "float32", seed=0)
-        except _ERRORS as error:
+        except Exception as error:  # models raise what they like at fields that do not fit
             raise UserError(f"model.scratch.architecture: {reason_of(error)}") from None
     try:
         return AutoModelForCausalLM.from_config(

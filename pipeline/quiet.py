@@ -1,8 +1,11 @@
 """Turn off what libraries print about themselves; import this before them."""
 
+import contextlib
 import logging
 import os
+import sys
 import warnings
+from collections.abc import Iterator
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -27,3 +30,21 @@ def quieten_transformers() -> None:
     transformers_logging.disable_progress_bar()
     for handler in logging.getLogger("transformers").handlers:
         handler.addFilter(_unexpected)
+
+
+@contextlib.contextmanager
+def libraries() -> Iterator[None]:
+    """Silence what libraries log and warn of in a command that trains nothing.
+
+    Its own message says what is wrong; a library's line above it would say the same in other words, twice. Stages run
+    in processes of their own and are not concerned. Python's `-W` and PYTHONWARNINGS go before this.
+    """
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    with warnings.catch_warnings():
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logging.disable(before)

@@ -5,6 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
+from pipeline.values import Name, PathText, Seed, Text
+
 REPORT = "-shift"  # ends the name of the report that every reward model gets by itself
 BASE = "base"  # what `init:` says for the run's base model
 RESERVED = (
@@ -37,8 +39,8 @@ class Strict(BaseModel):
 class ScratchTokenizer(Strict):
     """A byte-level BPE tokenizer trained on datasets of this run."""
 
-    vocab_size: PositiveInt = 1000
-    data: list[str] = Field(min_length=1)
+    vocab_size: Annotated[int, Field(ge=1, le=10_000_000)] = 1000
+    data: list[Text] = Field(min_length=1)
 
 
 class Scratch(Strict):
@@ -51,31 +53,31 @@ class Scratch(Strict):
 class Model(Strict):
     """The base model of the run: a hub id or folder (`path`), or a new one (`scratch`)."""
 
-    path: str | None = None
+    path: PathText | None = None
     scratch: Scratch | None = None
-    revision: str | None = None
+    revision: Text | None = None
     dtype: Dtype = "float32"
-    attn_implementation: str | None = None
+    attn_implementation: Text | None = None
     trust_remote_code: bool = False
 
 
 class Tokenizer(Strict):
     """What to change in the base model's tokenizer: a built-in chat template or a file, and two special tokens."""
 
-    chat_template: str | None = None
-    pad_token: str | None = None
-    eos_token: str | None = None
+    chat_template: PathText | None = None
+    pad_token: Text | None = None
+    eos_token: Text | None = None
 
 
 class Source(Strict):
     """Where rows come from; `columns` maps their names to ours, `limit` takes the first rows, `weight` mixes."""
 
-    path: str
-    name: str | None = None
-    split: str = "train"
-    revision: str | None = None
+    path: PathText
+    name: Text | None = None
+    split: Text = "train"
+    revision: Text | None = None
     format: Format = "auto"
-    columns: dict[str, str] = {}
+    columns: dict[Text, Text] = {}
     limit: PositiveInt | None = None
     weight: float | None = Field(default=None, gt=0)
 
@@ -83,7 +85,7 @@ class Source(Strict):
 class Data(Source):
     """One dataset: a source, or several. `heldout` is the share of prompts kept for evaluation where both are asked."""
 
-    path: str | None = None
+    path: PathText | None = None
     sources: list[Source] = []
     heldout: Annotated[float, Field(gt=0, lt=1)] = 0.05
     streaming: bool = False
@@ -127,15 +129,15 @@ class GateLimits(Strict):
 class Stage(Strict):
     """What all stages have. A stage's name is its key in the file; its type defaults to its name."""
 
-    data: str
-    seed: int | None = None
-    accelerate_config: str | None = None
+    data: Text
+    seed: Seed | None = None
+    accelerate_config: PathText | None = None
 
 
 class TrainingStage(Stage):
     """A stage that trains from the output of another (`init`) by the rows of `data`."""
 
-    init: str | None = None
+    init: Text | None = None
     lora: Options | None = None
     training: Options = {}
 
@@ -144,7 +146,7 @@ class Offline(TrainingStage):
     """A stage that learns from the rows alone; `eval_data` gives it a held-out loss."""
 
     type: Literal["pretrain", "sft", "reward", "dpo"]
-    eval_data: str | None = None
+    eval_data: Text | None = None
 
 
 class Reinforced(TrainingStage):
@@ -154,12 +156,12 @@ class Reinforced(TrainingStage):
     at the score on `eval_data` every `eval_every` updates and ends at an alarm with the best policy so far.
     """
 
-    reward: str | None = None
-    shift: str | None = None
+    reward: Text | None = None
+    shift: Text | None = None
     max_prompt_length: PositiveInt = 512
     added_shift: float = Field(default=0.0, ge=0)
     on_alarm: Literal["warn", "stop"] = "warn"
-    eval_data: str | None = None
+    eval_data: Text | None = None
     eval_every: PositiveInt = 10
     num_eval_prompts: PositiveInt = 64
 
@@ -177,13 +179,13 @@ class Online(Reinforced):
     """RLOO or GRPO, scored by the run's reward model and/or functions named `module:function`."""
 
     type: Literal["rloo", "grpo"]
-    reward_functions: list[str] = []
+    reward_functions: list[Text] = []
 
 
 class Sampled(Stage):
     """A stage that samples policies on held-out prompts."""
 
-    reward: str | None = None
+    reward: Text | None = None
     temperature: float = Field(default=1.0, gt=0)
     max_new_tokens: PositiveInt = 128
     max_prompt_length: PositiveInt = 512
@@ -195,17 +197,17 @@ class Evaluate(Sampled):
     """Sample base, baseline and policies on held-out prompts; score with the reward model and a judge."""
 
     type: Literal["evaluate"]
-    policies: list[str] | None = None
-    baseline: str | None = None
-    judge: str | None = None
+    policies: list[Text] | None = None
+    baseline: Text | None = None
+    judge: Text | None = None
 
 
 class Shift(Sampled):
     """Measure a reward model on several completions of a policy for each held-out prompt."""
 
     type: Literal["shift"]
-    data: str | None = None
-    policy: str | None = None
+    data: Text | None = None
+    policy: Text | None = None
     num_prompts: PositiveInt = 200
     num_completions: Annotated[int, Field(ge=2)] = 4
 
@@ -215,7 +217,6 @@ STAGE_CLASSES |= {"evaluate": Evaluate, "shift": Shift}
 STAGE_CLASSES |= dict.fromkeys(("pretrain", "sft", "reward", "dpo"), Offline)
 FINAL_TYPES = ("ppo", "rloo", "grpo", "dpo")
 POLICY_TYPES = ("pretrain", "sft", *FINAL_TYPES)
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
 
 class RunConfig(Strict):
@@ -226,8 +227,8 @@ class RunConfig(Strict):
     """
 
     name: Name
-    run_dir: str | None = None
-    seed: int = 0
+    run_dir: PathText | None = None
+    seed: Seed = 0
     model: Model
     tokenizer: Tokenizer = Tokenizer()
     quantization: Options | None = None
@@ -278,7 +279,7 @@ def datasets(stage: Stage) -> dict[str, str]:
     return _named(stage, "data", "eval_data")
 
 
-def functions(stage: Stage) -> list[tuple[str, str]]:
+def functions_of(stage: Stage) -> list[tuple[str, str]]:
     """The functions a stage calls, as (field, `module:function`)."""
     rewards = [("reward_functions", reference) for reference in getattr(stage, "reward_functions", ())]
     return rewards + list(_named(stage, "judge").items())

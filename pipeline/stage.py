@@ -25,7 +25,19 @@ import transformers
 from accelerate import DistributedType, PartialState
 from filelock import FileLock, Timeout
 
-from pipeline import basemodel, checkpoints, gate, manifest, options, plan, sharding, tokenizers
+from pipeline import (
+    basemodel,
+    checkpoints,
+    disk,
+    gate,
+    manifest,
+    options,
+    plan,
+    runfolder,
+    sharding,
+    streams,
+    tokenizers,
+)
 from pipeline.config import load
 from pipeline.context import Result, StageContext, same_everywhere
 from pipeline.errors import UserError
@@ -43,12 +55,16 @@ def main() -> None:
     """Entry point: run one stage, or say that it is finished already."""
     if len(sys.argv) < 3:
         raise SystemExit("usage: accelerate launch -m pipeline.stage CONFIG STAGE [KEY=VALUE ...]")
+    streams.prepare()
     path, name, *overrides = sys.argv[1:]
     threading.Thread(target=_end_with_launcher, args=[os.environ.get(LAUNCHER)], daemon=True).start()
     try:
-        run(load(path, tuple(overrides)), name)
+        config = load(path, tuple(overrides))
+        with disk.reported(config.run_path):
+            run(config, name)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)  # any process may be the one that found it
+        # Any process may be the one that found it, and a progress bar may be in the middle of its line.
+        print(f"\nerror: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -70,7 +86,7 @@ def run(config: RunConfig, name: str) -> None:
     if state.is_main_process:
         for message in ignored:
             print(f"{name}: {message}", flush=True)
-    with _locked(config.run_path / name) if state.is_main_process else contextlib.nullcontext():
+    with _locked(config, name) if state.is_main_process else contextlib.nullcontext():
         decided = same_everywhere(lambda: _prepare(config, name))
         if isinstance(decided, UserError):
             raise decided
@@ -233,13 +249,15 @@ def _same_tokenizer(config: RunConfig, name: str, key: str) -> None:
             raise UserError(f"{folder} holds another tokenizer than the run's; {name!r} cannot use it. {mend}")
 
 
-def _locked(folder: Path) -> contextlib.AbstractContextManager:
+def _locked(config: RunConfig, name: str) -> contextlib.AbstractContextManager:
     """One process group at a time works on a stage. The lock dies with its holder, also under `kill -9`."""
+    plan.open_run(config)  # a folder with a lock counts as one of the run's
+    folder = config.run_path / name
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        return FileLock(folder / ".lock").acquire(timeout=15)
+        return FileLock(folder / runfolder.LOCK).acquire(timeout=15)
     except Timeout:
-        raise UserError(f"stage {folder.name!r} is being run by another process; wait for it or stop it") from None
+        raise UserError(f"stage {name!r} is being run by another process; wait for it or stop it") from None
 
 
 def _end_with_launcher(number: str | None) -> None:

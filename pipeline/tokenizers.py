@@ -1,6 +1,8 @@
 """The run's one tokenizer: its chat template, a pad token that is not eos, and the fingerprint all stages agree on."""
 
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +10,17 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from pipeline import basemodel
+from pipeline import basemodel, chat_templates
 from pipeline.data import sources
 from pipeline.data.joints import begins_with
 from pipeline.errors import UserError, reason_of
 from pipeline.manifest import digest
 from pipeline.schema import RunConfig
 
-TEMPLATES = Path(__file__).parent / "templates"
+# What transformers raises at files of a tokenizer that it cannot read; the tokenizers library raises bare Exceptions.
+_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError)
+LONGEST_WORD = 1000  # characters; the time to train a tokenizer grows with the square of the longest word
+_LONG_WORD = re.compile(rf"\S{{{LONGEST_WORD}}}")
 # Tokens that pretrained vocabularies keep for padding, or hold without using them in text, best first.
 _PADDING = "<|finetune_right_pad_id|> <pad> <|pad|> [PAD] <|padding|>"
 _UNUSED = "<|endoftext|> <|reserved_special_token_0|> <|vision_pad|> <unk> [UNK]"
@@ -32,6 +37,17 @@ def fingerprint(tokenizer: Any) -> str:
     return digest([rules, tokenizer.chat_template, tokenizer.pad_token_id, tokenizer.eos_token_id, special])
 
 
+def _texts(config: RunConfig) -> Iterator[str]:
+    """The texts that a new tokenizer is trained on. Words beyond any length are cut into pieces."""
+    for name in config.model.scratch.tokenizer.data:
+        for part in sources.find(config, name):
+            with sources.readable(part):
+                for row in sources.load(part, config.data[name].streaming):
+                    texts = [text for text in row.values() if isinstance(text, str)]
+                    for text in texts:
+                        yield text if len(text) < LONGEST_WORD else _LONG_WORD.sub(r"\g<0> ", text)
+
+
 def _train(config: RunConfig) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer from the run's own data."""
     backend = Backend(models.BPE())
@@ -43,14 +59,7 @@ def _train(config: RunConfig) -> PreTrainedTokenizerFast:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    names = config.model.scratch.tokenizer.data
-    rows = (
-        row
-        for name in names
-        for part in sources.find(config, name)
-        for row in sources.load(part, config.data[name].streaming)
-    )
-    backend.train_from_iterator((text for row in rows for text in row.values() if isinstance(text, str)), trainer)
+    backend.train_from_iterator(_texts(config), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
 
 
@@ -59,15 +68,19 @@ def _template(name: str, folder: Path, tokenizer: Any) -> str:
 
     A built-in one begins with BOS where the tokenizer puts it before every text: the model was trained with it.
     """
-    built_in, own = TEMPLATES / f"{name}.jinja", folder / name
-    if built_in.is_file():
-        start = "" if begins_with(tokenizer) is None else "{{- bos_token -}}"
-        return start + built_in.read_text(encoding="utf-8").rstrip("\n")
-    if own.is_file():
-        return own.read_text(encoding="utf-8").rstrip("\n")
-    known = ", ".join(sorted(path.stem for path in TEMPLATES.glob("*.jinja")))
-    what = f"{name!r} is neither a built-in template ({known}) nor a file beside the config"
-    raise UserError(f"tokenizer.chat_template: {what}")
+    text = chat_templates.read(name, folder)
+    if not chat_templates.is_built_in(name) or begins_with(tokenizer) is None:
+        return text
+    return "{{- bos_token -}}" + text
+
+
+def _try_template(config: RunConfig, tokenizer: Any) -> None:
+    """Refuse a chat template that cannot work."""
+    name = config.tokenizer.chat_template
+    where = f"{config.model.path}: its own chat template" if name is None else f"tokenizer.chat_template: {name}"
+    if name is not None and not chat_templates.is_built_in(name):
+        where = f"tokenizer.chat_template: {config.folder / name}"
+    chat_templates.try_out(tokenizer, where)
 
 
 def build(config: RunConfig) -> Any:
@@ -82,8 +95,10 @@ def build(config: RunConfig) -> Any:
     else:
         options = {"revision": basemodel.revision_of(config), "trust_remote_code": base.trust_remote_code}
         try:
-            tokenizer = AutoTokenizer.from_pretrained(config.resolve(base.path), **options)
-        except (OSError, ValueError) as error:
+            tokenizer = _load(config.resolve(base.path), **options)
+        except Exception as error:
+            if not _is_unreadable(error):
+                raise
             raise basemodel.unreadable(config, "tokenizer", error) from None
     vocabulary = tokenizer.get_vocab()
     for field, token in settings.model_dump(include={"eos_token", "pad_token"}, exclude_none=True).items():
@@ -104,15 +119,31 @@ def build(config: RunConfig) -> Any:
     if settings.chat_template is not None or tokenizer.chat_template is None:
         name = settings.chat_template or ("scratch" if base.scratch else "plain")
         tokenizer.chat_template = _template(name, config.folder, tokenizer)
+    _try_template(config, tokenizer)
     tokenizer.padding_side = "left"
     return tokenizer
+
+
+def _load(place: str | Path, **options: Any) -> Any:
+    tokenizer = AutoTokenizer.from_pretrained(place, **options)
+    # transformers would save it whether the hub was out of reach; then equal runs would have other files.
+    tokenizer.init_kwargs.pop("local_files_only", None)
+    return tokenizer
+
+
+def _is_unreadable(error: Exception) -> bool:
+    """Whether an error says that the files of a tokenizer cannot be read."""
+    return isinstance(error, _UNREADABLE) or type(error) is Exception
 
 
 def open_saved(folder: Path, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a run folder or of an output."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: holds no tokenizer that can be read ({reason_of(error)}); restore it") from None
+        tokenizer = _load(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        if not _is_unreadable(error):
+            raise
+        reason = f"{type(error).__name__}: {reason_of(error)}"
+        raise UserError(f"{folder}: holds no tokenizer that can be read ({reason}); restore it") from None
     tokenizer.padding_side = "left"  # not kept by every tokenizer class; policies generate from the right end
     return tokenizer

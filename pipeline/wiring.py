@@ -56,7 +56,8 @@ def wire(config: RunConfig, problems: Problems) -> RunConfig:
         order = _order(stages) if not problems else ()
     except graphlib.CycleError as error:
         circle = " -> ".join(reversed(error.args[1]))
-        problems.add(f"these stages start from one another in a circle: {circle}", "stages")
+        mend = "let one of them start from another stage"
+        problems.add(f"these stages start from one another in a circle: {circle}; {mend}", "stages")
     if problems:
         return config
     config = config.model_copy(update={"stages": {name: stages[name] for name in order}})

@@ -230,7 +230,7 @@ def test_an_error_that_another_process_finds_is_said(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         stage.main()
     assert stopped.value.code == 2
-    assert capsys.readouterr().err == "error: row 3 is bad\n"
+    assert capsys.readouterr().err == "\nerror: row 3 is bad\n"
 
 
 def test_one_process_does_not_share_its_batch_among_gpus(monkeypatch):

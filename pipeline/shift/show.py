@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 
 from pipeline.errors import UserError
 from pipeline.report import recorded_in
-from pipeline.report import table as styled
+from pipeline.screen import Table, say, show
 from pipeline.shift.advice import advice
+from pipeline.streams import either
 
 NUM_CHARACTERS = 60  # of a prompt among the extremes
 
@@ -21,7 +21,8 @@ def _cell(found: dict[str, float | None] | float | None, percent: bool = False) 
     found = found if isinstance(found, dict) else {"value": found}
     texts = {k: f"{100 * v:.0f}" if percent else f"{v:.2f}" for k, v in found.items() if v is not None}
     unit = " %" if percent else ""
-    return texts["value"] + unit + (escape(f" [{texts['low']}, {texts['high']}]") if "low" in texts else "")
+    interval = f" [{texts['low']}, {texts['high']}]" if "low" in texts else ""
+    return texts["value"] + unit + interval
 
 
 def _rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -50,18 +51,22 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
 def table(report: dict[str, Any], console: Console, title: str) -> None:
     """A report of `pipeline.shift.measure`: its figures with 95 % intervals, its extreme prompts, and the advice."""
     sizes = f"{report['prompts']} held-out prompts, {report['completions']} completions, 95 % intervals"
-    shown = styled(f"{title}: {sizes}", ("figure", "value", "meaning"))
+    shown = Table(f"{title}: {sizes}", ("figure", "value", "meaning"))
     for row in _rows(report):
-        shown.add_row(*row)
-    console.print(shown)
-    shown = styled("Largest and smallest offsets, log-odds", ("prompt", "offset", "within-prompt SD"), right=True)
-    few = report["prompts"] < len(report["largest"]) + len(report["smallest"])  # then both name the same prompts
-    for entry in report["largest"] + ([] if few else report["smallest"][::-1]):
+        shown.add(*row)
+    show(shown, console)
+    shown = Table("Largest and smallest offsets, log-odds", ("prompt", "offset", "within-prompt SD"), right=True)
+    entries = list(report["largest"])
+    if report["prompts"] >= len(report["largest"]) + len(report["smallest"]):  # else both name the same prompts
+        entries += report["smallest"][::-1]
+    end = either("…", "...", console.encoding)
+    for entry in entries:
         text = " ".join(entry["prompt"].split())
-        text = text if len(text) <= NUM_CHARACTERS else f"{text[: NUM_CHARACTERS - 1]}…"
-        shown.add_row(escape(text), f"{entry['offset']:+.2f}", _cell(entry["within_sd"]))
-    console.print(shown)
-    console.print(advice(report), highlight=False, markup=False)
+        if len(text) > NUM_CHARACTERS:
+            text = text[: NUM_CHARACTERS - len(end)] + end
+        shown.add(text, f"{entry['offset']:+.2f}", _cell(entry["within_sd"]))
+    show(shown, console)
+    say(console, advice(report))
 
 
 def reports(run_dir: Path, stage: str | None, console: Console) -> None:
@@ -75,6 +80,4 @@ def reports(run_dir: Path, stage: str | None, console: Console) -> None:
     for name, record in chosen.items():
         title = f"{name}: scores of {record.parents['reward']}"
         table(record.metrics, console, title)
-        console.print(
-            f"Plots, completions and the figures as JSON are in {run_dir / record.output.path}", soft_wrap=True
-        )
+        say(console, f"Plots, completions and the figures as JSON are in {run_dir / record.output.path}")

@@ -10,7 +10,7 @@ from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
 from scipy import stats
 
-from pipeline import checks, divergence, scoring
+from pipeline import checks, divergence, functions, scoring
 from pipeline.context import Result, StageContext, write_json
 from pipeline.models import load_policy, load_reward, to_device
 from pipeline.sampling import Ids, Sampling, completions, weights_of
@@ -64,23 +64,34 @@ def _add_scores(ctx: StageContext, rows: Any, table: dict[str, list[Entry]]) -> 
     """Put into the entries of all policies: the completion's text, the reward model's score, the judge's."""
     stage, tokenizer, judge = ctx.stage, ctx.tokenizer, None
     if stage.judge:
-        judge = scoring.function(stage.judge, ctx.config.folder, f"stages.{ctx.name}.judge")
-    if stage.reward:
-        model = to_device(load_reward(ctx.loader, ctx.weights_of(stage.reward)))
+        judge = functions.function(stage.judge, ctx.config.folder, f"stages.{ctx.name}.judge")
+    sequences = {}
     for policy, entries in table.items():
-        sequences = [rows[entry["row"]]["prompt_ids"] + entry.pop("ids") for entry in entries]
-        scores = [None] * len(entries)
-        if stage.reward:
-            scores = scoring.score(model, sequences, tokenizer.pad_token_id, stage.batch_size)
-            checks.finite_scores(stage.reward, scores)
+        sequences[policy] = [rows[entry["row"]]["prompt_ids"] + entry.pop("ids") for entry in entries]
+    scores = _scores(ctx, [ids for of_policy in sequences.values() for ids in of_policy]) if stage.reward else {}
+    for policy, entries in table.items():
         for i, entry in enumerate(entries):
-            row = rows[entry["row"]]
-            text = tokenizer.decode(sequences[i][len(row["prompt_ids"]) :], skip_special_tokens=True)
+            row, ids = rows[entry["row"]], sequences[policy][i]
+            text = tokenizer.decode(ids[len(row["prompt_ids"]) :], skip_special_tokens=True)
             judged = None
             if judge is not None:
                 where = f"row {entry['row']}, policy {policy}"
-                judged = scoring.judged(judge, stage.judge, row["prompt"][-1]["content"], text, where)
-            entries[i] = {"completion": text, "score": scores[i], "judge": judged} | entry
+                judged = functions.judged(judge, stage.judge, row["prompt"][-1]["content"], text, where)
+            entries[i] = {"completion": text, "score": scores.get(tuple(ids)), "judge": judged} | entry
+
+
+def _scores(ctx: StageContext, sequences: list[Ids]) -> dict[tuple[int, ...], float]:
+    """The reward model's score of each different sequence (prompt and completion).
+
+    Beside other rows a sequence is padded otherwise, and rounding gives it another score. So it is scored once, or
+    policies that say the same would win and lose against each other instead of tying.
+    """
+    stage = ctx.stage
+    different = list(dict.fromkeys(map(tuple, sequences)))
+    model = to_device(load_reward(ctx.loader, ctx.weights_of(stage.reward)))
+    scores = scoring.score(model, list(map(list, different)), ctx.tokenizer.pad_token_id, stage.batch_size)
+    checks.finite_scores(stage.reward, scores)
+    return dict(zip(different, scores, strict=True))
 
 
 def win_rate(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:

@@ -7,7 +7,7 @@ from typing import Any
 from peft import PeftModel
 from trl import GRPOTrainer, RLOOTrainer
 
-from pipeline import checks, scoring
+from pipeline import checks, functions, scoring
 from pipeline.context import Result, StageContext
 from pipeline.data.encode import prompt_ids
 from pipeline.fit import fit, should_train
@@ -31,14 +31,14 @@ def reward_model_function(ctx: StageContext, model: Any) -> RewardFunction:
     return reward_model
 
 
-def judge_function(judge: scoring.Judge, name: str) -> RewardFunction:
+def judge_function(judge: functions.Judge, name: str) -> RewardFunction:
     """TRL's form of a reward, from a function (prompt, completion) -> float; the prompt is its last message."""
 
     def function(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
         scores = []
         for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
             texts = prompt[-1]["content"], completion[-1]["content"]
-            scores.append(scoring.judged(judge, name, *texts, f"row {row} of the batch"))
+            scores.append(functions.judged(judge, name, *texts, f"row {row} of the batch"))
         return scores
 
     function.__name__ = name.replace(":", ".")
@@ -64,7 +64,7 @@ def run(ctx: StageContext) -> Result:
         reward_model = load_reward(ctx.loader, ctx.weights_of(stage.reward)).to(args.device)
         rewards.append(reward_model_function(ctx, reward_model.eval()))
     for reference in stage.reward_functions:
-        judge = scoring.function(reference, ctx.config.folder, f"stages.{ctx.name}.reward_functions")
+        judge = functions.function(reference, ctx.config.folder, f"stages.{ctx.name}.reward_functions")
         rewards.append(judge_function(judge, reference))
     if stage.added_shift:
         rewards[0] = with_shift(ctx, rewards[0])

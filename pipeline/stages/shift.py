@@ -5,12 +5,12 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from rich.console import Console
 
 from pipeline import checks, scoring
 from pipeline.context import Result, StageContext, write_json
 from pipeline.models import load_reward, to_device
 from pipeline.sampling import Sampling, completions
+from pipeline.screen import open_console
 from pipeline.shift import advice, measure, plots, show
 
 
@@ -39,7 +39,7 @@ def run(ctx: StageContext) -> Result:
         plots.draw(report, prompts, margins, ctx.new_output)
         _write_samples(ctx, prompts, drawn)
         title = f"{stage.reward}: scores of {stage.policy}'s completions"
-        show.table(report, Console(width=120, highlight=False), title)
+        show.table(report, open_console(width=120), title)
     datasets["data"]["used"] = len(rows)
     return Result(report, datasets=datasets)
 

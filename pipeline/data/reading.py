@@ -1,0 +1,86 @@
+"""What surrounds the datasets library while it reads: how JSON is parsed, what it may print, how its media are kept."""
+
+import contextlib
+import dataclasses
+import io
+import logging
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.json
+from datasets import Dataset, IterableDataset, LargeList, List
+from datasets.packaged_modules.json import json as json_module
+
+VERSION = "dates are text"  # of what files of JSON become; another one is read anew, not from the library's cache
+# A line that is `null`, or begins with it; pyarrow crashes where a block of lines begins with one.
+_NULL_LINE = re.compile(rb"(?m)^([ \t\r]*)null(?=\s|\Z)")
+
+
+class _Json:
+    """pyarrow.json as the datasets library uses it, with two differences.
+
+    A line that is `null` becomes a row without values. What looks like a date stays text.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(pyarrow.json, name)
+
+    def read_json(self, file: io.BytesIO, read_options: Any = None) -> pa.Table:
+        lines = _NULL_LINE.sub(rb"\1{}", file.getvalue())
+        table = pyarrow.json.read_json(io.BytesIO(lines), read_options=read_options)
+        schema = pa.schema([(field.name, _without_dates(field.type)) for field in table.schema])
+        if schema.equals(table.schema):
+            return table
+        options = pyarrow.json.ParseOptions(explicit_schema=schema)
+        return pyarrow.json.read_json(io.BytesIO(lines), read_options=read_options, parse_options=options)
+
+
+def _without_dates(kind: pa.DataType) -> pa.DataType:
+    """A type with text in the place of dates and times, at any depth."""
+    if pa.types.is_temporal(kind):
+        return pa.string()
+    if pa.types.is_struct(kind):
+        return pa.struct([(field.name, _without_dates(field.type)) for field in kind])
+    if pa.types.is_list(kind):
+        return pa.list_(_without_dates(kind.value_type))
+    return kind
+
+
+def use_our_json() -> None:
+    """Let the datasets library parse JSON as above, from now on: a stream is read long after it was opened."""
+    if not isinstance(json_module.paj, _Json):
+        json_module.paj = _Json()
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Let the datasets library log nothing: its errors come to us as exceptions, and are told once."""
+    logger = logging.getLogger("datasets")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def without_decoding(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """Rows whose images, audio and video stay as they are stored: nothing here looks at them."""
+    for column, feature in (rows.features or {}).items():
+        stored = _undecoded(feature)
+        if stored != feature:
+            rows = rows.cast_column(column, stored)
+    return rows
+
+
+def _undecoded(feature: Any) -> Any:
+    if isinstance(feature, dict):
+        return {name: _undecoded(inner) for name, inner in feature.items()}
+    if isinstance(feature, (List, LargeList)):
+        return dataclasses.replace(feature, feature=_undecoded(feature.feature))
+    if isinstance(feature, (datasets.Image, datasets.Audio, datasets.Video)):
+        return dataclasses.replace(feature, decode=False)
+    return feature

@@ -1,0 +1,16 @@
+"""All cases of bad input, in order."""
+
+import cases_config
+import cases_options
+from forked import Case
+
+MODULES = (cases_config, cases_options)
+
+
+def all_cases() -> list[Case]:
+    """Every case; no two have the same name."""
+    found = [case for module in MODULES for case in module.cases()]
+    names = [case.id for case in found]
+    doubled = sorted({name for name in names if names.count(name) > 1})
+    assert not doubled, doubled
+    return found

@@ -1,0 +1,299 @@
+"""What a plan says: rows, tokens, steps, parameters, which side of the split, and why a stage runs; counted apart."""
+
+import hashlib
+import itertools
+import json
+import math
+import re
+import unicodedata
+
+import by_hand
+import numpy as np
+import pytest
+import tiny
+from peft import LoraConfig, get_peft_model
+from ruamel.yaml import YAML
+from transformers import AutoModelForCausalLM
+
+from pipeline import manifest, plan, preflight, report, tokenizers
+from pipeline.config import load
+
+DEMOS = [*tiny.demonstrations(), {"prompt": "Well?", "completion": "Yes. " * 40}]  # the last one is too long
+PAIRS = [row | {"rejected": "I do not like it at all, " + row["chosen"]} for row in tiny.comparisons()[:3]]
+PAIRS += tiny.comparisons()[2:]  # prefer the longer side; the third prompt occurs twice
+PAIRS += [{"prompt": "Long?", "chosen": "No.", "rejected": "Yes. " * 40}]
+SHARED = [{"prompt": f"What of {topic} {i}?", "completion": "Good."} for i in range(5) for topic in tiny.TOPICS]
+TEXTS = [{"text": f"Of {topic} there is much to be said, and it has been said. " * 3} for topic in tiny.TOPICS]
+ROWS = {"demos": DEMOS, "pairs": PAIRS, "shared": SHARED, "texts": TEXTS}
+ROLLOUT = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "response_length": 8}
+
+
+def stage_of(kind, data, **training):
+    own = {"init": "base"} | ({"reward": "reward"} if kind in ("ppo", "rloo", "grpo") else {})
+    options = {} if kind == "ppo" else {"max_steps": -1}
+    options |= {"max_length": 60} if kind in ("sft", "reward", "dpo") else {}
+    options |= {"max_completion_length": 8} if kind in ("rloo", "grpo") else {}
+    return {"type": kind, "data": data, "training": options | training} | own
+
+
+# A stage and its optimizer steps, by hand: of 12 demonstrations and 13 comparisons that are short enough.
+STEPS = {
+    "sft": (stage_of("sft", "demos", per_device_train_batch_size=2, gradient_accumulation_steps=2), 3 * 3),
+    "partial": (stage_of("sft", "demos", per_device_train_batch_size=5, num_train_epochs=2), 3 * 2),
+    "part-epochs": (stage_of("sft", "demos", per_device_train_batch_size=8, num_train_epochs=1.5), math.ceil(2 * 1.5)),
+    "less": (stage_of("sft", "demos", per_device_train_batch_size=8, num_train_epochs=0.6), math.ceil(2 * 0.6)),
+    "short": (stage_of("sft", "demos", max_steps=7), 7),
+    "full": (stage_of("sft", "demos", num_train_epochs=1) | {"lora": None}, 3),
+    "reward": (stage_of("reward", "pairs", num_train_epochs=1), 4),
+    "dpo": (stage_of("dpo", "pairs", per_device_train_batch_size=3, num_train_epochs=2), 5 * 2),
+    "ppo": (stage_of("ppo", "demos", **ROLLOUT, total_episodes=17), 3),
+    "ppo-epochs": (stage_of("ppo", "demos", **ROLLOUT, num_train_epochs=3), math.ceil(13 * 3 / 8)),
+    "rloo": (stage_of("rloo", "demos", num_generations=2, num_train_epochs=1), math.ceil(13 * 2 / 4)),
+    "grpo": (stage_of("grpo", "demos", num_generations=4, num_train_epochs=2), math.ceil(13 * 4 / 4) * 2),
+    "learns": (stage_of("sft", "shared"), None),
+    "packed": (stage_of("pretrain", "texts", max_length=25, packing=True, num_train_epochs=1), None),
+    "pieces": (stage_of("pretrain", "texts", max_length=25, packing=False, num_train_epochs=1), None),
+}
+EVALUATE = {"data": "shared", "baseline": "sft", "policies": [], "max_new_tokens": 4}
+SHARE = 0.4
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A run with a stage for each row of STEPS, and the facts of its plan."""
+    folder = tmp_path_factory.mktemp("plan")
+    stages = {name: stage for name, (stage, _) in STEPS.items()} | {"evaluate": EVALUATE}
+    path = tiny.make_run(folder, stages)
+    for name, rows in ROWS.items():
+        tiny.write_rows(folder / f"{name}.jsonl", rows)
+    tiny.edit(path, {"data": {name: {"path": f"{name}.jsonl", "heldout": SHARE} for name in ROWS}})
+    config = load(path)
+    tokenizer = tokenizers.build(config)
+    facts = preflight.check(config, list(config.stages), tokenizer, tokenizers.fingerprint(tokenizer))
+    return path, tokenizer, facts
+
+
+def number(tokenizer, text):
+    return len(tokenizer.encode(text, add_special_tokens=False))
+
+
+@pytest.mark.parametrize("name", [name for name, (_, steps) in STEPS.items() if steps])
+def test_steps_by_hand(made, name):
+    assert made[2][name].steps == STEPS[name][1]
+
+
+def test_steps_of_texts(made):
+    """Packed without a loss of tokens into pieces of 25, or each text cut by itself."""
+    _, tokenizer, facts = made
+    sizes = [number(tokenizer, row["text"]) + 1 for row in TEXTS]  # with eos
+    assert facts["packed"].audits["data"].tokens == facts["pieces"].audits["data"].tokens == sum(sizes)
+    assert facts["packed"].steps == math.ceil(sum(sizes) // 25 / 4)
+    assert facts["pieces"].steps == math.ceil(sum(math.ceil(size / 25) for size in sizes) / 4)
+    assert math.ceil(sum(sizes) // 25 / 4) != math.ceil(sum(math.ceil(size / 25) for size in sizes) / 4)
+
+
+def test_rows_and_tokens(made):
+    _, tokenizer, facts = made
+    demos, pairs = facts["sft"].audits["data"], facts["reward"].audits["data"]
+    asked = [number(tokenizer, f"<user>{row['prompt']}<assistant>") for row in DEMOS]
+    answers = [number(tokenizer, f"{row['completion']}<eos>") for row in DEMOS]
+    assert answers[-1] > 60 > max(a + b for a, b in zip(asked[:-1], answers[:-1], strict=True))
+    assert (demos.read, demos.rows, demos.num_dropped) == (13, 12, 1)
+    assert demos.tokens == sum(asked[:-1]) + sum(answers[:-1])
+    assert demos.lengths["prompt"][-1] == max(asked[:-1]) and demos.lengths["completion"][-1] == max(answers[:-1])
+    assert demos.lengths["row"][0] == min(a + b for a, b in zip(asked[:-1], answers[:-1], strict=True))
+    prompts = facts["ppo"].audits["data"]
+    assert (prompts.rows, prompts.tokens) == (13, sum(asked))
+    kept = PAIRS[:-1]
+    sides = {side: [number(tokenizer, f"{row[side]}<eos>") for row in kept] for side in ("chosen", "rejected")}
+    asked = [number(tokenizer, f"<user>{row['prompt']}<assistant>") for row in kept]
+    assert (pairs.read, pairs.rows, pairs.dropped["too_long"].count) == (14, 13, 1)
+    assert pairs.tokens == sum(asked) + sum(sides["chosen"]) + sum(sides["rejected"])
+    longest = [a + max(b, c) for a, b, c in zip(asked, sides["chosen"], sides["rejected"], strict=True)]
+    assert (pairs.lengths["row"][0], pairs.lengths["row"][-1]) == (min(longest), max(longest))
+    wins = sum(a > b for a, b in zip(sides["chosen"], sides["rejected"], strict=True))
+    assert pairs.noticed["longer_wins"].count == wins == 10
+    assert pairs.prompts[0] == 12
+    limit = [row for row in longest if row == max(longest)]
+    assert len(limit) < 13  # there are several lengths
+
+
+def test_a_row_of_the_limit_is_not_too_long(made):
+    path, tokenizer, facts = made
+    longest = facts["sft"].audits["data"].lengths["row"][-1]
+    rows = {}
+    for limit in (longest, longest - 1):
+        config = load(path, (f"stages.sft.training.max_length={limit}",))
+        checked = preflight.check(config, ["sft"], tokenizer, "key")
+        rows[limit] = checked["sft"].audits["data"].rows
+    number_of_longest = sum(
+        number(tokenizer, f"<user>{r['prompt']}<assistant>{r['completion']}<eos>") == longest for r in DEMOS[:-1]
+    )
+    assert rows == {longest: 12, longest - 1: 12 - number_of_longest}
+
+
+def test_parameters_are_those_of_the_model_and_its_adapter(made):
+    path, _, facts = made
+    base = AutoModelForCausalLM.from_pretrained(path.parent / "model")
+    assert facts["full"].parameters == {"trainable": base.num_parameters(), "total": base.num_parameters()}
+    model = get_peft_model(base, LoraConfig(**tiny.LORA, task_type="CAUSAL_LM"))
+    trainable, total = model.get_nb_trainable_parameters()
+    assert facts["sft"].parameters == {"trainable": trainable, "total": total}
+    assert facts["evaluate"].parameters is facts["evaluate"].steps is None
+
+
+def is_held_out(prompt):
+    """By the rule as the documentation has it: 8 bytes of BLAKE2b of the normalised prompt, below the share."""
+    text = " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64 < SHARE
+
+
+def test_which_rows_are_held_out(made):
+    """Of a dataset that one stage trains on and another evaluates on; of the others none are."""
+    _, tokenizer, facts = made
+    held_out = [row for row in SHARED if is_held_out(row["prompt"])]
+    assert 10 < len(held_out) < 40
+    trained, evaluated = facts["learns"].audits["data"], facts["evaluate"].audits["data"]
+    assert (evaluated.rows, evaluated.read, evaluated.split) == (len(held_out), len(held_out), "held-out")
+    assert (trained.rows, trained.read, trained.split) == (60 - len(held_out), 60 - len(held_out), "train")
+    tokens = [number(tokenizer, f"<user>{row['prompt']}<assistant>") for row in held_out]
+    assert evaluated.tokens == sum(tokens)
+    keys = [
+        int.from_bytes(hashlib.blake2b(r["prompt"].lower().encode(), digest_size=8).digest(), "big") for r in held_out
+    ]
+    digest = hashlib.sha256(np.array(sorted(keys), np.uint64).tobytes()).hexdigest()
+    assert evaluated.record()["prompts_digest"] == digest and evaluated.record()["prompts"] == len(held_out)
+
+
+def test_the_table_of_the_plan_says_these_numbers(made, cli):
+    path, _, facts = made
+    code, shown, _ = cli("plan", path)
+    assert code == 0
+    cells = {}
+    for line in shown.splitlines():
+        row = [cell.strip() for cell in line.split("│")[1:-1]]
+        if row and row[0]:
+            name = row[0]
+            cells[name] = row
+        elif row:  # what a column did not hold in one line
+            cells[name] = [f"{a} {b}".strip() for a, b in zip(cells[name], row, strict=True)]
+    for name, fact in facts.items():
+        audit, row = fact.audits["data"], cells[name]
+        left_out = f" ({audit.num_dropped} left out)" if audit.num_dropped else ""
+        counts = f"{report.count(audit.rows)}, {report.count(audit.tokens)}{left_out}"
+        assert row[4] == f"{audit.dataset}: {counts}", name
+        assert row[5] == (str(fact.steps) if fact.steps else "")
+        if fact.parameters:
+            assert row[6] == f"{report.count(fact.parameters['trainable'])} of {report.count(fact.parameters['total'])}"
+        assert row[7] == "run: not finished yet"
+
+
+def test_how_numbers_are_written():
+    written = {0: "0", 999: "999", 1000: "1k", 1234: "1.23k", 999_499: "999k", 10**6: "1M", 2_345_678: "2.35M"}
+    written |= {10**9: "1B", 7_610_000_000: "7.61B"}
+    assert {value: report.count(value) for value in written} == written
+
+
+def test_status_says_durations_and_headlines(cli, make_record, tmp_path):
+    metrics = {"first_loss": 2.5, "loss": 0.012345, "eval_loss": 0.0012345, "mean_token_accuracy": None}
+    stages = {name: make_record(duration=seconds) for name, seconds in TOOK.values()}
+    stages["learnt"] = make_record(metrics=metrics, duration=1.4)
+    manifest.write(tmp_path, manifest.Manifest(name="tiny", model={"path": "b", "dtype": "float32"}, stages=stages))
+    code, shown, _ = cli("status", tmp_path)
+    assert code == 0
+    took = {
+        row[0]: row[3] for line in shown.splitlines() if len(row := [c.strip() for c in line.split("│")[1:-1]]) == 6
+    }
+    assert took == {name: text for text, (name, _) in TOOK.items()} | {"learnt": "1s"}
+    said = "first loss 2.500, loss 0.012, eval loss 0.00123, mean token accuracy nan"
+    assert said in re.sub(r"\s+", " ", shown)
+
+
+TOOK = {"0s": ("a", 0.4), "59s": ("b", 59.4), "1m 00s": ("c", 59.6), "61m".replace("61m", "1h 01m"): ("d", 3660.0)}
+TOOK |= {"2m 05s": ("e", 125.0)}
+
+
+# Why a stage runs
+
+
+STAGES = {"sft": tiny.SFT, "reward": tiny.REWARD | {"seed": 3}, "dpo": tiny.DPO}
+STAGES["evaluate"] = {"data": "prompts", "judge": "judge:score", "max_new_tokens": 4}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    rows = {"prompts": [{"prompt": f"What of {topic}?"} for topic in tiny.TOPICS]}
+    return by_hand.make(tmp_path_factory.mktemp("finished"), STAGES, rows)
+
+
+def reasons(run, *overrides, redo=(), config=None):
+    decisions = plan.decide(load(config or run.config, overrides), manifest.read(run.run_dir), redo)
+    assert [decision.stage for decision in decisions] == list(STAGES)
+    assert decisions.pop().reason == "not finished yet"
+    return [decision.reason if decision.run else "" for decision in decisions]
+
+
+def test_why_a_stage_runs(finished):
+    again = "sft runs again"
+    assert reasons(finished) == ["", "", ""]
+    rate = "config changed: training.learning_rate (0.01 -> 0.002)"
+    assert reasons(finished, "stages.sft.training.learning_rate=2e-3") == [rate, again, again]
+    assert reasons(finished, "stages.reward.seed=7") == ["", "config changed: seed (3 -> 7)", ""]
+    assert reasons(finished, "seed=7") == ["config changed: seed (0 -> 7)", again, again]
+    beta = "config changed: training.beta (0.1 -> 0.2)"
+    assert reasons(finished, "stages.dpo.training.beta=0.2") == ["", "", beta]
+    assert reasons(finished, "stages.sft.training.weight_decay=0.1")[0].endswith(
+        "training.weight_decay ('unset' -> 0.1)"
+    )
+    assert reasons(finished, "training.logging_steps=5", "training.save_steps=9") == ["", "", ""]
+    assert reasons(finished, redo=("reward",)) == ["", "asked for with --redo", ""]
+    assert reasons(finished, "data.comparisons.limit=5") == ["", "input changed: data", "input changed: data"]
+    assert reasons(finished, "stages.evaluate.max_new_tokens=5") == ["", "", ""]
+
+
+def test_an_option_that_is_taken_out_is_a_change(finished):
+    yaml, path = YAML(), finished.folder / "other.yaml"
+    config = yaml.load(finished.config)
+    del config["stages"]["dpo"]["training"]["beta"]
+    yaml.dump(config, path)
+    assert reasons(finished, config=path) == ["", "", "config changed: training.beta (0.1 -> 'unset')"]
+
+
+def test_inputs_are_known_by_content(finished):
+    """Data, functions, the base and a parent's output: a digest of what is in the files, by hand."""
+    config, recorded = load(finished.config), manifest.read(finished.run_dir)
+    identity = plan.identify(config, "evaluate", recorded)
+    files = recorded.stages["sft"].output.files
+    weights = finished.run_dir / "sft" / "output" / "adapter_model.safetensors"
+    assert files["sft/output/adapter_model.safetensors"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert identity.inputs["baseline"] == hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    judge = (finished.folder / "judge.py").read_bytes()
+    assert identity.inputs["function judge:score"] == hashlib.sha256(judge).hexdigest()
+    assert set(identity.inputs) == {"data", "baseline", "reward", "policies.sft", "policies.dpo"} - {"policies.sft"} | {
+        "base model",
+        "function judge:score",
+    }
+    assert len(set(identity.inputs.values())) == len(identity.inputs)
+
+
+def test_digests_by_hand(tmp_path):
+    """SHA-256 of JSON with sorted keys; of files by their path, those in folders too."""
+    value = {"b": [1, 2.5, None], "a": {"d": "é", "c": True}}
+    text = b'{"a": {"c": true, "d": "\\u00e9"}, "b": [1, 2.5, null]}'
+    assert manifest.digest(value) == hashlib.sha256(text).hexdigest()
+    (tmp_path / "x" / "inner").mkdir(parents=True)
+    contents = {"x/one": b"1", "x/inner/two": b"2"}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    expected = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    assert manifest.checksums(tmp_path, [tmp_path / "x"]) == expected
+
+
+def test_ancestors_and_descendants(finished):
+    config = load(finished.config)
+    assert plan.descendants(config, "sft") == ["reward", "dpo", "evaluate"]
+    assert plan.descendants(config, "reward") == ["evaluate"]
+    assert plan.ancestors(config, "evaluate") == ["sft", "reward", "dpo"]
+    pairs = list(itertools.product(config.stages, repeat=2))
+    assert all((a in plan.ancestors(config, b)) == (b in plan.descendants(config, a)) for a, b in pairs)
