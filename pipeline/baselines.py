@@ -6,14 +6,15 @@ score removes it, before any penalty or clipping. PPOTrainer stays as it is: the
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from filelock import FileLock
 from torch import nn
 
 from pipeline import scoring
@@ -213,12 +214,20 @@ def offline_scores(
         found = [(names[prompt], [next(scores) for _ in answers[prompt]]) for prompt in mine]
         kept |= dict(gather_object(found))
         if state.is_main_process:
-            ctx.cache.mkdir(parents=True, exist_ok=True)
-            temporary = file.with_suffix(f".{os.getpid()}.tmp")
-            temporary.write_text(json.dumps(kept))
-            temporary.replace(file)
+            _keep(file, kept)
         state.wait_for_everyone()
     return {prompt: kept[names[prompt]] for prompt in answers}
+
+
+def _keep(file: Path, scores: dict[str, list[float]]) -> None:
+    """Add scores to those that are kept, in one step."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(".tmp")  # the same for all processes, or what a killed one leaves would stay for good
+    with FileLock(f"{file}.lock"):
+        if file.exists():
+            scores = json.loads(file.read_text()) | scores
+        temporary.write_text(json.dumps(scores))
+        temporary.replace(file)
 
 
 def answers_of(ctx: StageContext, rows: Any, sampling: Sampling) -> dict[Prompt, list[Ids]]:

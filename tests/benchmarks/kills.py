@@ -25,6 +25,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections import Counter
@@ -33,6 +34,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import tqdm
+
 ROOT = Path(__file__).parents[2]
 STAGES = ("sft", "reward", "ppo", "dpo", "evaluate")
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -40,7 +43,7 @@ TARGETS = ("launcher", "stage", "group")
 TIMES = ("started", "duration", "resumed_from_step")
 # In the log of TRL's trainers these count from the start of the process.
 SINCE_START = ("num_tokens", "train_loss", "eps")
-SECONDS = 90  # that a run may take
+SECONDS = 40  # that a run may take
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,8 @@ class Point:
 
 def _points() -> list[Point]:
     write, replace, rename = "pathlib:Path.write_text", "pathlib:Path.replace", "pathlib:Path.rename"
+    save_state = "transformers.trainer_callback:TrainerState.save_to_json"
+    finalize = "datasets.arrow_writer:ArrowWriter.finalize"
     points = []
     for stage in ("sft", "ppo", "evaluate"):
         points += [
@@ -77,8 +82,7 @@ def _points() -> list[Point]:
         points += [
             Point(f"{stage}: weights of {saved}", stage, weights, "torn", saved),
             Point(f"{stage}: optimizer of {saved}", stage, "torch:save", "torn", f"{saved}/optimizer.pt"),
-            Point(f"{stage}: state of {saved}", stage, "transformers.trainer_callback:TrainerState.save_to_json", "torn",
-                  saved),
+            Point(f"{stage}: state of {saved}", stage, save_state, "torn", saved),
             Point(f"{stage}: {saved} without marker", stage, write, "before", f"{saved}/complete.json"),
             Point(f"{stage}: marker of {saved}", stage, write, "torn", f"{saved}/complete.json"),
             Point(f"{stage}: {saved} complete", stage, write, "after", f"{saved}/complete.json"),
@@ -112,12 +116,10 @@ def _points() -> list[Point]:
         Point("dpo: checkpoint of the new shape", "dpo", write, "after", "checkpoint-2/complete.json"),
         Point("evaluate: table", "evaluate", write, "torn", "table.json"),
         Point("evaluate: completions", "evaluate", "pipeline.sampling:_add", "torn"),
-        Point("data cache: a dataset as read", "sft", "datasets.arrow_writer:ArrowWriter.finalize", "before", by="launcher",
-              cold=True),
-        Point("data cache: a dataset as prepared", "sft", "datasets.arrow_writer:ArrowWriter.finalize", "before", nth=2,
-              by="launcher", cold=True),
-        Point("data cache: not in its place", "sft", "shutil:move", "before", "rlhf-pipeline/", by="launcher", cold=True),
-        Point("data cache: in its place", "sft", "shutil:move", "after", "rlhf-pipeline/", by="launcher", cold=True),
+        Point("data cache: a dataset as read", "sft", finalize, "before", by="launcher", cold=True),
+        Point("data cache: a dataset as prepared", "sft", finalize, "before", nth=2, by="launcher", cold=True),
+        Point("data cache: not in its place", "sft", "shutil:move", "before", "rlhf-pipeline/", 1, "launcher", True),
+        Point("data cache: in its place", "sft", "shutil:move", "after", "rlhf-pipeline/", 1, "launcher", True),
         Point("data cache: a digest", "sft", write, "torn", "digests", by="launcher", cold=True),
         Point("launcher: before a stage", "reward", "pipeline.launcher:command", "after", by="launcher"),
         Point("launcher: after a stage", "reward", "pipeline.report:result_table", "before", by="launcher"),
@@ -170,7 +172,7 @@ def _half(point: Point, arguments: tuple[Any, ...]) -> None:
         return
     file = next((Path(a) for a in arguments if isinstance(a, str | Path)), None)
     if point.call == "os:fsync":
-        file = Path(os.readlink(f"/proc/self/fd/{arguments[0]}"))
+        file = Path(f"/proc/self/fd/{arguments[0]}").readlink()
     os.truncate(file, file.stat().st_size // 2)
 
 
@@ -214,6 +216,7 @@ def kill_at(kill: Kill, reached: Path) -> None:
 
 def _become(main: Callable[[], None], argv: list[str]) -> None:
     """Run an entry point in this forked process and end as the interpreter would."""
+    tqdm.tqdm.set_lock(threading.RLock())  # its own is shared by all forks, and held by one that was killed
     faulthandler.dump_traceback_later(SECONDS - 10)
     sys.argv = argv
     code: Any = 0
@@ -333,7 +336,7 @@ class Bench:
                 return -99
             time.sleep(0.01)
 
-    def make(self) -> None:
+    def make(self, until: str) -> None:
         """The chain's files; the uninterrupted run, stage by stage, with a copy of it before and after each."""
         sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
         import tiny
@@ -356,7 +359,7 @@ class Bench:
         for file in (base / "model").iterdir():
             os.utime(file, (1e9, 1e9))  # old enough for its digest to be kept
         self.work.mkdir()
-        for stage in STAGES:
+        for stage in STAGES[: STAGES.index(until) + 1]:
             shutil.copytree(self.work, self.folder / f"before-{stage}")
             start = time.time()
             code = self.wait(self.start(stage))
@@ -399,12 +402,18 @@ class Bench:
             return kill.point is not None and self.reached.exists(), faults
         by_launcher = kill.point is not None and kill.point.by == "launcher"
         to_launcher = kill.target != "stage" or by_launcher or (kill.point is None and targets == [pid])
-        # Before and after its work `rlhf run` has no handlers.
-        allowed = [-kill.number, 128 + kill.number] if to_launcher else [1]
+        allowed = [1]
+        if to_launcher:
+            allowed = [-kill.number if kill.number == signal.SIGKILL else 128 + kill.number]
+            if kill.point is None:
+                allowed.append(-kill.number)  # before and after its work `rlhf run` has no handlers
         if code not in allowed:
             faults.append(f"exit code {code}, expected one of {allowed}: {text[-1500:]}")
         if to_launcher and "Traceback" in text and "KeyboardInterrupt" not in text:
             faults.append(f"a traceback: {text[-1500:]}")
+        in_stage = kill.point is not None and kill.point.by == "stage" and kill.number != signal.SIGKILL
+        if in_stage and to_launcher and "Stopped " not in text:
+            faults.append(f"said nothing of having been stopped: {text[-1500:]}")
         return True, faults + self._untrue(text)
 
     def _untrue(self, text: str) -> list[str]:
@@ -511,8 +520,11 @@ def _entries(path: Path) -> Iterator[str]:
 
 
 def draw(bench: Bench, number: int, points: list[Point], rng: random.Random) -> tuple[str, list[Kill]]:
-    """The kills of one trial: every second one at the next point, the others at a time of a stage's run."""
-    at = points[number // 2 % len(points)] if number % 2 == 0 or len(points) < len(POINTS) else None
+    """The kills of one trial: at the points named, or every second one at the next point and the others at any time."""
+    if len(points) < len(POINTS):
+        at = points[number % len(points)]
+        return at.stage, [Kill(SIGNALS[number % len(SIGNALS)], TARGETS[number % len(TARGETS)], at)]
+    at = points[number // 2 % len(points)] if number % 2 == 0 else None
     stage = at.stage if at else rng.choice(STAGES)
 
     def seconds() -> float:
@@ -533,7 +545,9 @@ def run(bench: Bench, num_kills: int, seed: int, names: list[str], minutes: floa
     """Kill until there are enough of them, or the time is up."""
     rng, count, number, end = random.Random(seed), Count(), 0, time.time() + 60 * minutes
     points = [point for point in POINTS if not names or point.name in names]
-    while sum(count.kills.values()) < num_kills and time.time() < end:
+    if names:
+        num_kills = len(points)
+    while number < num_kills and time.time() < end:
         stage, kills = draw(bench, number, points, rng)
         number += 1
         start = time.time()
@@ -552,10 +566,11 @@ def run(bench: Bench, num_kills: int, seed: int, names: list[str], minutes: floa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True, help="a new folder")
-    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--kills", type=int, default=100, help="that many runs are killed, some of them twice")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=60.0, help="stop after so many")
-    parser.add_argument("--points", nargs="*", default=[], choices=[point.name for point in POINTS], metavar="NAME")
+    parser.add_argument("--points", nargs="*", default=[], choices=[point.name for point in POINTS], metavar="NAME",
+                        help="only these, each once, by all signals and of all processes in turn")  # fmt: skip
     options = parser.parse_args()
     folder = options.folder.resolve()
     os.environ |= {
@@ -576,7 +591,8 @@ def main() -> None:
 
     bench = Bench(folder)
     start = time.time()
-    bench.make()
+    used = [point.stage for point in POINTS if not options.points or point.name in options.points]
+    bench.make(max(used, key=STAGES.index))
     print(f"uninterrupted: {bench.seconds}, with imports {time.time() - start:.0f} s", flush=True)
     count = run(bench, options.kills, options.seed, options.points, options.minutes)
     result = {
