@@ -1,5 +1,4 @@
 """Bad options of TRL, PEFT and transformers, and bad architectures of new models."""
-# ruff: noqa: E501
 
 import re
 from typing import Any

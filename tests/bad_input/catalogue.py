@@ -1,10 +1,11 @@
 """All cases of bad input, in order."""
 
 import cases_config
+import cases_data
 import cases_options
 from forked import Case
 
-MODULES = (cases_config, cases_options)
+MODULES = (cases_config, cases_options, cases_data)
 
 
 def all_cases() -> list[Case]:
