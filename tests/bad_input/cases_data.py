@@ -41,6 +41,7 @@ def _saved(content: str | None) -> Any:
     def setup(folder: Path) -> None:
         import datasets
 
+        datasets.disable_progress_bars()
         datasets.Dataset.from_list(ROWS["demos"]).save_to_disk(folder / "saved")
         if content is None:
             (folder / "saved" / "data-00000-of-00001.arrow").unlink()
@@ -134,7 +135,6 @@ ROW_FAULTS: list[tuple[str, str, dict[str, Any], tuple[str, ...]]] = [
     ("prompts", "empty", {"prompt": ""}, ("prompt",)),
     ("prompts", "number", {"prompt": 5}, ("prompt",)),
     ("corpus", "null", {"text": None}, ("text",)),
-    ("corpus", "empty", {"text": ""}, ("text",)),
     ("corpus", "list", {"text": ["a"]}, ("text",)),
 ]
 USER, SAID = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}

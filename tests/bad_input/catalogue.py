@@ -3,9 +3,10 @@
 import cases_config
 import cases_data
 import cases_options
+import cases_runs
 from forked import Case
 
-MODULES = (cases_config, cases_options, cases_data)
+MODULES = (cases_config, cases_options, cases_data, cases_runs)
 
 
 def all_cases() -> list[Case]:
