@@ -5,11 +5,14 @@ first, and a wrong type is a traceback of one of a dozen kinds.
 """
 
 import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from pipeline import ranges
 from pipeline.document import kind_of
-from pipeline.errors import nearest
+from pipeline.errors import nearest, reason_of
 
 # Fields that are a size or a number of parts, and the largest that a new model may have. No one could train a model
 # with all of them; they are there so that building it (on no device, without memory) ends.
@@ -52,6 +55,42 @@ def problems_of(values: dict[str, Any]) -> list[tuple[str, str]]:
     return problems or _refusal(config_class, values)
 
 
+def fault_of_file(file: Path) -> str | None:
+    """Why a model's config.json describes no model that could be loaded, or None.
+
+    It is looked at before transformers reads it, which makes a list as long as the model has layers.
+    """
+    from transformers import CONFIG_MAPPING
+
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        return f"{file} cannot be read as JSON: {reason_of(error)}; restore it from where the model came"
+    if not isinstance(raw, dict):
+        return f"{file} holds {kind_of(raw)}, expected a mapping with model_type; restore it from where the model came"
+    for key, value in raw.items():
+        fault = _bounds_of(key, value)
+        if fault is not None:
+            return f"{file}: {key}: {fault}"
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING or "auto_map" in raw:
+        return None  # what loads it says so
+    error = _error_of(CONFIG_MAPPING[model_type].from_dict, {"config_dict": raw})
+    return None if error is None else f"{file}: {_last_line(error)}; restore it from where the model came"
+
+
+def _bounds_of(key: str, value: Any) -> str | None:
+    """Why a size is none that a model can have, or None."""
+    for number in ranges.numbers_in(value):
+        if abs(number) > ranges.LARGEST:
+            return ranges.not_usable(number)
+    if key not in _BOUNDS or not isinstance(value, int) or isinstance(value, bool):
+        return None
+    if not 1 <= value <= _BOUNDS[key]:
+        return f"must be at least 1 and at most {_BOUNDS[key]:,}, got {value}"
+    return None
+
+
 def _fault_of(key: str, value: Any, default: Any) -> str | None:
     """Why a field cannot have this value, or None; `default` is that of its class."""
     for number in ranges.numbers_in(value):
@@ -70,9 +109,7 @@ def _fault_of(key: str, value: Any, default: Any) -> str | None:
         return None
     if not isinstance(value, int) or isinstance(value, bool):
         return f"expected a whole number, got {kind_of(value)}"
-    if not 1 <= value <= _BOUNDS[key]:
-        return f"must be at least 1 and at most {_BOUNDS[key]:,}, got {value}"
-    return None
+    return _bounds_of(key, value)
 
 
 def _unknown_choice(key: str, value: Any) -> str | None:
@@ -142,7 +179,7 @@ def _disagreement(values: dict[str, Any]) -> str | None:
     return None
 
 
-def _error_of(config_class: type, fields: dict[str, Any]) -> Exception | None:
+def _error_of(config_class: Callable[..., Any], fields: dict[str, Any]) -> Exception | None:
     """The error of a config class at these fields, or None."""
     from transformers.utils import logging
 

@@ -55,7 +55,8 @@ def unreadable(config: RunConfig, what: str, error: Exception) -> UserError:
         seen = f"{config.model.path!r} has code of its own, which is run with your consent only"
         mend = "look at its .py files, then set model.trust_remote_code to true"
         return UserError(f"model.trust_remote_code: {seen}; {mend}")
-    return UserError(f"model.path: no {what} at {config.model.path!r}: {reason_of(error)}")
+    mend = "expected a hub id, or a folder with all files of a model"
+    return UserError(f"model.path: no {what} at {config.model.path!r}: {reason_of(error)}; {mend}")
 
 
 def revision_of(config: RunConfig) -> str | None:

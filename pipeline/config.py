@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from pipeline import options, ranges
+from pipeline import architecture, options, ranges
 from pipeline.document import Document, Problems, kind_of, plain, shown
 from pipeline.errors import all_of, nearest, reason_of
 from pipeline.schema import REPORT, RESERVED, STAGE_CLASSES, Options, RunConfig, TrainingStage
@@ -31,6 +31,7 @@ def load(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
         config = wire(config, problems)
     if config is not None and not problems:
         _check_run_dir(config, problems)
+        _check_base(config, problems)
     if problems:
         problems = [problem for at, problem in enumerate(problems) if problem[0] not in numbers[:at]]
         lines = sorted({document.describe(*problem) for problem in problems}, key=_by_line)
@@ -134,6 +135,15 @@ def _check_run_dir(config: RunConfig, problems: Problems) -> None:
         problems.add(f"{path} is below a folder of the system, where no file can be written; give another path", where)
     elif not above.is_dir():
         problems.add(f"{above} is no folder, so {path} cannot be one; give another path", where)
+
+
+def _check_base(config: RunConfig, problems: Problems) -> None:
+    """The base model's own config, where it lies in a folder here."""
+    if config.model.path is None:
+        return
+    file = Path(config.resolve(config.model.path)) / "config.json"
+    if file.is_file() and (fault := architecture.fault_of_file(file)):
+        problems.add(fault, "model", "path")
 
 
 def _sections(raw: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str, Options]]:

@@ -22,6 +22,8 @@ def _usable(text: str) -> str:
 
 def _possible_path(text: str) -> str:
     """A path that may exist: its parts are not too long, and `~name` names a user."""
+    if not text.strip():
+        raise ValueError("must not be blank; leave the key out, or give a path")
     longest = max(len(part.encode()) for part in text.split("/"))
     if longest > _LONGEST_PART or len(text.encode()) > _LONGEST_PATH:
         limits = f"at most {_LONGEST_PART} bytes between two slashes, {_LONGEST_PATH} in all"

@@ -1,10 +1,12 @@
 """All cases of bad input, in order."""
 
 import cases_config
+import cases_data
 import cases_options
+import cases_runs
 from forked import Case
 
-MODULES = (cases_config, cases_options)
+MODULES = (cases_config, cases_options, cases_data, cases_runs)
 
 
 def all_cases() -> list[Case]:

@@ -10,7 +10,7 @@ import pytest
 from catalogue import all_cases
 from forked import Case, Zygote, faults, make_bases, report, run_case
 
-STEP = 4
+STEP = 5
 WHOLE = ("yaml",)  # families that always run whole
 
 
