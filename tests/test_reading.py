@@ -61,7 +61,8 @@ def test_a_file_without_any_column(tmp_path, lines, compression):
     path = compress(path, compression) if compression else path
     with pytest.raises(UserError) as error:
         read(tmp_path, path=path.name)
-    assert str(error.value) == f'{path}: no row has a column; expected JSON objects such as {{"text": "..."}}'
+    expected = 'is empty, or its rows have no columns; expected rows such as {"text": "..."}'
+    assert str(error.value) == f"{path}: {expected}"
 
 
 # Texts that look like something else
