@@ -7,7 +7,7 @@ import re
 import pytest
 import tiny
 from datasets import Dataset, DatasetDict
-from test_sources import compress, read
+from test_sources import compress, fingerprint, read
 
 from pipeline import chat_templates, tokenizers
 from pipeline.config import load
@@ -61,7 +61,8 @@ def test_a_file_without_any_column(tmp_path, lines, compression):
     path = compress(path, compression) if compression else path
     with pytest.raises(UserError) as error:
         read(tmp_path, path=path.name)
-    assert str(error.value) == f'{path}: no row has a column; expected JSON objects such as {{"text": "..."}}'
+    expected = 'is empty, or its rows have no columns; expected rows such as {"text": "..."}'
+    assert str(error.value) == f"{path}: {expected}"
 
 
 # Texts that look like something else
@@ -100,8 +101,11 @@ def test_damaged_folder_of_save_to_disk(tmp_path, state, split, streaming):
     (DatasetDict(train=rows) if split else rows).save_to_disk(tmp_path / "saved")
     damaged = tmp_path / "saved" / ("train" if split else "") / "state.json"
     damaged.write_text(state, encoding="utf-8", errors="surrogateescape")
-    with pytest.raises(UserError, match=r"saved.*cannot be read \(\w+: .*write the folder again with save_to_disk"):
+    words = r"saved.*cannot be read \(\w+: .*write the folder again with save_to_disk"
+    with pytest.raises(UserError, match=words):
         read(tmp_path, streaming, path="saved")
+    with pytest.raises(UserError, match=words):
+        fingerprint(tmp_path, path="saved")
 
 
 DAMAGED = {

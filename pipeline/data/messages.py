@@ -126,8 +126,10 @@ def check_order(messages: Messages, field: str) -> None:
     What tools gave takes the user's turn, as one turn where several calls were made at once.
     """
     roles = [message["role"] for message in messages]
-    turns = roles[1:] if roles[:1] == ["system"] else roles
-    turns = [role for i, role in enumerate(turns) if role != "tool" or turns[max(i - 1, 0)] != "tool" or i == 0]
+    turns: list[str] = []
+    for role in roles[1:] if roles[:1] == ["system"] else roles:
+        if role != "tool" or turns[-1:] != ["tool"]:
+            turns.append(role)
     in_turn = all(role == "assistant" if i % 2 else role in ("user", "tool") for i, role in enumerate(turns))
     if not in_turn or turns[:1] == ["tool"]:
         raise RowFault("roles", field, f"expected user and assistant in turn, a system message first, got {roles}")

@@ -225,7 +225,9 @@ def progress_bar(shown: bool) -> Iterator[None]:
 
 def _empty(part: Part) -> UserError:
     if part.kind == "json" and any(file.stat().st_size for file in part.files):
-        return UserError(f'{part.label}: no row has a column; expected JSON objects such as {{"text": "..."}}')
+        return UserError(
+            f'{part.label}: is empty, or its rows have no columns; expected rows such as {{"text": "..."}}'
+        )
     return UserError(f"{part.label}: is empty; expected at least one row")
 
 
