@@ -11,9 +11,11 @@ import by_hand
 import numpy as np
 import pytest
 import tiny
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from ruamel.yaml import YAML
 from transformers import AutoModelForCausalLM
+from trl import pack_dataset
 
 from pipeline import manifest, plan, preflight, report, tokenizers
 from pipeline.config import load
@@ -51,7 +53,7 @@ STEPS = {
     "rloo": (stage_of("rloo", "demos", num_generations=2, num_train_epochs=1), math.ceil(13 * 2 / 4)),
     "grpo": (stage_of("grpo", "demos", num_generations=4, num_train_epochs=2), math.ceil(13 * 4 / 4) * 2),
     "learns": (stage_of("sft", "shared"), None),
-    "packed": (stage_of("pretrain", "texts", max_length=25, packing=True, num_train_epochs=1), None),
+    "packed": (stage_of("pretrain", "texts", max_length=26, packing=True, num_train_epochs=1), None),
     "pieces": (stage_of("pretrain", "texts", max_length=25, packing=False, num_train_epochs=1), None),
 }
 EVALUATE = {"data": "shared", "baseline": "sft", "policies": [], "max_new_tokens": 4}
@@ -83,13 +85,15 @@ def test_steps_by_hand(made, name):
 
 
 def test_steps_of_texts(made):
-    """Packed without a loss of tokens into pieces of 25, or each text cut by itself."""
+    """Packed into pieces of 26 as TRL does it, the last one shorter; or each text cut by itself, into pieces of 25."""
     _, tokenizer, facts = made
-    sizes = [number(tokenizer, row["text"]) + 1 for row in TEXTS]  # with eos
-    assert facts["packed"].audits["data"].tokens == facts["pieces"].audits["data"].tokens == sum(sizes)
-    assert facts["packed"].steps == math.ceil(sum(sizes) // 25 / 4)
-    assert facts["pieces"].steps == math.ceil(sum(math.ceil(size / 25) for size in sizes) / 4)
-    assert math.ceil(sum(sizes) // 25 / 4) != math.ceil(sum(math.ceil(size / 25) for size in sizes) / 4)
+    ids = [[*tokenizer.encode(row["text"], add_special_tokens=False), tokenizer.eos_token_id] for row in TEXTS]
+    total = sum(map(len, ids))
+    assert facts["packed"].audits["data"].tokens == facts["pieces"].audits["data"].tokens == total
+    packed = pack_dataset(Dataset.from_dict({"input_ids": ids}), 26, "wrapped")
+    assert total // 26 % 4 == 0 and len(packed) == total // 26 + 1  # a step for the last piece alone
+    assert facts["packed"].steps == math.ceil(len(packed) / 4)
+    assert facts["pieces"].steps == math.ceil(sum(math.ceil(len(row) / 25) for row in ids) / 4)
 
 
 def test_rows_and_tokens(made):
