@@ -61,6 +61,8 @@ def _fault_of(key: str, value: Any, default: Any) -> str | None:
     wants_number = isinstance(default, (int, float)) and not isinstance(default, bool)
     if wants_number and not is_number and value is not None:
         return f"expected a number such as {default}, got {kind_of(value)}"
+    if fault := _unknown_choice(key, value):
+        return fault
     rule = _range_of(key)
     if is_number and rule is not None and not rule.holds(value):
         return f"must be {rule}, got {value}"
@@ -70,6 +72,23 @@ def _fault_of(key: str, value: Any, default: Any) -> str | None:
         return f"expected a whole number, got {kind_of(value)}"
     if not 1 <= value <= _BOUNDS[key]:
         return f"must be at least 1 and at most {_BOUNDS[key]:,}, got {value}"
+    return None
+
+
+def _unknown_choice(key: str, value: Any) -> str | None:
+    """Why a name is none that the model's code knows, or None; it would look it up where it is built."""
+    if isinstance(value, str) and (key.endswith("_act") or "activation" in key):
+        from transformers.activations import ACT2FN
+
+        return None if value in ACT2FN else f"there is no activation {kind_of(value)}; {nearest(value, ACT2FN)}"
+    if key == "rope_parameters" and isinstance(value, dict) and isinstance(value.get("rope_type"), str):
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+        known = {"default", *ROPE_INIT_FUNCTIONS}
+        rope_type = value["rope_type"]
+        return (
+            None if rope_type in known else f"there is no rope_type {kind_of(rope_type)}; {nearest(rope_type, known)}"
+        )
     return None
 
 
@@ -83,22 +102,36 @@ def _range_of(key: str) -> ranges.Range | None:
 
 
 def _refusal(config_class: type, values: dict[str, Any]) -> list[tuple[str, str]]:
-    """What the config class itself says: of each field alone, then of all of them together."""
+    """What the config class itself says, of single fields where they are the fault, else of all of them together."""
+    from huggingface_hub.errors import StrictDataclassClassValidationError
+
     fields = {key: value for key, value in values.items() if key != "model_type"}
     name, problems = config_class.__name__, []
+    error = _error_of(config_class, fields)
+    if error is None:
+        fault = _disagreement(values)
+        return [] if fault is None else [("", fault)]
     for key, value in fields.items():
-        fault = _said(config_class, {key: value})
-        if fault is not None and f"'{key}'" in fault:  # and nothing about how it fits the defaults of the others
-            problems.append((key, f"{name} does not take {kind_of(value)}: {fault}"))
-    if problems:
-        return problems
-    if fault := _said(config_class, fields) or _disagreement(values):
-        return [("model_type", f"{name} does not take these fields together: {fault}")]
-    return []
+        alone = _error_of(config_class, {key: value})
+        # Alone a field may not fit the defaults of the others; that says nothing of it.
+        if alone is not None and not isinstance(alone, StrictDataclassClassValidationError):
+            problems.append((key, f"{name} does not take {kind_of(value)}: {_last_line(alone)}"))
+    return problems or [("", f"{name} does not take these fields together: {_last_line(error)}")]
 
 
 def _disagreement(values: dict[str, Any]) -> str | None:
-    """Why two fields do not fit each other, which the class does not look at."""
+    """Why these fields make no language model, which the class does not look at."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    kind = values["model_type"]
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return f"a model of type {kind!r} does not predict the next token; take another `model_type`, e.g. llama"
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not values.get("is_decoder"):
+        seen = f"a model of type {kind!r} is an encoder: each token sees those that come after it"
+        return f"{seen}; set `is_decoder: true`, or take another `model_type`, e.g. llama"
     layers = max(values.get(key) or 1 for key in _LAYERS)
     experts = max(values.get(key) or 1 for key in _EXPERTS)
     if layers * experts > _MOST_PARTS:
@@ -109,8 +142,8 @@ def _disagreement(values: dict[str, Any]) -> str | None:
     return None
 
 
-def _said(config_class: type, fields: dict[str, Any]) -> str | None:
-    """The last line of a config class's error at these fields, or None."""
+def _error_of(config_class: type, fields: dict[str, Any]) -> Exception | None:
+    """The error of a config class at these fields, or None."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
@@ -118,8 +151,12 @@ def _said(config_class: type, fields: dict[str, Any]) -> str | None:
     try:
         config_class(**copy.deepcopy(fields))  # it writes its defaults into sections that it is given
     except Exception as error:  # huggingface_hub's validators have classes of their own, models raise what they like
-        lines = str(error).splitlines() or [type(error).__name__]
-        return lines[-1].strip()
+        return error
     finally:
         logging.set_verbosity(verbosity)
     return None
+
+
+def _last_line(error: Exception) -> str:
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[-1].strip()

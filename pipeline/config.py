@@ -160,6 +160,6 @@ def _coerce_options(raw: dict[str, Any], problems: Problems) -> None:
         coerced, found = options.check_section(kind, section)
         section.update(coerced)
         for key, message in found:
-            problems.add(message, *loc, key)
+            problems.add(message, *loc, *filter(None, [key]))  # without a key it is about the whole section
         if not found and kind in ("lora", "quantization") and (message := options.rehearse(kind, coerced)):
             problems.add(message, *loc)

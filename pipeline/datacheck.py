@@ -10,8 +10,8 @@ from rich.rule import Rule
 
 from pipeline import plan, preflight
 from pipeline.data.audit import Audit, Finding
+from pipeline.data.faults import Row
 from pipeline.data.joints import begins_with
-from pipeline.data.messages import Row
 from pipeline.data.prepare import Datasets
 from pipeline.errors import UserError, all_of, unknown
 from pipeline.options import effective

@@ -19,6 +19,7 @@ from rich.rule import Rule
 from pipeline import datacheck, manifest, plan, preflight, report, runfolder, sharding
 from pipeline.errors import StageFailed, UserError, all_of, unknown
 from pipeline.schema import RunConfig, parents, waits_for
+from pipeline.screen import say
 
 LAUNCHER = "RLHF_LAUNCHER_PID"  # stages watch this process and end with it
 REDO = "RLHF_REDO"  # set for a stage that is to begin anew, whatever checkpoints it has
@@ -86,9 +87,7 @@ def run(
         _run_stage(config, name, overrides, launch_files[name], name in redo, console)
     report.shift_table(plan.open_run(config), console)
     report.result_table(plan.open_run(config), console)
-    console.print(
-        f"Everything is in {config.run_path}; `rlhf status {config.run_path}` shows how to load it.", soft_wrap=True
-    )
+    say(console, f"Everything is in {config.run_path}; `rlhf status {config.run_path}` shows how to load it.")
 
 
 def _decide(config: RunConfig, redo: tuple[str, ...] = ()) -> tuple[manifest.Manifest, list[plan.Decision]]:
@@ -176,6 +175,9 @@ def _run_stage(
     argv = command(config, name, overrides, launch)
     streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     environment = os.environ | {LAUNCHER: str(os.getpid()), "TOKENIZERS_PARALLELISM": "false"}
+    environment["PYTHONIOENCODING"] = "utf-8:backslashreplace"  # what `_relay` reads, in any locale
+    if not console.encoding.startswith("utf"):
+        environment["TQDM_ASCII"] = " 123456789#"  # bars of blocks would be shown as escapes
     environment["PYTHONSAFEPATH"] = "1"  # or `-m` would look for this package in the working directory first
     if redo:
         environment[REDO] = "true"

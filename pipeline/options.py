@@ -11,6 +11,7 @@ import functools
 import inspect
 import os
 import pkgutil
+import re
 import tempfile
 import typing
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from typing import Any
 
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
-from pipeline import architecture, ranges
+from pipeline import architecture, choices, ranges
 from pipeline.document import shown
 from pipeline.errors import nearest
 from pipeline.trainers import config_class
@@ -178,7 +179,27 @@ def _unfit(kind: str, key: str, value: Any) -> str | None:
         return f"{value!r} starts a stage as another model than its parent; {why}: true or gaussian"
     if key == "max_completion_length" and value is None:
         return "must be a number of tokens, got null"
+    if fault := choices.fault_of(kind, key, value, _field_types(kind)[key]):
+        return fault
+    if kind == "lora" and (fault := _no_pattern(key, value)):
+        return fault
     return ranges.fault_of(kind, key, value)
+
+
+def _no_pattern(key: str, value: Any) -> str | None:
+    """Why a text that names modules by a regular expression is none, or None. PEFT compiles them in its loops."""
+    patterns: list[str] = []
+    if key in ("target_modules", "exclude_modules", "layers_pattern") and isinstance(value, str):
+        patterns = [value]
+    if key in ("rank_pattern", "alpha_pattern"):
+        patterns = list(value)
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            mend = "give a list of names, `all-linear`, or a regular expression"
+            return f"{shown(pattern)} is no regular expression ({error}); {mend}"
+    return None
 
 
 def with_defaults(stage_type: str, training: dict[str, Any]) -> dict[str, Any]:
@@ -251,7 +272,7 @@ def rehearse(kind: str, values: dict[str, Any]) -> str | None:
         device = {"use_cpu": True, "tf32": None, "output_dir": tempfile.gettempdir()}
         with _without_a_trace():
             args = config_class(kind)(**with_defaults(kind, values) | device)
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, AttributeError, ImportError) as error:
         return " ".join(str(error).split())
     return _sizes_of_ppo(args) if kind == "ppo" else None
 

@@ -101,7 +101,7 @@ def _headline(record: Record) -> str:
         return "\n".join(f"{name}: {_wins(s)}" for name, s in policies if name not in ("base", metrics["baseline"]))
     if record.type == "shift":
         return ", ".join(f"{key} {_estimate(metrics[key])}" for key in ("icc", "within_sd", "length_correlation"))
-    found = {key.replace("_", " "): metrics[key] for key in HEADLINES[record.type] if key in metrics}
+    found = {key.replace("_", " "): metrics[key] for key in HEADLINES.get(record.type, ()) if key in metrics}
     resumed = f" (resumed at step {record.resumed_from_step})" if record.resumed_from_step else ""
     return ", ".join(f"{key} {_number(value)}" for key, value in found.items()) + resumed
 

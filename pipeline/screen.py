@@ -16,6 +16,7 @@ from rich.text import Text
 from pipeline import streams
 
 WIDTH = 160  # of a pipe or a file, which have none
+LEAST = 20  # columns; a terminal that says less does not know its width
 MAX_HEIGHT = 6  # lines of a cell; a taller one is read more easily in a block
 Part = tuple[str, str]  # text and its style
 Cell = str | Sequence[Part]
@@ -37,26 +38,33 @@ class Table:
 
 def open_console(width: int | None = None) -> Console:
     """The console of a command. Without a terminal it is as wide as COLUMNS says, else WIDTH."""
-    options = {"markup": False, "emoji": False, "highlight": False}
-    if width is None and not Console().is_terminal:
-        width = streams.columns_asked() or WIDTH
-    return Console(width=width, **options)
+    console = Console(width=width, markup=False, emoji=False, highlight=False)
+    if width is None and not console.file.isatty():
+        console.width = streams.columns_asked() or WIDTH
+    if console.width < LEAST:
+        console.width = LEAST  # rich prints nothing at a width of 0
+    return console
 
 
 def say(console: Console, text: Cell, style: str = "") -> None:
     """Print prose: wrapped at words on a screen, unwrapped in a pipe, where lines are searched."""
     shown = _text(text, console, style)
     on_screen = console.is_terminal or streams.columns_asked() is not None
+    width = _width(console) if on_screen else None
     for line in shown.split("\n", allow_blank=True):
-        _lay(line, "", "", console.width if on_screen else None, console)
+        _lay(line, "", "", width, console)
+
+
+def _width(console: Console) -> int:
+    return max(console.width, LEAST)
 
 
 def show(table: Table, console: Console) -> None:
     """Print a table if every word of it fits into the console's width, else a block of `name: value` for each row."""
     heads = [_text(name, console, "bold") for name in table.columns]
     rows = [[_text(cell, console) for cell in row] for row in table.rows]
-    say(console, table.title, "bold")
-    widths = _widths([heads, *rows], console.width)
+    _lay(_text(table.title, console, "bold"), "", "", _width(console), console)
+    widths = _widths([heads, *rows], _width(console))
     if widths is None:
         _blocks(heads, rows, console)
         console.print()
@@ -108,20 +116,21 @@ def _grid(heads: list[Text], rows: list[list[Text]], widths: list[int], right: b
 
 def _blocks(heads: list[Text], rows: list[list[Text]], console: Console) -> None:
     """The first cell of a row as its heading, then a line for each other cell that is not empty."""
+    width = _width(console)
     for heading, *cells in rows:
         heading.stylize("bold")
-        _lay(heading, "- ", "  ", console.width, console)
+        _lay(heading, "- ", "  ", width, console)
         for head, cell in zip(heads[1:], cells, strict=True):
             if not cell.plain.strip():
                 continue
             name = Text(f"{head.plain}:", "dim")
             first, *more = cell.split("\n")
             if more:  # several lines stand below the name
-                _lay(name, "  ", "    ", console.width, console)
+                _lay(name, "  ", "    ", width, console)
                 for line in (first, *more):
-                    _lay(line, "    ", "      ", console.width, console)
+                    _lay(line, "    ", "      ", width, console)
             else:
-                _lay(Text.assemble(name, " ", first), "  ", "    ", console.width, console)
+                _lay(Text.assemble(name, " ", first), "  ", "    ", width, console)
 
 
 def _lay(line: Text, first: str, then: str, width: int | None, console: Console) -> None:

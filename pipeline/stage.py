@@ -25,7 +25,19 @@ import transformers
 from accelerate import DistributedType, PartialState
 from filelock import FileLock, Timeout
 
-from pipeline import basemodel, checkpoints, disk, gate, manifest, options, plan, runfolder, sharding, tokenizers
+from pipeline import (
+    basemodel,
+    checkpoints,
+    disk,
+    gate,
+    manifest,
+    options,
+    plan,
+    runfolder,
+    sharding,
+    streams,
+    tokenizers,
+)
 from pipeline.config import load
 from pipeline.context import Result, StageContext, same_everywhere
 from pipeline.errors import UserError
@@ -43,6 +55,7 @@ def main() -> None:
     """Entry point: run one stage, or say that it is finished already."""
     if len(sys.argv) < 3:
         raise SystemExit("usage: accelerate launch -m pipeline.stage CONFIG STAGE [KEY=VALUE ...]")
+    streams.prepare()
     path, name, *overrides = sys.argv[1:]
     threading.Thread(target=_end_with_launcher, args=[os.environ.get(LAUNCHER)], daemon=True).start()
     try:

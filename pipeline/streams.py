@@ -41,8 +41,14 @@ def printable(text: str, encoding: str) -> str:
     >>> printable("caf\xe9 \u2192 \x1b[31m", "latin-1")
     'caf\xe9 \\u2192 \\x1b[31m'
     """
-    shown = _CONTROL.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
-    return shown.encode(encoding, "backslashreplace").decode(encoding)
+    return _CONTROL.sub(_escaped, text).encode(encoding, "backslashreplace").decode(encoding)
+
+
+def _escaped(match: re.Match[str]) -> str:
+    character = match.group()
+    if "\udc80" <= character <= "\udcff":  # a byte of a file's name that the locale cannot read
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
 
 
 def either(preferred: str, plain: str, encoding: str) -> str:
@@ -57,14 +63,14 @@ def columns_asked() -> int | None:
 
 
 def error(message: str) -> None:
-    """Print an error on stderr: wrapped at words on a terminal, one line a thought elsewhere."""
+    """Print an error on stderr: wrapped at words on a terminal, one line a thought elsewhere.
+
+    Only there COLUMNS counts: GNU readline exports it, so that every program that a Python session starts has it.
+    """
     stream = sys.stderr
     shown = printable(f"error: {message}", stream.encoding or "utf-8")
-    width = columns_asked()
-    if width is None and stream.isatty():
-        width = shutil.get_terminal_size().columns
-    if width is not None:
-        shown = wrapped(shown, width)
+    if stream.isatty():
+        shown = wrapped(shown, columns_asked() or shutil.get_terminal_size().columns)
     with contextlib.suppress(OSError):  # there is nowhere left to say it
         print(shown, file=stream, flush=True)
 

@@ -121,6 +121,33 @@ def test_moved_run_is_current(decide, finished):
         manifest.verify(finished.run_dir, name, record)
 
 
+def everything_in(folder):
+    """Every path below a folder with its size, its time of change and its rights."""
+    found = {}
+    for path in (folder, *folder.rglob("*")):
+        seen = path.stat()
+        found[path] = (seen.st_size, seen.st_mtime_ns, seen.st_mode)
+    return found
+
+
+def test_plan_and_status_of_a_moved_run_folder_that_cannot_be_written(cli, finished, tmp_path):
+    run_dir = finished.run_dir.rename(tmp_path / "moved to ü")
+    for path in (run_dir, *run_dir.rglob("*")):
+        path.chmod(path.stat().st_mode & ~0o222)
+    before = everything_in(run_dir)
+    try:
+        exit_code, stdout, stderr = cli("plan", finished.config, f"run_dir={run_dir}")
+        assert (exit_code, stderr) == (0, "")
+        assert stdout.count("skip: finished, nothing") == 3
+        exit_code, stdout, stderr = cli("status", run_dir)
+        assert (exit_code, stderr) == (0, "")
+        assert f'from_pretrained("{run_dir}/sft/output")' in stdout
+        assert everything_in(run_dir) == before  # for root, to whom the rights say nothing
+    finally:
+        for path in (run_dir, *run_dir.rglob("*")):
+            path.chmod(path.stat().st_mode | 0o200)
+
+
 @pytest.mark.parametrize(
     ("override", "again", "words"),
     [

@@ -1,6 +1,7 @@
 """Rows of every format become the messages they say, exactly; a row that does not fit says why, and nothing else."""
 
 import copy
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.messages import FAULTS, RowFault
-from pipeline.data.shapes import FIELDS, convert, detect, serves, to_messages
+from pipeline.data.convert import convert, to_messages
+from pipeline.data.faults import FAULTS, RowFault
+from pipeline.data.shapes import FIELDS, detect, serves
 
 SHAPES = ("text", "prompt", "prompt_completion", "messages", "alpaca")
 SHAPES += ("sharegpt", "unpaired", "comparison", "hh", "scored")
@@ -655,8 +657,8 @@ def test_no_format(row, columns):
         detect(row)
     assert str(error.value) == (
         f"has the columns {columns}; expected text, prompt + completion, messages, instruction + output, "
-        "conversations, chosen + rejected (with or without a prompt), prompt + completions + scores, prompt, "
-        "or a `columns:` mapping to these"
+        "conversations, chosen + rejected (with or without a prompt), chosen_messages + rejected_messages, "
+        "prompt + completions + scores, prompt, or a `columns:` mapping to these"
     )
 
 
@@ -864,8 +866,8 @@ MESSAGES_FAULTS = [
     ),
     (
         {"messages": [user("Hi"), {"role": "tool", "content": "5"}, assistant("Five.")]},
-        "malformed",
-        "messages: expected messages with a role and text, got {'role': 'tool', 'content': '5'}",
+        "roles",
+        "messages: expected user and assistant in turn, a system message first, got ['user', 'tool']",
     ),
     (
         {"messages": [{"role": ["user"], "content": "Hi"}, assistant("Hello!")]},
@@ -875,18 +877,17 @@ MESSAGES_FAULTS = [
     (
         {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, assistant("A sea.")]},
         "malformed",
-        "messages: expected messages with a role and text, got {'role': 'user', 'content': [{'type': 'image_url'}]}",
+        "messages: expected text alone: images, audio and video are not read, got {'type': 'image_url'}",
     ),
     (
         {"messages": [user("Hi"), {"role": "assistant", "content": "Wait.", "tool_calls": [{"id": 1}]}]},
         "malformed",
-        "messages: tool calls are not supported, "
-        "got {'role': 'assistant', 'content': 'Wait.', 'tool_calls': [{'id': 1}]}",
+        "messages: expected calls with a name and with arguments as a JSON object, got {'id': 1}",
     ),
     (
         {"messages": [user("Hi"), {"role": "assistant", "content": "Hello!", "weight": 0}]},
         "malformed",
-        "messages: messages of weight 0 are not supported, got {'role': 'assistant', 'content': 'Hello!', 'weight': 0}",
+        "messages: has nothing to learn from: all of the assistant's messages have weight 0",
     ),
     ({"messages": []}, "empty", "messages: has no messages"),
     ({"messages": [user(""), assistant("Hello!")]}, "empty", "messages: the message of 'user' is empty"),
@@ -955,8 +956,8 @@ SHAREGPT_FAULTS = [
     ({}, "malformed", "conversations: expected messages, got None"),
     (
         {"conversations": [said("human", "5?"), said("observation", "5"), said("gpt", "5")]},
-        "malformed",
-        "conversations: expected messages with a role and text, got {'from': 'observation', 'value': '5'}",
+        "roles",
+        "conversations: expected user and assistant in turn, a system message first, got ['user', 'tool']",
     ),
     (
         {"conversations": [{"from": "human"}, said("gpt", "Hello!")]},
@@ -966,7 +967,7 @@ SHAREGPT_FAULTS = [
     (
         {"conversations": [said("human", "Hi"), {"from": "gpt", "value": "Hello!", "weight": 0}]},
         "malformed",
-        "conversations: messages of weight 0 are not supported, got {'from': 'gpt', 'value': 'Hello!', 'weight': 0}",
+        "conversations: has nothing to learn from: all of the assistant's messages have weight 0",
     ),
     (
         {"conversations": [said("human", "Hi"), said("gpt", "Hello!")], "system": False},
@@ -1005,8 +1006,9 @@ RANKING_FAULTS = [
     ({"conversations": HI, "chosen": 5, "rejected": "a"}, "malformed", "chosen: expected text or messages, got 5"),
     (
         {"conversations": HI, "chosen": said("tool", "Hello!"), "rejected": said("gpt", "What?")},
-        "malformed",
-        "chosen: expected messages with a role and text, got {'from': 'tool', 'value': 'Hello!'}",
+        "roles",
+        "chosen: expected one assistant's message after what both sides share, "
+        "got [{'role': 'tool', 'content': 'Hello!'}]",
     ),
     (
         {"conversations": None, "chosen": said("gpt", "Hello!"), "rejected": said("gpt", "What?")},
@@ -1391,11 +1393,14 @@ def check_canonical(row):
     assert sides in (set(), {"completion"}, {"chosen", "rejected"})
     assert all(isinstance(row[side], str) and row[side].strip() for side in sides)
     assert "chosen" not in row or row["chosen"] != row["rejected"]
-    assert all(message.keys() == {"role", "content"} for message in row["prompt"])
-    assert all(isinstance(message["content"], str) and message["content"].strip() for message in row["prompt"])
-    roles = [message["role"] for message in row["prompt"]]
+    assert all(message.keys() <= {"role", "content", "weight"} for message in row["prompt"])
+    assert all(message.get("weight", 0) == 0 for message in row["prompt"])
+    spoken = [message for message in row["prompt"] if message["role"] != "tool"]
+    assert all(isinstance(message["content"], str) and message["content"].strip() for message in spoken)
+    roles = [role for role, _ in itertools.groupby(message["role"] for message in row["prompt"])]
     in_turn = roles[1:] if roles[0] == "system" else roles
-    assert in_turn == [("user", "assistant")[i % 2] for i in range(len(in_turn))] and len(in_turn) % 2 == 1
+    assert in_turn[0] == "user" and len(in_turn) % 2 == 1
+    assert all(role == "assistant" if i % 2 else role in ("user", "tool") for i, role in enumerate(in_turn))
 
 
 HELD = {"text": {"text"}, "demonstrations": {"prompt", "completion"}, "prompts": {"prompt"}}
@@ -1588,7 +1593,7 @@ def test_prompt_messages_beside_whole_dialogues():
             "messages",
             "prompts",
             "malformed",
-            "messages: tool calls are not supported, got {'role': 'assistant', 'content': None, 'tool_calls': [1]}",
+            "messages: expected calls with a name and with arguments as a JSON object, got 1",
         ),
     ],
 )

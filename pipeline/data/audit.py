@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.data.messages import FAULTS
+from pipeline.data.faults import FAULTS
 from pipeline.data.sources import Part, locate
 
 QUANTILES = (0.0, 0.5, 0.9, 0.99, 1.0)

@@ -9,36 +9,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError, UndefinedError
-
-from pipeline.chat_templates import CODE_ERRORS, code_error, line_of
+from pipeline.data.faults import Row, RowFault
 from pipeline.data.joints import begins_with, continuations, token_ids
-from pipeline.data.messages import Messages, Row, RowFault
-
-
-def _render(tokenizer: Any, dialogues: list[Messages], add_generation_prompt: bool) -> list[str | RowFault]:
-    """Dialogues as text; a RowFault in the place of one that the template refuses."""
-    options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
-    if not dialogues:
-        return []
-    try:
-        return tokenizer.apply_chat_template(dialogues, **options)
-    except (TemplateError, *CODE_ERRORS) as error:
-        if len(dialogues) == 1:
-            return [_refusal(error)]
-        return [text for dialogue in dialogues for text in _render(tokenizer, [dialogue], add_generation_prompt)]
-
-
-def _refusal(error: Exception) -> RowFault:
-    """A chat template raises on purpose where it does not take a dialogue, or else it has an error."""
-    if isinstance(error, TemplateError) and not isinstance(error, UndefinedError):
-        return RowFault("roles", "prompt", f"the chat template refuses it: {error}")
-    return RowFault("malformed", "prompt", f"the chat template fails{line_of(error)}: {code_error(error)}")
+from pipeline.data.messages import Messages
+from pipeline.data.rendering import render
+from pipeline.data.tools import Message, as_message, as_text
 
 
 def prompt_ids(tokenizer: Any, prompt: Messages) -> list[int]:
     """Token ids of a prompt, up to and including the assistant's header."""
-    (text,) = _render(tokenizer, [prompt], add_generation_prompt=True)
+    (text,) = render(tokenizer, [prompt], [[]], add_generation_prompt=True)
     return token_ids(tokenizer, [text])[0]
 
 
@@ -49,35 +29,42 @@ class _Turn:
     context: str
     said: str
     after: str
+    is_learnt: bool = True
 
 
-def _turn(head: str, text: str, done: str, answer: str, eos: str) -> _Turn | RowFault:
+def _turn(head: str, text: str, done: str, answer: Message, eos: str) -> _Turn | RowFault:
     """The turn that `text` adds to `head`; `done` of it was seen before."""
     if not (head.startswith(done) and text.startswith(head)):
         seen = f"the prompt alone is {head[-200:]!r}, with its answer {text[-300:]!r}"
         what = "the chat template renders the prompt differently when an answer follows it; set tokenizer.chat_template"
         return RowFault("malformed", "prompt", f"{what}: {seen}")
     rest = text[len(head) :]
-    if rest.count(eos) <= answer.count(eos):  # the template writes none of its own
-        return _Turn(head[len(done) :], rest, "")
+    context, is_learnt = head[len(done) :], "weight" not in answer
+    if rest.count(eos) <= as_text(answer).count(eos):  # the template writes none of its own
+        return _Turn(context, rest, "", is_learnt)
     said, _, after = rest.rpartition(eos)
-    return _Turn(head[len(done) :], said, after)
+    return _Turn(context, said, after, is_learnt)
 
 
-def encode_dialogues(tokenizer: Any, dialogues: list[Messages]) -> list[tuple[list[int], list[int]] | RowFault]:
+def encode_dialogues(
+    tokenizer: Any, dialogues: list[Messages], tools: list[list[Row]]
+) -> list[tuple[list[int], list[int]] | RowFault]:
     """Token ids of dialogues that end with the assistant, with a mask that has 1 on what the assistant says.
+
+    A call of a tool is said by the assistant, what the tool gave is not. A message of weight 0 has no 1 in the mask.
 
     Each of its turns ends with eos, and follows the tokens of the prompt before it, as generation meets them. What a
     template writes after the last eos (ChatML's newline) is cut: a policy stops at eos, so the reward model must be
     trained to read the score there.
     """
     places = [(row, i) for row, d in enumerate(dialogues) for i, m in enumerate(d) if m["role"] == "assistant"]
-    heads = _render(tokenizer, [dialogues[row][:i] for row, i in places], add_generation_prompt=True)
-    texts = _render(tokenizer, [dialogues[row][: i + 1] for row, i in places], add_generation_prompt=False)
+    given = [tools[row] for row, _ in places]
+    heads = render(tokenizer, [dialogues[row][:i] for row, i in places], given, add_generation_prompt=True)
+    texts = render(tokenizer, [dialogues[row][: i + 1] for row, i in places], given, add_generation_prompt=False)
     turns: list[list[_Turn] | RowFault] = [[] for _ in dialogues]
     done = [""] * len(dialogues)
     for (row, i), head, text in zip(places, heads, texts, strict=True):
-        answer = dialogues[row][i]["content"]
+        answer = dialogues[row][i]
         turn = _fault(turns[row], head, text) or _turn(head, text, done[row], answer, tokenizer.eos_token)
         if isinstance(turn, RowFault):
             turns[row] = turn
@@ -106,10 +93,10 @@ def _fault(*values: Any) -> RowFault | None:
 def _joined(turns: list[_Turn], encoded: Iterator[list[int]], eos_token_id: int) -> tuple[list[int], list[int]]:
     ids: list[int] = []
     mask: list[int] = []
-    for _ in turns:
+    for turn in turns:
         context, said = next(encoded), next(encoded)
         ids += context + said + [eos_token_id]
-        mask += [0] * len(context) + [1] * (len(said) + 1)
+        mask += [0] * len(context) + [int(turn.is_learnt)] * (len(said) + 1)
     return ids, mask
 
 
@@ -122,19 +109,27 @@ def encode_rows(tokenizer: Any, rows: list[Row], want: str) -> list[Row | RowFau
     if want == "text":
         return [{"input_ids": ids} for ids in _encode_texts(tokenizer, [row["text"] for row in rows])]
     prompts = [row["prompt"] for row in rows]
+    tools = [row.get("tools", []) for row in rows]
     if want == "prompts":
-        texts = _render(tokenizer, prompts, add_generation_prompt=True)
+        texts = render(tokenizer, prompts, tools, add_generation_prompt=True)
         encoded = iter(token_ids(tokenizer, [text for text in texts if isinstance(text, str)]))
         pairs = zip(prompts, texts, strict=True)
-        return [t if isinstance(t, RowFault) else {"prompt": p, "prompt_ids": next(encoded)} for p, t in pairs]
+        return [
+            t if isinstance(t, RowFault) else {"prompt": _texts_of(p), "prompt_ids": next(encoded)} for p, t in pairs
+        ]
 
     if want == "demonstrations":
-        answers = [[*row["prompt"], {"role": "assistant", "content": row["completion"]}] for row in rows]
-        found = encode_dialogues(tokenizer, answers)
+        answers = [[*row["prompt"], as_message(row["completion"])] for row in rows]
+        found = encode_dialogues(tokenizer, answers, tools)
         encoded = [e if isinstance(e, RowFault) else {"input_ids": e[0], "completion_mask": e[1]} for e in found]
         _mark_other_tokens(tokenizer, rows, encoded)
         return encoded
     return _encode_comparisons(tokenizer, rows)
+
+
+def _texts_of(prompt: Messages) -> list[dict[str, str]]:
+    """A prompt as reports and judges see it: who said what, calls of tools as JSON."""
+    return [{"role": message["role"], "content": as_text(message)} for message in prompt]
 
 
 def _mark_other_tokens(tokenizer: Any, rows: list[Row], encoded: list[Row | RowFault]) -> None:
@@ -146,8 +141,10 @@ def _mark_other_tokens(tokenizer: Any, rows: list[Row], encoded: list[Row | RowF
     several = []
     for row, ids in zip(rows, encoded, strict=True):
         if not isinstance(ids, RowFault) and any(message["role"] == "assistant" for message in row["prompt"]):
-            several.append((row["prompt"], ids))
-    texts = _render(tokenizer, [prompt for prompt, _ in several], add_generation_prompt=True)
+            several.append((row, ids))
+    prompts = [row["prompt"] for row, _ in several]
+    tools = [row.get("tools", []) for row, _ in several]
+    texts = render(tokenizer, prompts, tools, add_generation_prompt=True)
     for (_, ids), sampled_from in zip(several, token_ids(tokenizer, texts), strict=True):
         mask = ids["completion_mask"]
         start = len(mask) - mask[::-1].index(0)
@@ -167,15 +164,16 @@ def _encode_texts(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 
 def _encode_comparisons(tokenizer: Any, rows: list[Row]) -> list[Row | RowFault]:
     """Token ids of comparisons. Earlier answers of the assistant belong to the prompt, which is one text."""
-    heads = _render(tokenizer, [row["prompt"] for row in rows], add_generation_prompt=True)
+    tools = [row.get("tools", []) for row in rows]
+    heads = render(tokenizer, [row["prompt"] for row in rows], tools, add_generation_prompt=True)
     sides = []
     for side in ("chosen", "rejected"):
-        dialogues = [[*row["prompt"], {"role": "assistant", "content": row[side]}] for row in rows]
-        sides.append(_render(tokenizer, dialogues, add_generation_prompt=False))
+        dialogues = [[*row["prompt"], as_message(row[side])] for row in rows]
+        sides.append(render(tokenizer, dialogues, tools, add_generation_prompt=False))
     eos, found, parts = [tokenizer.eos_token_id], [], []
     for row, head, *texts in zip(rows, heads, *sides, strict=True):
         said = [
-            _fault(head, text) or _turn(head, text, "", row[side], tokenizer.eos_token)
+            _fault(head, text) or _turn(head, text, "", as_message(row[side]), tokenizer.eos_token)
             for side, text in zip(("chosen", "rejected"), texts, strict=True)
         ]
         found.append(_fault(*said))

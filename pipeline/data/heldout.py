@@ -9,7 +9,7 @@ import unicodedata
 
 import numpy as np
 
-from pipeline.data.messages import Row
+from pipeline.data.faults import Row
 from pipeline.schema import RunConfig, TrainingStage, datasets
 
 TRAIN, HELD_OUT = "train", "held-out"

@@ -1,16 +1,18 @@
 """What is done to a batch of raw rows: converted, tokenised and measured, one row in, one row out."""
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from datasets import Features, List, Value
 
+from pipeline.data.convert import convert, to_messages
 from pipeline.data.encode import encode_rows, special_tokens
+from pipeline.data.faults import FAULTS, Row, RowFault
 from pipeline.data.heldout import hash64, key
 from pipeline.data.joints import begins_with
-from pipeline.data.messages import FAULTS, Row, RowFault
-from pipeline.data.shapes import convert, to_messages
+from pipeline.data.tools import as_text, refuse_tools
 
 KINDS = list(FAULTS)
 # The columns of token ids, and the lengths that are measured of each row, in tokens.
@@ -20,6 +22,11 @@ LENGTHS = {"text": ["text"], "demonstrations": ["prompt", "completion"], "prompt
 LENGTHS["comparisons"] = ["prompt", "chosen", "rejected"]
 NO_KEY = 0  # of a row without a prompt
 _NUMBERS = ("int8", "int32", "uint64")
+
+
+def _weights(row: Row) -> list[str]:
+    """The places of messages that are not learnt from: rows that differ in them are different rows."""
+    return [str(i) for i, message in enumerate(row.get("prompt", ())) if "weight" in message]
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,7 @@ class Measure:
     want: str
     tokenizer: Any = None
     max_length: int | None = None  # longer prompts lose their start; None: they stay as they are
+    tools: bool = True  # whether what reads the rows can read tools
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
@@ -53,7 +61,10 @@ class Measure:
         try:
             if self.tokenizer is None:
                 return convert(row, self.shape, "text") if self.shape == "text" else to_messages(row, self.shape)
-            return convert(row, self.shape, self.want)
+            converted = convert(row, self.shape, self.want)
+            if not self.tools:
+                refuse_tools(converted)
+            return converted
         except RowFault as fault:
             return fault
 
@@ -72,15 +83,16 @@ class Measure:
         ]
 
     def _measured(self, row: Row, ids: Row, special: Any, eos: int, bos: int | None) -> Row:
-        texts = [message["content"] for message in row.get("prompt", ())]
-        sides = [row[side] for side in ("text", "completion", "chosen", "rejected") if side in row]
+        texts = [as_text(message) for message in row.get("prompt", ())]
+        texts += [json.dumps(tool, ensure_ascii=False) for tool in row.get("tools", ())]
+        sides = [as_text(row[side]) for side in ("text", "completion", "chosen", "rejected") if side in row]
         early_eos = self._early_eos(row, ids, eos)
         starts = ids[IDS[self.want][0]][:1] == [bos]
         cut = self._truncate(ids, int(starts))  # shortens ids
         measured = {
             "_fault": 0,
             "_key": key(row),
-            "_digest": hash64(*texts, "", *sides),
+            "_digest": hash64(*texts, "", *sides, *_weights(row)),
             "_pair": hash64(*texts, "", *sorted(sides)),
             "_special_tokens": int(any(map(special.search, [*texts, *sides]))),
             "_eos": int(early_eos),
@@ -99,7 +111,8 @@ class Measure:
         """Whether a completion has eos anywhere but at its end, or not there."""
         if self.want == "demonstrations":
             said = [i for i, bit in zip(ids["input_ids"], ids["completion_mask"], strict=True) if bit]
-            return said[-1] != eos or said.count(eos) != 1 + sum(m["role"] == "assistant" for m in row["prompt"])
+            learnt = [m for m in row["prompt"] if m["role"] == "assistant" and "weight" not in m]
+            return said[-1] != eos or said.count(eos) != 1 + len(learnt)
         return any(ids[side].index(eos) != len(ids[side]) - 1 for side in ("chosen_ids", "rejected_ids") if side in ids)
 
     def _truncate(self, ids: Row, start: int) -> int:

@@ -3,47 +3,15 @@
 from collections.abc import Mapping
 from typing import Any
 
-Messages = list[dict[str, str]]
-Row = dict[str, Any]
+from pipeline.data import media, tools
+from pipeline.data.faults import Row, RowFault, shown, text_of
+from pipeline.data.tools import Message
+
+Messages = list[Message]
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user"}
-ROLES |= {"assistant": "assistant", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
-# Why rows are left out, in the words of messages and tables. Those with a threshold are keys of `checks:`.
-FAULTS = {
-    "malformed": "do not fit their format",
-    "empty": "have an empty prompt, completion or text",
-    "roles": "have roles out of order",
-    "identical": "have equal chosen and rejected sides",
-    "tie": "have no better side",
-    "label_false": "are labelled false",
-    "blank": "are blank texts",
-}
-
-
-class RowFault(Exception):
-    """A fault of one row: its kind (a key of FAULTS), the field, what was seen and what was expected.
-
-    `row` is what it holds nevertheless, in canonical form.
-    """
-
-    def __init__(self, kind: str, field: str, text: str, row: Row | None = None):
-        super().__init__(f"{field}: {text}")
-        self.kind, self.row = kind, row
-
-
-def text_of(row: Row, field: str) -> str:
-    """A field that must hold text that is not blank."""
-    value = row.get(field)
-    if not isinstance(value, str):
-        raise RowFault("malformed", field, f"expected text, got {shown(value)}")
-    if not value.strip():
-        raise RowFault("empty", field, "is empty")
-    return value
-
-
-def shown(value: Any) -> str:
-    """A value as a message shows it, cut to 200 characters."""
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."
+ROLES |= dict.fromkeys(("assistant", "gpt", "bot", "model", *tools.CALLERS), "assistant")
+ROLES |= dict.fromkeys(tools.RESULTS, "tool")
+WEIGHTS = ("weight", "loss_weight")  # OpenAI's name and LLaMA-Factory's
 
 
 def messages_of(row: Row, field: str, role: str | None = None) -> Messages:
@@ -56,46 +24,134 @@ def messages_of(row: Row, field: str, role: str | None = None) -> Messages:
         raise RowFault("malformed", field, f"expected {'text or ' if role else ''}messages, got {shown(value)}")
     if not turns:
         raise RowFault("empty", field, "has no messages")
-    return [_message(turn, field) for turn in turns]
+    messages: Messages = []
+    for turn in turns:
+        message = _message(turn, field)
+        if messages and _speaker(turn) in tools.CALLERS and _can_join(messages[-1], message):
+            calls = [*messages[-1].get("tool_calls", ()), *message["tool_calls"]]
+            messages[-1] = messages[-1] | {"tool_calls": calls}
+        else:
+            messages.append(message)
+    return messages
 
 
-def _message(turn: Any, field: str) -> dict[str, str]:
-    said = turn if isinstance(turn, Mapping) else {}
-    speaker = said.get("role") or said.get("from")
-    content = next((said[name] for name in ("content", "value") if said.get(name) is not None), None)
-    if isinstance(content, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
-        texts = [part.get("text") for part in content]
-        content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
-    if said.get("tool_calls") or said.get("weight") == 0:
-        what = "tool calls" if said.get("tool_calls") else "messages of weight 0"
-        raise RowFault("malformed", field, f"{what} are not supported, got {shown(turn)}")
-    if not isinstance(speaker, str) or speaker not in ROLES or not isinstance(content, str):
-        raise RowFault("malformed", field, f"expected messages with a role and text, got {shown(turn)}")
-    if not content.strip():
+def _can_join(before: Message, calls: Message) -> bool:
+    """Whether a turn of calls belongs to the assistant's message before it, as text and calls of one message."""
+    return before["role"] == "assistant" and before.get("weight") == calls.get("weight")
+
+
+def _speaker(turn: Any) -> Any:
+    return (turn.get("role") or turn.get("from")) if isinstance(turn, Mapping) else None
+
+
+def _message(turn: Any, field: str) -> Message:
+    speaker = _speaker(turn)
+    unexpected = RowFault("malformed", field, f"expected messages with a role and text, got {shown(turn)}")
+    if not isinstance(speaker, str) or speaker not in ROLES:
+        raise unexpected
+    media.refuse_keys(turn, field)
+    if turn.get("tools"):
+        raise RowFault("malformed", field, f"expected tools in a column of their own, got {shown(turn)}")
+    role = ROLES[speaker]
+    content, calls = _content(turn, speaker, field)
+    if calls and role != "assistant":
+        raise RowFault("malformed", field, f"expected calls of tools by the assistant alone, got {shown(turn)}")
+    if content is None and calls:
+        content = ""
+    if not isinstance(content, str):
+        raise unexpected
+    if not content.strip() and not calls and role != "tool":
         raise RowFault("empty", field, f"the message of {speaker!r} is empty")
-    return {"role": ROLES[speaker], "content": content}
+    message: Message = {"role": role, "content": content}
+    if calls:
+        message["tool_calls"] = calls
+    if role == "tool":
+        message |= {key: turn[key] for key in ("name", "tool_call_id") if isinstance(turn.get(key), str)}
+    return message | _weight(turn, role, field)
+
+
+def _content(turn: Mapping[str, Any], speaker: str, field: str) -> tuple[Any, list[Row]]:
+    """The text of a turn, None or anything unexpected where it has none; and the tools it calls."""
+    content = next((turn[name] for name in ("content", "value") if turn.get(name) is not None), None)
+    calls: list[Row] = []
+    if speaker in tools.CALLERS:
+        return "", tools.calls_of(content, field)
+    if isinstance(content, list) and content and all(isinstance(part, Mapping) for part in content):
+        content, calls = _joined(content, field)
+    elif content == []:
+        content = ""
+    for key in ("tool_calls", "function_call"):
+        if turn.get(key):
+            calls += tools.calls_of(turn[key], field)
+    return content, calls
+
+
+def _joined(parts: list[Mapping[str, Any]], field: str) -> tuple[str | None, list[Row]]:
+    """Parts of a content: text, under `text` or `value`, and calls of tools."""
+    texts: list[str] = []
+    calls: list[Row] = []
+    for part in parts:
+        value = part.get("text") if part.get("text") is not None else part.get("value")
+        if part.get("type") == "tool_call":
+            calls += tools.calls_of(value, field)
+        elif part.get("type") != "text":
+            media.refuse_part(part, field)
+            return None, []
+        elif isinstance(value, str):
+            texts.append(value)
+        else:
+            return None, []
+    return "".join(texts), calls
+
+
+def _weight(turn: Mapping[str, Any], role: str, field: str) -> dict[str, int]:
+    """`weight: 0` of a message of the assistant that is not to be learnt from; 1 says nothing."""
+    weights = [turn[name] for name in WEIGHTS if turn.get(name) is not None]
+    if role != "assistant":
+        if turn.get("loss_weight"):
+            raise RowFault("malformed", field, f"expected a loss on the assistant's messages alone, got {shown(turn)}")
+        return {}
+    if not all(isinstance(weight, (int, float)) and weight in (0, 1) for weight in weights):
+        raise RowFault("malformed", field, f"expected a weight of 0 or 1, got {shown(turn)}")
+    return {"weight": 0} if any(weight == 0 for weight in weights) else {}
+
+
+def without_weights(messages: Messages) -> Messages:
+    return [{key: value for key, value in message.items() if key != "weight"} for message in messages]
 
 
 def check_order(messages: Messages, field: str) -> None:
-    """User and assistant take turns, a system message comes first or not at all."""
+    """User and assistant take turns, a system message comes first or not at all.
+
+    What tools gave takes the user's turn, as one turn where several calls were made at once.
+    """
     roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
-    expected = ["user", "assistant"] * len(turns)
-    if turns != expected[: len(turns)]:
+    turns = [role for i, role in enumerate(turns) if role != "tool" or turns[max(i - 1, 0)] != "tool" or i == 0]
+    in_turn = all(role == "assistant" if i % 2 else role in ("user", "tool") for i, role in enumerate(turns))
+    if not in_turn or turns[:1] == ["tool"]:
         raise RowFault("roles", field, f"expected user and assistant in turn, a system message first, got {roles}")
 
 
 def ends_with_user(messages: Messages, field: str = "prompt") -> Messages:
-    """Messages that are in order and can be a prompt."""
+    """Messages that are in order and can be a prompt: the user's, or what a tool gave, comes last."""
     check_order(messages, field)
-    if messages[-1]["role"] != "user":
+    if messages[-1]["role"] not in ("user", "tool"):
         raise RowFault("roles", field, f"expected it to end with a user's message, got {shown(messages[-1])}")
     return messages
 
 
 def dialogue(messages: Messages, field: str) -> Row:
-    """A dialogue that ends with the assistant, as prompt and completion."""
+    """A dialogue that ends with the assistant, as prompt and completion.
+
+    It ends with the last message that is to be learnt from: what comes later has no part in anything.
+    """
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         roles = [message["role"] for message in messages]
         raise RowFault("roles", field, f"expected the last two to be user and assistant, got {roles}")
-    return {"prompt": ends_with_user(messages[:-1], field), "completion": messages[-1]["content"]}
+    ends_with_user(messages[:-1], field)
+    learnt = [i for i, m in enumerate(messages) if m["role"] == "assistant" and "weight" not in m]
+    if not learnt:
+        raise RowFault("malformed", field, "has nothing to learn from: all of the assistant's messages have weight 0")
+    prompt = messages[: learnt[-1]]
+    return {"prompt": prompt, "completion": tools.answer_of(messages[learnt[-1]])}

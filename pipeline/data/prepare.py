@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, IterableDataset, concatenate_datasets
 
+from pipeline import chat_templates
 from pipeline.data import heldout, sources
 from pipeline.data.audit import QUANTILES, Audit, Finding
 from pipeline.data.measure import IDS, KINDS, LENGTHS, NO_KEY, Measure
@@ -29,7 +30,8 @@ from pipeline.schema import datasets as datasets_of
 
 # Prepared rows are cached by this too: another version of these files may prepare them otherwise.
 _LIBRARIES = [importlib.metadata.version(name) for name in ("datasets", "jinja2", "tokenizers", "transformers")]
-CODE = digest([_LIBRARIES, *(file_digest(path) for path in sorted(Path(__file__).parent.glob("*.py")))])
+_FILES = [*sorted(Path(__file__).parent.glob("*.py")), Path(chat_templates.__file__)]
+CODE = digest([_LIBRARIES, *map(file_digest, _FILES)])
 BATCH = 250  # rows; a few hundred MB of Python lists and encodings at most
 SLICE = 100_000  # rows per set of processes: what they have read stays in their memory until they end
 NUM_PER_PROCESS = 2_000  # rows that are worth another process
@@ -94,15 +96,16 @@ class Datasets:
         """
         stage = self.config.stages[stage_name]
         dataset, want, limit = datasets_of(stage)[role], wanted(stage, role), length_limit(stage)
-        # TRL renders the prompts of RLOO and GRPO itself, in full.
-        truncates = self.config.too_long == "truncate" and stage.type not in ("rloo", "grpo")
+        # TRL renders the prompts of RLOO and GRPO itself, in full and without tools.
+        renders = stage.type not in ("rloo", "grpo")
+        truncates = self.config.too_long == "truncate" and renders
         max_length = limit[1] if truncates else None
         parts, measured = sources.find(self.config, dataset), []
         for part in parts:
             raw = sources.load(part)
             shape = shape_of(part, raw)
             check_serves(part, shape, raw.column_names, want)
-            measured.append(_measured(part, raw, Measure(shape, want, self.tokenizer, max_length), self.key))
+            measured.append(_measured(part, raw, Measure(shape, want, self.tokenizer, max_length, renders), self.key))
         rows = concatenate_datasets(measured) if len(measured) > 1 else measured[0]
         sizes = [len(part) for part in measured]
         split = heldout.role_split(role, isinstance(stage, TrainingStage))
@@ -160,7 +163,7 @@ def check_serves(part: Part, shape: str, columns: list[str], want: str) -> None:
 
 def _measured(part: Part, raw: Dataset, measure: Measure, key: str) -> Dataset:
     """All rows of a source through `measure`, from the cache if its content went through before."""
-    content = [sources.fingerprint(part), measure.shape, measure.want, measure.max_length, key, CODE]
+    content = [sources.fingerprint(part), measure.shape, measure.want, measure.max_length, measure.tools, key, CODE]
     name = digest(content)[:32]
     cache = sources.cache_folder()
     cache.mkdir(parents=True, exist_ok=True)

@@ -22,10 +22,11 @@ from transformers import TrainerCallback
 
 from pipeline.data import heldout, sources
 from pipeline.data.audit import DROPPED, Audit, Finding
+from pipeline.data.convert import convert
 from pipeline.data.encode import encode_rows
-from pipeline.data.messages import RowFault
+from pipeline.data.faults import RowFault
+from pipeline.data.media import MEDIA
 from pipeline.data.prepare import Datasets, check_serves, shape_of
-from pipeline.data.shapes import convert
 from pipeline.errors import UserError
 
 STATE = "stream.json"
@@ -95,7 +96,8 @@ class TextStream:
                 )
             if start.number == 0 and block.piece == start.piece:
                 why = f"of {block.documents} documents none can be used {block.dropped or ''}"
-                raise UserError(f"{self.parts[0].label}: {why}")
+                first = f". The first: {next(iter(self._why.values()))}" if self._why else ""
+                raise UserError(f"{self.parts[0].label}: {why}{first}")
             self._judge(block.documents, block.dropped)
             block = dataclasses.replace(block, epoch=block.epoch + 1, number=0, reader=None)
 
@@ -133,7 +135,7 @@ class TextStream:
         columns = sources.column_names(part, rows)
         shape = shape_of(part, rows)
         check_serves(part, shape, columns, "text")
-        return rows.select_columns(["text"])
+        return rows.select_columns([name for name in columns if name in ("text", *MEDIA)])
 
     def _cut(self, rows: list[dict[str, Any]], block: Block) -> tuple[list[list[int]], Counter[str]]:
         """The pieces of a block's documents, and the number of those left out by reason."""

@@ -78,9 +78,6 @@ OF_TYPES: list[tuple[str, str, list[Any]]] = [
     ("ppo", "missing_eos_penalty", [-1.0, NAN, INF]),
     ("ppo", "num_sample_generations", [-1, 0.5]),
     ("ppo", "whiten_rewards", ["perhaps"]),
-    ("ppo", "max_steps", [5]),
-    ("ppo", "max_grad_norm", [1.0]),
-    ("ppo", "bf16", [True]),
     ("rloo", "beta", [-0.1, NAN, INF]),
     ("rloo", "num_generations", [0, 1, -2, 2.5, "two"]),
     ("rloo", "reward_clip_range", [[NAN, 1.0], [1.0], "wide", 5]),
@@ -115,18 +112,14 @@ LORA: list[tuple[str, list[Any]]] = [
     ("r", [0, -4, 1.5, "four", True, None, 10**40]),
     ("lora_alpha", [0, -8, NAN, "eight", None]),
     ("lora_dropout", [-0.5, 1, 1.5, NAN, "some"]),
-    ("target_modules", [5, ["nothing_here"], "(", [5]]),
+    ("target_modules", [5, "(", [5]]),
     ("rank_pattern", ["all", {"q_proj": 0}, {"q_proj": NAN}]),
     ("alpha_pattern", ["all", {"q_proj": 0}]),
     ("init_lora_weights", ["pissa", "eva", False, 5]),
     ("use_dora", ["perhaps", 5]),
     ("use_rslora", [None]),
-    ("layers_to_transform", [-1, [0, -2], "first", 99]),
+    ("layers_to_transform", [-1, [0, -2], "first"]),
     ("exclude_modules", [5]),
-    ("bias", ["all", "some"]),
-    ("modules_to_save", [["lm_head"]]),
-    ("task_type", ["CAUSAL_LM"]),
-    ("peft_type", ["IA3"]),
     ("fan_in_fan_out", ["perhaps"]),
 ]
 QUANTIZATION: list[tuple[str, list[Any]]] = [
@@ -137,11 +130,11 @@ QUANTIZATION: list[tuple[str, list[Any]]] = [
     ("llm_int8_threshold", [-1, NAN, "high"]),
 ]
 ARCHITECTURE: list[tuple[str, list[Any]]] = [
-    ("model_type", [None, 5, True, [1], {"a": 1}, "", "lama", "bert", "x" * 10_000]),
-    ("hidden_size", ["text", -1, 0, None, True, 1.5, NAN, [32], 30, 10**40, 10**9]),
+    ("model_type", [None, 5, True, [1], {"a": 1}, "", "lama", "x" * 10_000]),
+    ("hidden_size", ["text", -1, 0, None, True, 1.5, NAN, [32], 10**40, 10**9]),
     ("intermediate_size", ["text", -1, 0, None, 10**40]),
     ("num_hidden_layers", ["two", -1, 0, None, True, 10**40, 10**6, 2.0]),
-    ("num_attention_heads", ["four", -1, 0, None, 3, 10**40]),
+    ("num_attention_heads", ["four", -1, 0, None, 10**40]),
     ("num_key_value_heads", ["four", -1, 0, 3]),
     ("vocab_size", ["large", -1, 0, None, 10**40, NAN]),
     ("max_position_embeddings", ["long", -1, 0, None, INF]),
@@ -154,7 +147,6 @@ ARCHITECTURE: list[tuple[str, list[Any]]] = [
     ("attention_bias", ["yes", None]),
     ("id2label", [5, "x"]),
     ("dtype", ["float99"]),
-    ("hiden_size", [32]),
     ("head_dim", [0, -1, "x", 10**40]),
 ]
 SEEN = {"True": "True", "None": "None|null", "10000000000000000000000000000000000000000": "41|digits"}
@@ -231,7 +223,10 @@ def _others() -> list[Case]:
         ("layers times experts", {"model_type": "mixtral", "num_hidden_layers": 1000, "num_local_experts": 1000},
          ("experts", "at most 20,000")),
         ("an encoder", {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4},
-         ("architecture", "bert|causal|decoder")),
+         ("architecture", "bert", "is_decoder")),
+        ("typo of a field", {"model_type": "llama", "hiden_size": 32}, ("hiden_size", "did you mean 'hidden_size'")),
+        ("heads that do not fit", SCRATCH["architecture"] | {"num_attention_heads": 3}, ("heads",)),
+        ("a size that does not fit", SCRATCH["architecture"] | {"hidden_size": 30}, ("hidden size",)),
         ("a vision model", {"model_type": "vit"}, ("architecture", "vit|causal")),
     ]  # fmt: skip
     found = []
@@ -253,6 +248,36 @@ def _others() -> list[Case]:
     for key, value, words in tokenizer:
         changes = {f"model.scratch.tokenizer.{key}": value}
         found.append(Case("scratch tokenizer", f"{key}={_short(value)}", words, changes=changes, base="scratch"))
+    owned = [
+        ("bias", "all"),
+        ("bias", "some"),
+        ("modules_to_save", ["lm_head"]),
+        ("task_type", "CAUSAL_LM"),
+        ("peft_type", "IA3"),
+    ]
+    for option, value in owned:
+        words = (rf"lora\.{option}", "is set by the pipeline")
+        found.append(Case("lora", f"{option}={_short(value)}", words, changes={f"lora.{option}": value}))
+    words = ("lora", "target.modules", "nothing_here")
+    found.append(Case("lora", "no such modules", words, changes={"lora.target_modules": ["nothing_here"]}))
+    changes = {"lora": {"r": 4, "target_modules": ["q_proj"], "layers_to_transform": [99]}}
+    found.append(Case("lora", "no such layer", ("lora", "target.modules|layer"), changes=changes))
+    owned = [("ppo", "max_steps", 5), ("ppo", "max_grad_norm", 1.0), ("ppo", "bf16", True), ("sft", "output_dir", "x")]
+    owned += [
+        ("sft", "seed", 5),
+        ("dpo", "push_to_hub", True),
+        ("rloo", "disable_dropout", False),
+        ("reward", "fsdp", "full_shard"),
+    ]
+    owned += [
+        ("grpo", "cast_lm_head_to_fp32", True),
+        ("sft", "resume_from_checkpoint", True),
+        ("dpo", "do_train", True),
+    ]
+    for stage, option, value in owned:
+        key = f"stages.{stage}.training.{option}"
+        words = (re.escape(key), "is set by the pipeline")
+        found.append(Case("owned", f"{stage}.{option}", words, changes={key: value}, stages=(stage,)))
     sizes = [
         ("batch that mini-batches do not divide", {"num_mini_batches": 3}, "multiple of num_mini_batches"),
         ("whitening of small mini-batches", {"whiten_rewards": True}, "mini-batches of at least 8"),

@@ -218,6 +218,8 @@ def config_of(case: Case) -> dict[str, Any]:
     if case.base == "finished":
         wanted.insert(0, "reward")
     for name in wanted:
+        if name == "sft":
+            continue
         config["stages"][name] = copy.deepcopy(STAGES[name])
     return changed(config, case.changes)
 

@@ -15,12 +15,14 @@ All else is as `rlhf run` does it. Compared are runs with the same numbers of pr
 
 import argparse
 import contextlib
+import faulthandler
 import functools
 import json
 import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -36,7 +38,9 @@ STAGES = ("sft", "reward", "ppo", "dpo", "evaluate")
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 TARGETS = ("launcher", "stage", "group")
 TIMES = ("started", "duration", "resumed_from_step")
-SECONDS = 300  # that a run may take
+# In the log of TRL's trainers these count from the start of the process.
+SINCE_START = ("num_tokens", "train_loss", "eps")
+SECONDS = 90  # that a run may take
 
 
 @dataclass(frozen=True)
@@ -178,11 +182,14 @@ def kill_at(kill: Kill, reached: Path) -> None:
 
     def end() -> None:
         reached.touch()
-        process = os.getppid() if kill.target == "launcher" and point.by == "stage" else os.getpid()
         if kill.target == "group":
             os.killpg(0, kill.number)
+        elif kill.target == "launcher" and point.by == "stage":
+            os.kill(os.getppid(), kill.number)
         else:
-            os.kill(process, kill.number)
+            os.kill(os.getpid(), kill.number)
+        if point.when == "torn":  # it must not go on with the half
+            os.kill(os.getpid(), signal.SIGKILL)
 
     @functools.wraps(original)
     def wrapper(*arguments: Any, **options: Any) -> Any:
@@ -207,6 +214,7 @@ def kill_at(kill: Kill, reached: Path) -> None:
 
 def _become(main: Callable[[], None], argv: list[str]) -> None:
     """Run an entry point in this forked process and end as the interpreter would."""
+    faulthandler.dump_traceback_later(SECONDS - 10)
     sys.argv = argv
     code: Any = 0
     try:
@@ -228,38 +236,56 @@ def _become(main: Callable[[], None], argv: list[str]) -> None:
     os._exit(code or 0)
 
 
+class Spare:
+    """A process that waits to become a stage: forked before its launcher has threads of its own."""
+
+    def __init__(self, kill: Kill | None, reached: Path, started: Path):
+        self.connection, theirs = socket.socketpair()
+        self.pid = os.fork()
+        if self.pid:
+            theirs.close()
+            return
+        self.connection.close()
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)  # it is no stage yet
+        message, streams, *_ = socket.recv_fds(theirs, 1 << 20, 2)
+        if not message:
+            os._exit(0)
+        started.write_text(str(os.getpid()))
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        given = json.loads(message)
+        os.environ.clear()
+        os.environ.update(given["environment"])
+        for number, stream in enumerate([streams[0], streams[1], streams[1]]):
+            os.dup2(stream, number)
+        os.closerange(3, 256)
+        from pipeline import stage
+
+        if kill is not None and kill.point is not None and kill.point.by == "stage":
+            kill_at(kill, reached)
+        _become(stage.main, given["argv"])
+
+    def start(self, argv: list[str], environment: dict[str, str], streams: list[int]) -> None:
+        message = json.dumps({"argv": argv, "environment": environment}).encode()
+        socket.send_fds(self.connection, [message], streams)
+        self.connection.close()
+
+
 class Forked(subprocess.Popen):
     """A stage's process, forked instead of started anew."""
 
-    kill: Kill | None = None
-    reached: Path | None = None
+    spare: Spare
 
     def _execute_child(self, args: list[str], *given: Any) -> None:
         if "pipeline.stage" not in args:
             return super()._execute_child(args, *given)
-        env, (read, *_, write, _, _) = given[5], given[9:15]
-        sys.stdout.flush()
-        self.pid = os.fork()
+        environment, streams = given[5], given[9:15]
+        self.spare.start(args[args.index("pipeline.stage") :], environment, [streams[0], streams[3]])
+        self.pid = self.spare.pid
         self._child_created = True
-        if self.pid:
-            return self._close_pipe_fds(*given[9:15])
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_DFL)
-        os.environ.clear()
-        os.environ.update(env)
-        os.dup2(read, 0)
-        os.dup2(write, 1)
-        os.dup2(write, 2)
-        os.closerange(3, 256)
-        for module in [module for name, module in sys.modules.items() if name.startswith("pipeline")]:
-            for value in vars(module).values():
-                if hasattr(value, "cache_clear"):
-                    value.cache_clear()
-        from pipeline import stage
-
-        if self.kill is not None and self.kill.point is not None and self.kill.point.by == "stage":
-            kill_at(self.kill, self.reached)
-        _become(stage.main, args[args.index("pipeline.stage") :])
+        self._close_pipe_fds(*streams)
 
 
 class Bench:
@@ -268,11 +294,12 @@ class Bench:
     def __init__(self, folder: Path):
         self.folder, self.work = folder, folder / "work"
         self.config = folder / "base" / "tiny.yaml"
-        self.output, self.reached = folder / "output.txt", folder / "reached"
+        self.output, self.reached, self.started = folder / "output.txt", folder / "reached", folder / "stage"
         self.seconds: dict[str, float] = {}
 
     def start(self, until: str, kill: Kill | None = None) -> int:
-        """Fork `rlhf run --until STAGE` as the leader of a process group of its own."""
+        """Fork `rlhf run --until STAGE` as the leader of a process group of its own; it may start one stage."""
+        self.started.unlink(missing_ok=True)
         pid = os.fork()
         if pid:
             with contextlib.suppress(OSError):
@@ -286,7 +313,7 @@ class Bench:
         os.dup2(out, 2)
         from pipeline import cli
 
-        Forked.kill, Forked.reached = kill, self.reached
+        Forked.spare = Spare(kill, self.reached, self.started)
         subprocess.Popen = Forked
         if kill is not None and kill.point is not None and kill.point.by == "launcher":
             kill_at(kill, self.reached)
@@ -353,15 +380,12 @@ class Bench:
 
     def interrupt(self, until: str, kill: Kill) -> tuple[bool, list[str]]:
         """Run and kill; whether the kill came before the end, and what was not as it should be."""
-        import psutil
-
         pid = self.start(until, kill)
         if kill.point is None:
             time.sleep(kill.seconds)
             targets = [pid]
-            if kill.target == "stage":
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    targets = [child.pid for child in psutil.Process(pid).children()] or [pid]
+            if kill.target == "stage" and self.started.exists():
+                targets = [int(self.started.read_text() or pid)]
             with contextlib.suppress(ProcessLookupError):
                 for target in targets:
                     if kill.target == "group":
@@ -375,7 +399,8 @@ class Bench:
             return kill.point is not None and self.reached.exists(), faults
         by_launcher = kill.point is not None and kill.point.by == "launcher"
         to_launcher = kill.target != "stage" or by_launcher or (kill.point is None and targets == [pid])
-        allowed = [-kill.number if kill.number == signal.SIGKILL else 128 + kill.number] if to_launcher else [1]
+        # Before and after its work `rlhf run` has no handlers.
+        allowed = [-kill.number, 128 + kill.number] if to_launcher else [1]
         if code not in allowed:
             faults.append(f"exit code {code}, expected one of {allowed}: {text[-1500:]}")
         if to_launcher and "Traceback" in text and "KeyboardInterrupt" not in text:
@@ -467,7 +492,7 @@ def contents(folder: Path) -> dict[str, Any]:
             found[name] = _without(json.loads(path.read_text()), lambda key: key in TIMES)
         elif path.name == "log_history.json":
             entries = json.loads(path.read_text())
-            found[name] = _without(entries, lambda key: key.endswith(("_runtime", "_per_second", "train_loss", "eps")))
+            found[name] = _without(entries, lambda key: key in SINCE_START or key.endswith(("_runtime", "_per_second")))
         elif path.name.startswith("completions-") and path.suffix == ".jsonl":
             found[name] = sorted(_entries(path))
         else:

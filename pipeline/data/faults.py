@@ -1,0 +1,42 @@
+"""What can be wrong with one row, and how messages show a value."""
+
+from typing import Any
+
+Row = dict[str, Any]
+# Why rows are left out, in the words of messages and tables. Those with a threshold are keys of `checks:`.
+FAULTS = {
+    "malformed": "do not fit their format",
+    "empty": "have an empty prompt, completion or text",
+    "roles": "have roles out of order",
+    "identical": "have equal chosen and rejected sides",
+    "tie": "have no better side",
+    "label_false": "are labelled false",
+    "blank": "are blank texts",
+}
+
+
+class RowFault(Exception):
+    """A fault of one row: its kind (a key of FAULTS), the field, what was seen and what was expected.
+
+    `row` is what it holds nevertheless, in canonical form.
+    """
+
+    def __init__(self, kind: str, field: str, text: str, row: Row | None = None):
+        super().__init__(f"{field}: {text}")
+        self.kind, self.row = kind, row
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it, cut to 200 characters."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def text_of(row: Row, field: str) -> str:
+    """A field that must hold text that is not blank."""
+    value = row.get(field)
+    if not isinstance(value, str):
+        raise RowFault("malformed", field, f"expected text, got {shown(value)}")
+    if not value.strip():
+        raise RowFault("empty", field, "is empty")
+    return value

@@ -1,0 +1,125 @@
+"""Messages as the text of the run's chat template, with a row's tools. Nothing of a row is lost in silence."""
+
+import functools
+import json
+from collections import defaultdict
+from typing import Any
+
+from jinja2 import TemplateError, UndefinedError
+
+from pipeline.chat_templates import CODE_ERRORS, code_error, described, line_of
+from pipeline.data.faults import Row, RowFault
+from pipeline.data.messages import Messages, without_weights
+from pipeline.data.tools import Message
+
+# A dialogue whose parts are found again in a text that shows them.
+_TOOL: Row = {
+    "type": "function",
+    "function": {
+        "name": "probed_tool",
+        "description": "Looks up a word.",
+        "parameters": {
+            "type": "object",
+            "properties": {"probed_parameter": {"type": "string", "description": "A word."}},
+            "required": ["probed_parameter"],
+        },
+    },
+}
+_ASKED = {"role": "user", "content": "What is salt?"}
+_SAID = {"role": "assistant", "content": "A mineral."}
+_MEND = "set tokenizer.chat_template to a template with tools, such as `hermes`, or leave these rows out"
+
+
+def render(
+    tokenizer: Any, dialogues: list[Messages], tools: list[list[Row]], add_generation_prompt: bool
+) -> list[str | RowFault]:
+    """Dialogues as text, each with its tools; a RowFault in the place of one that the template does not take.
+
+    A row with tools is at fault too where the template does not show them, or what was called or given.
+    """
+    groups: dict[str, list[int]] = defaultdict(list)
+    for i, found in enumerate(tools):
+        groups[json.dumps(found)].append(i)
+    texts: list[str | RowFault] = [""] * len(dialogues)
+    for rows in groups.values():
+        batch = [without_weights(dialogues[i]) for i in rows]
+        rendered = _rendered(tokenizer, batch, tools[rows[0]], add_generation_prompt)
+        for i, text in zip(rows, rendered, strict=True):
+            texts[i] = _lost(tokenizer, dialogues[i], tools[i]) or text
+    return texts
+
+
+def _rendered(
+    tokenizer: Any, dialogues: list[Messages], tools: list[Row], add_generation_prompt: bool
+) -> list[str | RowFault]:
+    options = {"tokenize": False, "add_generation_prompt": add_generation_prompt, "tools": tools or None}
+    try:
+        return tokenizer.apply_chat_template(dialogues, **options)
+    except (TemplateError, *CODE_ERRORS) as error:
+        if len(dialogues) == 1:
+            return [_refusal(error)]
+        one_by_one = (_rendered(tokenizer, [dialogue], tools, add_generation_prompt) for dialogue in dialogues)
+        return [text for (text,) in one_by_one]
+
+
+def _refusal(error: Exception) -> RowFault:
+    """A chat template raises on purpose where it does not take a dialogue, or else it has an error."""
+    if isinstance(error, TemplateError) and not isinstance(error, UndefinedError):
+        return RowFault("roles", "prompt", f"the chat template refuses it: {error}")
+    return RowFault("malformed", "prompt", f"the chat template fails{line_of(error)}: {code_error(error)}")
+
+
+def _lost(tokenizer: Any, dialogue: Messages, tools: list[Row]) -> RowFault | None:
+    """A fault where the template would leave out tools, calls or results of a dialogue."""
+    calling = [message for message in dialogue if "tool_calls" in message]
+    results = [message for message in dialogue if message["role"] == "tool"]
+    if not (tools or calling or results):
+        return None
+    needed = {
+        "tools": tools,
+        "calls of tools": calling,
+        "results of tools": results,
+        "several calls at once": [message for message in calling if len(message["tool_calls"]) > 1],
+        "text beside calls of tools": [message for message in calling if message["content"].strip()],
+    }
+    for what in _not_shown(tokenizer, str(tokenizer.chat_template)):
+        if needed[what]:
+            template = described(tokenizer.chat_template)
+            return RowFault("malformed", what, f"{template} does not show {what}; {_MEND}")
+    return None
+
+
+@functools.lru_cache(maxsize=8)
+def _not_shown(tokenizer: Any, _template: str) -> list[str]:
+    """What a template does not show of a dialogue whose parts are easy to find again."""
+    first, given = _called(1)
+    second, also_given = _called(2)
+    calling = {"role": "assistant", "content": "", "tool_calls": [first]}
+    dialogues = [
+        [_ASKED, _SAID],
+        [_ASKED, calling, given, _SAID],
+        [_ASKED, calling | {"tool_calls": [first, second]}, given, also_given, _SAID],
+        [_ASKED, calling | {"content": "probed text"}, given, _SAID],
+    ]
+    plain, one, several, beside = _rendered(tokenizer, dialogues, [_TOOL], add_generation_prompt=False)
+    shows = {
+        "tools": _shows(plain, "probed_tool", "probed_parameter"),
+        "calls of tools": _shows(one, "probed_call_1", "probed_key_1", "probed value 1"),
+        "results of tools": _shows(one, "probed result 1"),
+        # A template that raises here raises for the row as well, and says why.
+        "several calls at once": isinstance(several, RowFault) or _shows(several, "probed_call_2", "probed result 2"),
+        "text beside calls of tools": isinstance(beside, RowFault) or _shows(beside, "probed text"),
+    }
+    return [what for what, there in shows.items() if not there]
+
+
+def _called(number: int) -> tuple[Row, Message]:
+    """A call, and what it gave. Mistral's templates want ids of nine letters and digits."""
+    name, key = f"probed_call_{number}", f"probecal{number}"
+    arguments = {f"probed_key_{number}": f"probed value {number}"}
+    call = {"id": key, "type": "function", "function": {"name": name, "arguments": arguments}}
+    return call, {"role": "tool", "name": name, "tool_call_id": key, "content": f"probed result {number}"}
+
+
+def _shows(text: str | RowFault, *parts: str) -> bool:
+    return isinstance(text, str) and all(part in text for part in parts)

@@ -1,0 +1,113 @@
+"""Tools, calls of them and what the calls gave, from the forms people have to the one that chat templates read.
+
+A tool is `{"type": "function", "function": {"name": ..., ...}}`. A call is the same with a name and `arguments`, which
+are a mapping. What a call gave is a message of role `tool`.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.data.faults import Row, RowFault, shown
+
+Message = dict[str, Any]  # role, content; also tool_calls, name, tool_call_id, and `weight: 0` where nothing is learnt
+COLUMNS = ("tools", "functions")  # where rows have the definitions of tools
+CALLERS = ("function_call", "tool_call")  # who speaks in a turn that is nothing but calls
+RESULTS = ("tool", "function", "observation", "ipython", "tool_response", "function_response")
+
+
+def tools_of(row: Row) -> list[Row]:
+    """The definitions of the tools that a row has in a column; there may be none.
+
+    Raises:
+        RowFault: if the column holds anything else.
+    """
+    field = next((name for name in COLUMNS if row.get(name)), None)
+    if field is None:
+        return []
+    value = _parsed(row[field])
+    if isinstance(value, str) and not value.strip():
+        return []
+    found = []
+    for item in value if isinstance(value, list) else [value] if value else []:
+        tool = _parsed(item)
+        inner = _inner(tool)
+        if not isinstance(inner.get("name"), str):
+            raise RowFault("malformed", field, f"expected definitions of functions with a name, got {shown(item)}")
+        found.append(tool if inner is not tool else {"type": "function", "function": tool})
+    return found
+
+
+def calls_of(value: Any, field: str) -> list[Row]:
+    """The calls in a value: one or several, as mappings or as JSON.
+
+    Raises:
+        RowFault: if it holds anything else.
+    """
+    calls = _parsed(value)
+    return [_call(call, field) for call in (calls if isinstance(calls, list) else [calls])]
+
+
+def _call(value: Any, field: str) -> Row:
+    call = _parsed(value)
+    inner = _inner(call)
+    given = inner.get("arguments") if inner.get("arguments") is not None else inner.get("parameters")
+    arguments = _parsed(given) if given not in (None, "") else {}
+    if not isinstance(inner.get("name"), str) or not inner["name"] or not isinstance(arguments, dict):
+        seen = f"expected calls with a name and with arguments as a JSON object, got {shown(value)}"
+        raise RowFault("malformed", field, seen)
+    found: Row = {"type": "function", "function": {"name": inner["name"], "arguments": arguments}}
+    return {"id": call["id"], **found} if isinstance(call.get("id"), str) else found
+
+
+def _inner(value: Any) -> Row:
+    """What is within `function`, where a definition or a call has that around it."""
+    if not isinstance(value, dict):
+        return {}
+    return value["function"] if isinstance(value.get("function"), dict) else value
+
+
+def _parsed(value: Any) -> Any:
+    """A value that may be given as JSON.
+
+    Other values lose keys that are null: a table of parquet gives every mapping the keys of all others.
+    """
+    if not isinstance(value, str):
+        return _without_nulls(value)
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, (list, tuple)):
+        return [_without_nulls(inner) for inner in value]
+    return value
+
+
+def refuse_tools(row: Row) -> None:
+    """Raise a RowFault where a canonical row has tools, calls, or what they gave."""
+    if "tools" in row or any("tool_calls" in message or message["role"] == "tool" for message in row["prompt"]):
+        what = "expected a prompt without tools: TRL renders the prompts of rloo and grpo itself, without tools"
+        raise RowFault("malformed", "tools", f"{what}; name another dataset, or use ppo or dpo", row)
+
+
+def answer_of(message: Message) -> str | Message:
+    """What an assistant's message answers: its text, or the message itself where it calls tools."""
+    return message if "tool_calls" in message else message["content"]
+
+
+def as_message(answer: str | Message) -> Message:
+    """The assistant's message with an answer."""
+    return {"role": "assistant", "content": answer} if isinstance(answer, str) else answer
+
+
+def as_text(answer: str | Message) -> str:
+    """An answer or a message in one text, the calls in it as JSON: to compare and to show, not to train on."""
+    if isinstance(answer, str):
+        return answer
+    calls = [json.dumps(call["function"], ensure_ascii=False) for call in answer.get("tool_calls", ())]
+    return "\n".join([answer["content"], *calls]) if answer["content"] else "\n".join(calls)
