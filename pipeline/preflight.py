@@ -117,7 +117,7 @@ def _steps(stage: TrainingStage, found: Audit) -> int:
     if stage.type in ("rloo", "grpo"):
         rows *= options["num_generations"]
     if options.get("packing"):
-        rows = max(1, tokens // options["max_length"])
+        rows = math.ceil(tokens / options["max_length"])  # the last piece is shorter
     return math.ceil(math.ceil(rows / batch) * options["num_train_epochs"])
 
 

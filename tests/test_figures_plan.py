@@ -11,9 +11,11 @@ import by_hand
 import numpy as np
 import pytest
 import tiny
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from ruamel.yaml import YAML
 from transformers import AutoModelForCausalLM
+from trl import pack_dataset
 
 from pipeline import manifest, plan, preflight, report, tokenizers
 from pipeline.config import load
@@ -23,8 +25,11 @@ PAIRS = [row | {"rejected": "I do not like it at all, " + row["chosen"]} for row
 PAIRS += tiny.comparisons()[2:]  # prefer the longer side; the third prompt occurs twice
 PAIRS += [{"prompt": "Long?", "chosen": "No.", "rejected": "Yes. " * 40}]
 SHARED = [{"prompt": f"What of {topic} {i}?", "completion": "Good."} for i in range(5) for topic in tiny.TOPICS]
+for i, row in enumerate(SHARED[:30]):  # the same prompt, however it is written
+    row["prompt"] = row["prompt"].upper() if i % 2 else row["prompt"].replace(" ", " \n ")
+OTHER = [row | {"prompt": f" {row['prompt'].title()}"} for row in SHARED[20:40]] + DEMOS[:3]
 TEXTS = [{"text": f"Of {topic} there is much to be said, and it has been said. " * 3} for topic in tiny.TOPICS]
-ROWS = {"demos": DEMOS, "pairs": PAIRS, "shared": SHARED, "texts": TEXTS}
+ROWS = {"demos": DEMOS, "pairs": PAIRS, "shared": SHARED, "texts": TEXTS, "other": OTHER}
 ROLLOUT = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "response_length": 8}
 
 
@@ -50,8 +55,9 @@ STEPS = {
     "ppo-epochs": (stage_of("ppo", "demos", **ROLLOUT, num_train_epochs=3), math.ceil(13 * 3 / 8)),
     "rloo": (stage_of("rloo", "demos", num_generations=2, num_train_epochs=1), math.ceil(13 * 2 / 4)),
     "grpo": (stage_of("grpo", "demos", num_generations=4, num_train_epochs=2), math.ceil(13 * 4 / 4) * 2),
-    "learns": (stage_of("sft", "shared"), None),
-    "packed": (stage_of("pretrain", "texts", max_length=25, packing=True, num_train_epochs=1), None),
+    "learns": (stage_of("sft", "shared") | {"eval_data": "shared"}, None),
+    "cleaned": (stage_of("sft", "other"), None),
+    "packed": (stage_of("pretrain", "texts", max_length=26, packing=True, num_train_epochs=1), None),
     "pieces": (stage_of("pretrain", "texts", max_length=25, packing=False, num_train_epochs=1), None),
 }
 EVALUATE = {"data": "shared", "baseline": "sft", "policies": [], "max_new_tokens": 4}
@@ -83,13 +89,15 @@ def test_steps_by_hand(made, name):
 
 
 def test_steps_of_texts(made):
-    """Packed without a loss of tokens into pieces of 25, or each text cut by itself."""
+    """Packed into pieces of 26 as TRL does it, the last one shorter; or each text cut by itself, into pieces of 25."""
     _, tokenizer, facts = made
-    sizes = [number(tokenizer, row["text"]) + 1 for row in TEXTS]  # with eos
-    assert facts["packed"].audits["data"].tokens == facts["pieces"].audits["data"].tokens == sum(sizes)
-    assert facts["packed"].steps == math.ceil(sum(sizes) // 25 / 4)
-    assert facts["pieces"].steps == math.ceil(sum(math.ceil(size / 25) for size in sizes) / 4)
-    assert math.ceil(sum(sizes) // 25 / 4) != math.ceil(sum(math.ceil(size / 25) for size in sizes) / 4)
+    ids = [[*tokenizer.encode(row["text"], add_special_tokens=False), tokenizer.eos_token_id] for row in TEXTS]
+    total = sum(map(len, ids))
+    assert facts["packed"].audits["data"].tokens == facts["pieces"].audits["data"].tokens == total
+    packed = pack_dataset(Dataset.from_dict({"input_ids": ids}), 26, "wrapped")
+    assert total // 26 % 4 == 0 and len(packed) == total // 26 + 1  # a step for the last piece alone
+    assert facts["packed"].steps == math.ceil(len(packed) / 4)
+    assert facts["pieces"].steps == math.ceil(sum(math.ceil(len(row) / 25) for row in ids) / 4)
 
 
 def test_rows_and_tokens(made):
@@ -142,28 +150,30 @@ def test_parameters_are_those_of_the_model_and_its_adapter(made):
     assert facts["evaluate"].parameters is facts["evaluate"].steps is None
 
 
-def is_held_out(prompt):
-    """By the rule as the documentation has it: 8 bytes of BLAKE2b of the normalised prompt, below the share."""
+def key_of(prompt):
+    """By the rule as the documentation has it: 8 bytes of BLAKE2b of the prompt, whatever its case and spaces."""
     text = " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64 < SHARE
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 def test_which_rows_are_held_out(made):
-    """Of a dataset that one stage trains on and another evaluates on; of the others none are."""
+    """Of a dataset that one stage trains on and another evaluates on; what another holds of these is left out there."""
     _, tokenizer, facts = made
-    held_out = [row for row in SHARED if is_held_out(row["prompt"])]
+    held_out = [row for row in SHARED if key_of(row["prompt"]) / 2**64 < SHARE]
     assert 10 < len(held_out) < 40
-    trained, evaluated = facts["learns"].audits["data"], facts["evaluate"].audits["data"]
-    assert (evaluated.rows, evaluated.read, evaluated.split) == (len(held_out), len(held_out), "held-out")
+    evaluated = facts["evaluate"].audits["data"]
+    for audit in (evaluated, facts["learns"].audits["eval_data"]):
+        assert (audit.rows, audit.read, audit.split) == (len(held_out), len(held_out), "held-out")
+    trained = facts["learns"].audits["data"]
     assert (trained.rows, trained.read, trained.split) == (60 - len(held_out), 60 - len(held_out), "train")
-    tokens = [number(tokenizer, f"<user>{row['prompt']}<assistant>") for row in held_out]
-    assert evaluated.tokens == sum(tokens)
-    keys = [
-        int.from_bytes(hashlib.blake2b(r["prompt"].lower().encode(), digest_size=8).digest(), "big") for r in held_out
-    ]
-    digest = hashlib.sha256(np.array(sorted(keys), np.uint64).tobytes()).hexdigest()
+    assert evaluated.tokens == sum(number(tokenizer, f"<user>{row['prompt']}<assistant>") for row in held_out)
+    keys = sorted(key_of(row["prompt"]) for row in held_out)
+    digest = hashlib.sha256(np.array(keys, np.uint64).tobytes()).hexdigest()
     assert evaluated.record()["prompts_digest"] == digest and evaluated.record()["prompts"] == len(held_out)
+    cleaned = facts["cleaned"].audits["data"]
+    removed = sum(key_of(row["prompt"]) in keys for row in OTHER)
+    assert 0 < removed < 20
+    assert (cleaned.read, cleaned.rows, cleaned.dropped["held_out"].count) == (23, 23 - removed, removed)
 
 
 def test_the_table_of_the_plan_says_these_numbers(made, cli):
@@ -182,7 +192,7 @@ def test_the_table_of_the_plan_says_these_numbers(made, cli):
         audit, row = fact.audits["data"], cells[name]
         left_out = f" ({audit.num_dropped} left out)" if audit.num_dropped else ""
         counts = f"{report.count(audit.rows)}, {report.count(audit.tokens)}{left_out}"
-        assert row[4] == f"{audit.dataset}: {counts}", name
+        assert row[4].startswith(f"{audit.dataset}: {counts}"), name
         assert row[5] == (str(fact.steps) if fact.steps else "")
         if fact.parameters:
             assert row[6] == f"{report.count(fact.parameters['trainable'])} of {report.count(fact.parameters['total'])}"

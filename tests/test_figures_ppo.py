@@ -6,11 +6,12 @@ import by_hand
 import numpy as np
 import pytest
 import tiny
+import torch
 from trl.experimental.ppo import ppo_trainer
 from trl.experimental.utils import get_reward
 
 from pipeline import manifest, scoring, stage
-from pipeline.baselines import CentredReward
+from pipeline.baselines import CentredReward, LeaveOneOut, Offline, reliability
 from pipeline.config import load
 from pipeline.sampling import Sampling, generate
 
@@ -122,3 +123,34 @@ def test_what_ppo_learns_from(run, given, tokenizer, method):
     assert record.metrics["centred_score"] == pytest.approx(np.mean(centred), abs=1e-4)
     assert (record.metrics["updates"], record.metrics["episodes"]) == (1, 8)
     assert (abs(np.mean(raw) - np.mean(centred)) > 0.1) == (method != "none")
+
+
+def test_shrinkage_is_towards_the_mean_of_prompts():
+    """Of prompts with 3, 1 and 2 scores each counts once; what is not the prompt's own weight is the mean's."""
+    scores = {(1,): [1.0, 3.0, 8.0], (2,): [10.0], (3,): [-2.0, 0.0]}
+    expected = [0.75 * mean + 0.25 * (4 + 10 - 1) / 3 for mean in (4, 10, -1)]
+    found = Offline(scores, 0.75)([(1,), (2,), (3,)], torch.zeros(3))
+    assert found.tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.75, 0.0])
+def test_leave_one_out_in_a_loop(weight):
+    """The mean of the prompt's other scores, and for the rest that of the other prompts: never its own."""
+    scores = np.random.default_rng(0).normal(size=(3, 4))
+    expected = [
+        weight * np.delete(scores[i], j).mean() + (1 - weight) * np.delete(scores, i, axis=0).mean()
+        for i in range(3)
+        for j in range(4)
+    ]
+    found = LeaveOneOut(4, weight)([], torch.tensor(scores.ravel()))
+    assert found.tolist() == pytest.approx(expected)
+
+
+def test_the_weight_of_a_mean_is_its_reliability():
+    """The share of its variance that is the prompt's: simulated, and at the ends."""
+    rng = np.random.default_rng(0)
+    own = rng.normal(size=200_000) * 0.8
+    means = own + rng.normal(size=200_000) * 1.5 / np.sqrt(3)
+    icc = 0.8**2 / (0.8**2 + 1.5**2)
+    assert reliability(icc, 3) == pytest.approx(np.cov(own, means)[0, 1] / means.var(), abs=0.01)
+    assert (reliability(0.3, 1), reliability(0.0, 5), reliability(1.0, 5)) == (pytest.approx(0.3), 0, 1)

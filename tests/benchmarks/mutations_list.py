@@ -31,7 +31,7 @@ APART = "centred_score or offline_baseline or one_out_by_hand or one_group or re
 GIVEN = "(given_the and (sft_mean-lora or greedy or reference))"
 BASELINES = ("test_figures_ppo.py", f"test_baselines.py -k '{APART} or {GIVEN}'")
 WATCHDOG = ("test_figures_watchdog.py", "test_watchdog.py")
-DATA = ("test_figures_plan.py", "test_split.py", "test_data.py")
+DATA = ("test_figures_plan.py", "test_split.py", "test_data.py", "test_sources.py -k weights")
 STEPS = ("test_figures_plan.py", "test_data.py -k plan", "test_refusals.py")
 PLAN = (
     "test_figures_plan.py",
@@ -327,7 +327,7 @@ TABLE: tuple[tuple[str, tuple[str, ...], tuple[Change, ...]], ...] = (
             ("PPO's steps are rounded down", 'math.ceil((options["total_episodes"] or', 'math.floor((options["total_episodes"] or'),
             ("PPO's epochs", 'options["num_train_epochs"] * rows) / batch', "rows) / batch"),
             ("without generations", 'rows *= options["num_generations"]', "pass"),
-            ("packed rows are rounded up", 'tokens // options["max_length"]', '-(-tokens // options["max_length"])'),
+            ("packed rows are rounded down", 'math.ceil(tokens / options["max_length"])', 'tokens // options["max_length"]'),
             ("a partial batch is left out", "math.ceil(math.ceil(rows / batch)", "math.ceil((rows // batch)"),
             ("partial batches run on", "math.ceil(math.ceil(rows / batch) *", "math.ceil(rows / batch *"),
             ("epochs are forgotten", ' * options["num_train_epochs"])', ")"),
