@@ -42,15 +42,16 @@ CONFIG: dict[str, Any] = {
     "data": {name: {"path": f"{name}.jsonl"} for name in ("corpus", "demos", "comparisons", "prompts")},
     "stages": {"sft": {"data": "demos", "training": {"max_steps": 1}}},
 }
+ONLINE = {"max_steps": 1, "num_generations": 2, "max_completion_length": 8}
 # Stages that a case may ask for beside sft.
 STAGES: dict[str, dict[str, Any]] = {
     "pretrain": {"data": "corpus", "lora": None, "training": {"max_steps": 1, "max_length": 32}},
     "reward": {"data": "comparisons", "training": {"max_steps": 1}},
     "dpo": {"data": "comparisons", "training": {"max_steps": 1}},
     "ppo": {"data": "prompts", "training": {"total_episodes": 4, "response_length": 4, "num_ppo_epochs": 1}},
-    "rloo": {"data": "prompts", "training": {"max_steps": 1, "num_generations": 2}},
-    "grpo": {"data": "prompts", "training": {"max_steps": 1, "num_generations": 2}},
-    "shift": {"data": "prompts", "num_prompts": 4},
+    "rloo": {"data": "prompts", "training": ONLINE},
+    "grpo": {"data": "prompts", "training": ONLINE},
+    "shift": {"data": "prompts", "num_prompts": 4, "max_new_tokens": 4},
     "evaluate": {"data": "prompts", "max_new_tokens": 4, "num_prompts": 4},
 }
 # What a stage of each type takes for granted beside sft.
@@ -59,7 +60,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "corpus": [{"text": f"{topic} is a fine thing to think about, number {i}."} for i, topic in enumerate(tiny.TOPICS)],
     "demos": tiny.demonstrations(),
     "comparisons": tiny.comparisons(),
-    "prompts": [{"prompt": row["prompt"]} for row in tiny.comparisons()],
+    "prompts": [{"prompt": f"What is {topic} like?"} for topic in tiny.TOPICS],  # others: they are held out
 }
 SCRATCH = {
     "architecture": {
