@@ -260,6 +260,18 @@ def test_llamas_own_template(read):
     assert dropped["malformed"].why.startswith("text beside calls of tools: the chat template does not show text")
 
 
+@pytest.mark.skipif(not (TRL / "deepseekv3.jinja").is_file(), reason="this TRL ships no template of DeepSeek V3")
+def test_a_template_that_takes_arguments_as_json(read, tmp_path):
+    """DeepSeek's fails for mappings; and it shows no definitions of tools."""
+    text = (TRL / "deepseekv3.jinja").read_text(encoding="utf-8")
+    (tmp_path / "own.jinja").write_text(text.replace("<think>\\n", ""), encoding="utf-8")
+    rows = [{"messages": OPENAI}, {"messages": OPENAI, "tools": TOOLS}]
+    made = read(rows, template="own.jinja")
+    (text,) = texts(made)
+    assert '```json\n{"city": "Paris é"}\n```' in text[""] and '```json\n{"zone": 1}\n```' in text[""]
+    assert fault(made).rows == (1,) and fault(made).why.startswith("tools: the chat template does not show tools; ")
+
+
 @pytest.mark.parametrize("template", ["chatml", "plain", "verbatim", "scratch"])
 @pytest.mark.parametrize(
     ("row", "what"),

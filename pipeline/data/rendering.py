@@ -42,7 +42,7 @@ def render(
         groups[json.dumps(found)].append(i)
     texts: list[str | RowFault] = [""] * len(dialogues)
     for rows in groups.values():
-        batch = [without_weights(dialogues[i]) for i in rows]
+        batch = [_as_taken(tokenizer, without_weights(dialogues[i])) for i in rows]
         rendered = _rendered(tokenizer, batch, tools[rows[0]], add_generation_prompt)
         for i, text in zip(rows, rendered, strict=True):
             texts[i] = _lost(tokenizer, dialogues[i], tools[i]) or text
@@ -82,15 +82,38 @@ def _lost(tokenizer: Any, dialogue: Messages, tools: list[Row]) -> RowFault | No
         "several calls at once": [message for message in calling if len(message["tool_calls"]) > 1],
         "text beside calls of tools": [message for message in calling if message["content"].strip()],
     }
-    for what in _not_shown(tokenizer, str(tokenizer.chat_template)):
+    for what in _not_shown(tokenizer, str(tokenizer.chat_template), _takes_json(tokenizer)):
         if needed[what]:
             template = described(tokenizer.chat_template)
             return RowFault("malformed", what, f"{template} does not show {what}; {_MEND}")
     return None
 
 
+def _as_taken(tokenizer: Any, dialogue: Messages) -> Messages:
+    """A dialogue with the arguments of its calls in the form that the template takes."""
+    if not any("tool_calls" in message for message in dialogue) or not _takes_json(tokenizer):
+        return dialogue
+    return [_with_json(message) for message in dialogue]
+
+
+def _takes_json(tokenizer: Any) -> bool:
+    """Whether the template shows calls only where their arguments are JSON, as DeepSeek's does."""
+    template, what = str(tokenizer.chat_template), "calls of tools"
+    return what in _not_shown(tokenizer, template, False) and what not in _not_shown(tokenizer, template, True)
+
+
+def _with_json(message: Message) -> Message:
+    if "tool_calls" not in message:
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        calls.append(call | {"function": call["function"] | {"arguments": arguments}})
+    return message | {"tool_calls": calls}
+
+
 @functools.lru_cache(maxsize=8)
-def _not_shown(tokenizer: Any, _template: str) -> list[str]:
+def _not_shown(tokenizer: Any, _template: str, as_json: bool) -> list[str]:
     """What a template does not show of a dialogue whose parts are easy to find again."""
     first, given = _called(1)
     second, also_given = _called(2)
@@ -101,6 +124,8 @@ def _not_shown(tokenizer: Any, _template: str) -> list[str]:
         [_ASKED, calling | {"tool_calls": [first, second]}, given, also_given, _SAID],
         [_ASKED, calling | {"content": "probed text"}, given, _SAID],
     ]
+    if as_json:
+        dialogues = [[_with_json(message) for message in dialogue] for dialogue in dialogues]
     plain, one, several, beside = _rendered(tokenizer, dialogues, [_TOOL], add_generation_prompt=False)
     shows = {
         "tools": _shows(plain, "probed_tool", "probed_parameter"),
