@@ -17,7 +17,7 @@ from pipeline.manifest import Output, Record
 
 COMMON = 0.05  # what all embeddings have in common, so that eos can be likely after every token
 EOS = 0.1  # how far the output row of eos points there
-JUDGE = "def score(prompt, completion):\n    return float((len(prompt) + len(completion)) % 3)\n"
+JUDGE = "def score(prompt, completion):\n    return float((len(prompt) + 2 * len(completion)) % 3)\n"
 
 
 def make(

@@ -141,7 +141,7 @@ def test_scores_are_the_reward_models_of_prompt_and_completion(run, completions)
 def test_the_judge_sees_the_prompt_and_the_completion_as_text(run):
     for name in POLICIES:
         pairs = [(prompt, entry["completion"]) for prompt, entry in zip(TEXTS, entries(run, name), strict=True)]
-        expected = [(len(prompt) + len(text)) % 3 for prompt, text in pairs]
+        expected = [(len(prompt) + 2 * len(text)) % 3 for prompt, text in pairs]
         assert [entry["judge"] for entry in entries(run, name)] == expected
         assert run.evaluate.metrics["policies"][name]["judge"] == pytest.approx(np.mean(expected))
 
