@@ -163,7 +163,6 @@ TABLE: tuple[tuple[str, tuple[str, ...], tuple[Change, ...]], ...] = (
         STATISTICS,
         (
             ("flat below 0.2", "FLAT = 0.1", "FLAT = 0.2"),
-            ("flat at the limit", "[repeated] < FLAT", "[repeated] <= FLAT"),
             ("an SD by n", "np.maximum(counts - 1, 1)", "np.maximum(counts, 1)"),
             ("offsets the other way round", "means - means.mean(), np", "means.mean() - means, np"),
             ("largest are smallest", "order[::-1][:NUM_EXTREMES]", "order[:NUM_EXTREMES]"),
