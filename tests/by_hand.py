@@ -17,7 +17,7 @@ from pipeline.manifest import Output, Record
 
 COMMON = 0.05  # what all embeddings have in common, so that eos can be likely after every token
 EOS = 0.1  # how far the output row of eos points there
-JUDGE = "def score(prompt, completion):\n    return float((len(prompt) + len(completion)) % 3)\n"
+JUDGE = "def score(prompt, completion):\n    return float((len(prompt) + 2 * len(completion)) % 3)\n"
 
 
 def make(
@@ -32,7 +32,7 @@ def make(
     """A run with the training stages of `stages` finished (`finish`), and `rows` as further datasets.
 
     `margins` are those of the held-out comparisons, as a reward stage keeps them. With `varied` the model says
-    something else after every prompt, and eos after some.
+    something else after every prompt, and eos or pad after some.
     """
     path = tiny.make_run(folder, stages, **top)
     _make_eos_likely(folder / "model", varied)
@@ -58,6 +58,8 @@ def _make_eos_likely(folder: Path, varied: bool) -> None:
             model.model.embed_tokens.weight += COMMON
         model.lm_head.weight *= 10
         model.lm_head.weight[model.config.eos_token_id] = 10 * EOS if varied else EOS
+        if varied:  # where eos is not likely, pad is
+            model.lm_head.weight[tokenizer(folder).convert_tokens_to_ids("<pad>")] = -10 * EOS
         for layer in model.model.layers:
             layer.self_attn.v_proj.weight *= 30 if varied else 1
     model.save_pretrained(folder)

@@ -107,7 +107,10 @@ def test_what_ppo_learns_from(run, given, tokenizer, method):
     assert 0 < ended.mean() < 1
     [logged] = [e for e in history(run, method) if "objective/scores" in e]
     target = np.repeat(centred, [len(ids) for _, ids, *_ in given])
-    residual = target - np.concatenate([foretold for *_, foretold in given])
+    foretold = np.concatenate([values for *_, values in given])
+    # With a baseline the critic starts at 0, the mean of what is left; else with what the reward model says.
+    assert (np.abs(foretold).max() == 0) == (method != "none")
+    residual = target - foretold
     figures = {
         "objective/raw_scores": np.mean(raw),
         "objective/raw_scores_sd": np.std(raw),

@@ -4,9 +4,11 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
+from pipeline.shift import variance
 from pipeline.shift.advice import advice
-from pipeline.shift.calibration import calibration
+from pipeline.shift.calibration import calibration, wilson
 from pipeline.shift.measure import measure
 
 E = 1e-6
@@ -138,3 +140,49 @@ def test_bins_of_the_reliability_diagram():
     assert quarters == [(2, (0.5 + 1) / 2), (1, 0.0), (1, 0.0), (1, 1.0)]
     assert found["margin_quantiles"]["0.5"] == 0.0
     assert found["margin_quantiles"]["0.05"] == pytest.approx(np.quantile([-odds[0.65], -odds[0.55]], 0.2), abs=1e-9)
+
+
+def bca(statistic, arrays, level, num_resamples=20_000):
+    """Efron's BCa interval of a statistic, written down from the paper; arrays are along prompts."""
+    number = len(arrays[0])
+    draws = np.random.default_rng(123).integers(number, size=(num_resamples, number))
+    resampled = np.sort([statistic(*(array[rows] for array in arrays)) for rows in draws])
+    value = statistic(*arrays)
+    bias = stats.norm.ppf(((resampled < value).mean() + (resampled <= value).mean()) / 2)
+    left_out = np.array([statistic(*(np.delete(array, i) for array in arrays)) for i in range(number)])
+    apart = left_out.mean() - left_out
+    acceleration = (apart**3).sum() / (6 * (apart**2).sum() ** 1.5)
+    ends = []
+    for z in stats.norm.ppf([(1 - level) / 2, (1 + level) / 2]):
+        share = stats.norm.cdf(bias + (bias + z) / (1 - acceleration * (bias + z)))
+        ends.append(np.quantile(resampled, share))
+    return ends
+
+
+@pytest.mark.parametrize(("noise", "tolerance"), [("normal", 0.03), ("exponential", 0.15)])
+def test_intervals_of_the_shift_report_are_bca_over_prompts(noise, tolerance):
+    """As wide as a t distribution with a degree of freedom for 7 prompts; the two draw other resamples.
+
+    Skewed scores tell BCa from percentiles and from the basic bootstrap, and need more resamples.
+    """
+    rng = np.random.default_rng(5)
+    scores = rng.gamma(2.0, size=(35, 1)) + getattr(rng, noise)(size=(35, 4))
+    squares = ((scores - scores.mean(1, keepdims=True)) ** 2).sum(1)
+    level = 1 - 2 * stats.norm.cdf(stats.t.ppf(0.025, df=5))
+    assert level == pytest.approx(0.9898, abs=1e-4)  # of a normal distribution
+
+    def sd(sums):
+        return math.sqrt(sums.sum() / (3 * len(sums)))
+
+    found = variance.bootstrap(variance.within_sd, *variance.summaries(scores.tolist()))
+    low, high = bca(sd, [squares], level)
+    assert found["value"] == pytest.approx(sd(squares))
+    assert [found["low"], found["high"]] == pytest.approx([low, high], abs=tolerance * (high - low))
+
+
+def test_wilson_with_halves_is_the_solution_of_its_equation():
+    """The shares p at which the one that was seen is 1.96 standard errors off: (seen - p)^2 = z^2 p (1 - p) / n."""
+    for successes, count in ((3.5, 5), (0.5, 9), (12, 40), (61.5, 200)):
+        z, seen = stats.norm.ppf(0.975), successes / count
+        roots = np.roots([1 + z**2 / count, -(2 * seen + z**2 / count), seen**2])
+        assert wilson(successes, count) == pytest.approx({"value": seen, "low": min(roots), "high": max(roots)})
