@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError
+from jinja2.exceptions import SecurityError
 
 from pipeline.errors import UserError, reason_of
 
@@ -19,6 +20,7 @@ SECONDS = 5.0  # for two short dialogues, which take a millisecond
 LONGEST = 1_000_000  # characters of a short dialogue
 _QUESTION = {"role": "user", "content": "What is salt?"}
 _ANSWER = {"role": "assistant", "content": "A mineral."}
+_MEND = "mend it, or set tokenizer.chat_template to another one, such as `chatml`"
 # The names that jinja gives to the code of a template that has no file.
 _JINJA_FILES = ("<template>", "<unknown>")
 
@@ -89,7 +91,8 @@ def try_out(tokenizer: Any, where: str) -> None:
     then whether it refuses theirs.
 
     Raises:
-        UserError: if the template has an error, takes longer than SECONDS, or writes more than LONGEST characters.
+        UserError: if the template has an error, takes longer than SECONDS, writes more than LONGEST characters, or
+            leaves out a message.
     """
     try:
         with _limited(SECONDS):
@@ -98,20 +101,27 @@ def try_out(tokenizer: Any, where: str) -> None:
                 tokenizer.apply_chat_template([_QUESTION, _ANSWER], tokenize=False),
             ]
     except TemplateSyntaxError as error:
-        raise UserError(f"{where}{line_of(error)}: syntax error in the chat template: {error.message}") from None
-    except UndefinedError as error:
-        raise UserError(f"{where}{line_of(error)}: the chat template fails: {reason_of(error)}") from None
+        raise UserError(
+            f"{where}{line_of(error)}: syntax error in the chat template: {error.message}; {_MEND}"
+        ) from None
+    except (UndefinedError, SecurityError) as error:
+        raise UserError(f"{where}{line_of(error)}: the chat template fails: {reason_of(error)}; {_MEND}") from None
     except TemplateError:
         return
     except _TooSlow:
         what = f"the chat template takes more than {SECONDS:g} s for a dialogue of two short messages"
-        raise UserError(f"{where}: {what}; look for a long loop in it") from None
+        raise UserError(f"{where}: {what}; look for a long loop in it, and {_MEND}") from None
     except CODE_ERRORS as error:
-        raise UserError(f"{where}{line_of(error)}: the chat template fails: {code_error(error)}") from None
+        raise UserError(f"{where}{line_of(error)}: the chat template fails: {code_error(error)}; {_MEND}") from None
     longest = max(map(len, texts))
     if longest > LONGEST:
         what = f"the chat template writes {longest:,} characters for a dialogue of two short messages"
         raise UserError(f"{where}: {what}; expected at most {LONGEST:,}")
+    for text, messages in zip(texts, ([_QUESTION], [_QUESTION, _ANSWER]), strict=True):
+        for message in messages:
+            if message["content"] not in text:
+                seen = f"the chat template leaves out the message of the {message['role']}: {messages} give {text!r}"
+                raise UserError(f"{where}: {seen}; {_MEND}")
 
 
 @contextlib.contextmanager

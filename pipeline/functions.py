@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, nearest
 
 Judge = Callable[[str, str], float]
 FORM = "def {name}(prompt: str, completion: str) -> float"
@@ -115,7 +115,10 @@ def function(reference: str, folder: Path, key: str) -> Judge:
     """
     module, name = _split(reference, folder, key)
     with _named(f"{key}: cannot import {reference!r}"):
-        given = getattr(importlib.import_module(module), name)
+        imported = importlib.import_module(module)
+    if not hasattr(imported, name):
+        raise UserError(f"{key}: {module!r} has no function {name!r}; {nearest(name, dir(imported))}")
+    given = getattr(imported, name)
     form = f"expected `{FORM.format(name=name)}`"
     if not callable(given):
         raise UserError(f"{key}: {reference!r} is {given!r}; {form}")
@@ -191,7 +194,7 @@ def _named(what: str) -> Iterator[None]:
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        raise UserError(f"{what}: {_reason(error)}") from None
+        raise UserError(f"{what}: {_reason(error)}. Make it work, then give the same command again") from None
 
 
 def _reason(error: BaseException) -> str:

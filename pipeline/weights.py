@@ -47,7 +47,8 @@ def check_base(config: RunConfig, tokenizer: Any) -> None:
             return  # it has yet to be downloaded
         raise _unreadable(config, where, error) from None
     if fault := unfit(model, info):
-        raise UserError(f"model.path: the weights in {config.model.path!r} are not those of its config.json: {fault}")
+        seen = f"the weights in {config.model.path!r} are not those of its config.json: {fault}"
+        raise UserError(f"model.path: {seen}. Put there the config.json and the weights of one model")
     _embedding_has_all(config, model, tokenizer)
 
 
