@@ -48,7 +48,7 @@ def check_base(config: RunConfig, tokenizer: Any) -> None:
         raise _unreadable(config, where, error) from None
     if fault := unfit(model, info):
         seen = f"the weights in {config.model.path!r} are not those of its config.json: {fault}"
-        raise UserError(f"model.path: {seen}. Put there the config.json and the weights of one model")
+        raise UserError(f"model.path: {seen}. Take the config.json that belongs to the weights")
     _embedding_has_all(config, model, tokenizer)
 
 

@@ -108,7 +108,7 @@ BROKEN = {
     "def score(prompt, completion):\n    return 1 / len(completion)": "ZeroDivisionError: division by zero (mine.py",
     "import json\ndef score(prompt, completion):\n    return json.loads(completion)": "(mine.py, line 3)",
     "def score(prompt, completion):\n    import sys\n    sys.exit()": "it ends the program with sys.exit(None)",
-    "import sys\nprint('no key')\nsys.exit(0)": "sys.exit(0) (mine.py, line 3). Make it work, then give the same command again (it printed: no key)",
+    "import sys\nprint('no key')\nsys.exit(0)": "Make it work, then give the same command again (it printed: no key)",
     "def score(": "cannot import 'mine:score': SyntaxError: '(' was never closed (mine.py, line 1)",
     "x = 1 / 0": "cannot import 'mine:score': ZeroDivisionError: division by zero (mine.py, line 1)",
     "x = '\0'": "cannot import 'mine:score': ",

@@ -47,7 +47,19 @@ def find(config: RunConfig, name: str) -> list[Part]:
     dataset = config.data[name]
     specs = dataset.sources or [dataset]
     keys = [f"data.{name}.sources.{i}.path" for i in range(len(specs))] if dataset.sources else [f"data.{name}.path"]
-    return [_resolve(config, name, spec, key) for spec, key in zip(specs, keys, strict=True)]
+    parts = [_resolve(config, name, spec, key) for spec, key in zip(specs, keys, strict=True)]
+    for part, key in zip(parts, keys, strict=True):
+        _can_be_read(part, key)
+    return parts
+
+
+def _can_be_read(part: Part, key: str) -> None:
+    """Every file of a source is one: reading a pipe would wait for ever."""
+    for file in part.files:
+        if not file.exists():
+            raise UserError(f"{key}: {file} is a link to a file that does not exist; mend or remove the link")
+        if not file.is_file() and not file.is_dir():
+            raise UserError(f"{key}: {file} is no file but a pipe, a socket or a device; expected a file of rows")
 
 
 def _resolve(config: RunConfig, name: str, spec: schema.Source, key: str) -> Part:

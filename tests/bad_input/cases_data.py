@@ -203,7 +203,7 @@ def _file_cases() -> list[Case]:
         found.append(Case("saved", f"state.json {content}", ("saved",), changes=changes, setup=_saved(content)))
     found.append(Case("saved", "rows are gone", ("saved",), changes=changes, setup=_saved(None)))
     found.append(
-        Case("saved", "split of none", ("split",), changes=changes | {"data.demos.split": "test"}, setup=_saved("{}"))
+        Case("saved", "split of none", ("saved",), changes=changes | {"data.demos.split": "test"}, setup=_saved("{}"))
     )
     fifo = {"data.demos.path": "pipe.jsonl"}
     found.append(

@@ -29,7 +29,7 @@ MEND = re.compile(
     r"expected|did you mean|valid here|must|is required|give|set |choose|name |use |add |restore|redo|run |should|"
     r"let |indent |leave|lower|drop|remove|look at|undo|take another|make |install|move|write|check|save|either|free|"
     r"only |needs|does not take|change |vocabulary|nor is it a file|"
-    r"list them|map|cannot be|greater than|less than|not between|no name here is near|no such file",
+    r"list them|take the|map|cannot be|greater than|less than|not between|no name here is near|no such file",
     re.IGNORECASE,
 )
 
