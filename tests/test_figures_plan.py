@@ -19,6 +19,7 @@ from trl import pack_dataset
 
 from pipeline import manifest, plan, preflight, report, tokenizers
 from pipeline.config import load
+from pipeline.data import heldout
 
 DEMOS = [*tiny.demonstrations(), {"prompt": "Well?", "completion": "Yes. " * 40}]  # the last one is too long
 PAIRS = [row | {"rejected": "I do not like it at all, " + row["chosen"]} for row in tiny.comparisons()[:3]]
@@ -307,3 +308,17 @@ def test_ancestors_and_descendants(finished):
     assert plan.ancestors(config, "evaluate") == ["sft", "reward", "dpo"]
     pairs = list(itertools.product(config.stages, repeat=2))
     assert all((a in plan.ancestors(config, b)) == (b in plan.descendants(config, a)) for a, b in pairs)
+
+
+def test_texts_are_kept_apart_from_texts_and_prompts_from_prompts(write_config, tmp_path):
+    """A text that is pretrained on may hold a prompt that is evaluated on: nobody could keep them apart."""
+    changes = {
+        "data.texts": {"path": "corpus.jsonl"},
+        "data.questions": {"path": "prompts.jsonl"},
+        "stages.pretrain.eval_data": "texts",
+        "stages.evaluate.data": "questions",
+    }
+    config = load(write_config(tmp_path, **changes))
+    assert heldout.evaluated_beside(config, "corpus") == ["texts"]
+    assert heldout.evaluated_beside(config, "demos") == ["questions"]
+    assert heldout.evaluated_beside(config, "questions") == []

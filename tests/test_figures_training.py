@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 
-from pipeline import manifest, scoring, stage, tokenizers
+from pipeline import checks, manifest, scoring, stage, tokenizers
 from pipeline.config import load
 from pipeline.context import StageContext
 from pipeline.stages import online
@@ -45,8 +45,17 @@ def run(tmp_path_factory):
     rows = {"pairs": PAIRS, "held_out": HELD_OUT}
     made = by_hand.make(tmp_path_factory.mktemp("training"), STAGES, rows, finish=False, varied=True)
     config = load(made.config)
-    for name in ("sft", "reward", "dpo"):
-        stage.run(config, name)
+    made.looked_at = []
+    look = checks.first_token
+
+    def look_and_keep(trainer, prompts, tokenizer):
+        made.looked_at.append([list(prompt) for prompt in prompts])
+        return look(trainer, prompts, tokenizer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checks, "first_token", look_and_keep)
+        for name in ("sft", "reward", "dpo"):
+            stage.run(config, name)
     made.records = manifest.read(made.run_dir).stages
     made.tokenizer = by_hand.tokenizer(made.folder / "model")
     return made
@@ -112,6 +121,11 @@ def test_held_out_margins_of_the_reward_model(run):
     assert metrics["eval_loss"] == pytest.approx(loss, abs=1e-4)
     assert metrics["eval_margin"] == pytest.approx(np.mean(margins), abs=1e-4)
     assert metrics["reload_difference"] < 1e-5
+
+
+def test_first_tokens_are_those_after_the_prompts(run):
+    prompts = [by_hand.prompt_ids(run, row["prompt"]) for row in PAIRS]
+    assert run.looked_at == [prompts, prompts]  # of sft and of dpo
 
 
 @pytest.mark.parametrize("name", ["sft", "dpo"])

@@ -3,7 +3,7 @@
     python tests/benchmarks/mutations.py                          # all mutations, by the tests of this checkout
     python tests/benchmarks/mutations.py --only watchdog gate     # those whose file or name holds one of the words
     python tests/benchmarks/mutations.py --list
-    git worktree add /tmp/before 443f579 && python tests/benchmarks/mutations.py --tests /tmp/before/tests
+    git worktree add /tmp/before COMMIT && python tests/benchmarks/mutations.py --tests /tmp/before/tests
 
 A mutation replaces one text, which must occur exactly once in its file, by another. It is applied to a copy of the
 package in a temporary folder, where the tests named with it run until one fails. With `--tests` the tests are those of
