@@ -199,9 +199,10 @@ def test_example_row_goes_into_the_stages_it_fits(tmp_path, shape, row, fits):
     assert shapes.detect(row) == shape
     tiny.write_rows(tmp_path / "example.jsonl", [row])
     stages = {want: {"type": name, "data": "example"} for name, want in STAGE_FOR.items()}
-    stages["prompts"] |= {"baseline": "demonstrations", "policies": []}
+    stages["prompts"] |= {"baseline": "demonstrations", "policies": [], "max_prompt_length": 1024}
     data_of = {"example": {"path": "example.jsonl"}}
-    config = load(tiny.make_run(tmp_path, stages, data=data_of))
+    settings = {"chat_template": "hermes"} if "tools" in row else {}
+    config = load(tiny.make_run(tmp_path, stages, data=data_of, tokenizer=settings))
     # Each stage alone: together they would evaluate on what they train on.
     accepted = set()
     for want in WANTS:
