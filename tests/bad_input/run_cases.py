@@ -16,9 +16,7 @@ from forked import Zygote, faults, make_bases, report, run_case
 def main() -> None:
     """Run the chosen cases and print those that are not answered as they should be, then the totals."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--only", default=[""], nargs="+", help="cases whose name contains one of these texts"
-    )
+    parser.add_argument("--only", default=[""], nargs="+", help="cases whose name contains one of these texts")
     parser.add_argument("--list", action="store_true", help="print the cases and run none")
     parser.add_argument("--show", action="store_true", help="print what every case prints")
     options = parser.parse_args()

@@ -191,6 +191,7 @@ def kill_at(kill: Kill, reached: Path) -> None:
         else:
             os.kill(os.getpid(), kill.number)
         if point.when == "torn":  # it must not go on with the half
+            time.sleep(1)  # in which python raises what the signal means
             os.kill(os.getpid(), signal.SIGKILL)
 
     @functools.wraps(original)
