@@ -1,11 +1,11 @@
 """The base model of a run: what its files hold, and which of a hub model's commits the run uses."""
 
 import contextlib
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from filelock import FileLock
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from pipeline import manifest
@@ -78,7 +78,8 @@ def _weights_digest(file: Path) -> str:
     if time.time() - look.st_mtime > _SETTLED:
         with contextlib.suppress(OSError):  # without a cache it is only slower
             kept.parent.mkdir(parents=True, exist_ok=True)
-            part = kept.with_name(f"{key}.{os.getpid()}")
-            part.write_text(found)
-            part.replace(kept)
+            part = kept.with_name("part")  # the same for all, so that what a killed process leaves is replaced
+            with FileLock(kept.with_name(".lock")):
+                part.write_text(found)
+                part.replace(kept)
     return found

@@ -67,6 +67,7 @@ def leave_checkpoints(config, name):
     folder = config.run_path / name / "checkpoints"
     (folder / "checkpoint-2").mkdir(parents=True)
     (folder / "checkpoint-2" / "optimizer.pt").write_bytes(b"half")
+    (folder.parent / ".lock").touch()
     return folder
 
 
@@ -217,9 +218,13 @@ def test_an_ignored_hangup_stays_ignored(monkeypatch):
 def test_a_forked_worker_ends_by_the_signal():
     """Pools of processes end their workers by SIGTERM; a traceback of each would be shown."""
     with stopping():
+        read, write = os.pipe()
         pid = os.fork()
         if pid == 0:
-            signal.pause()
+            os.write(write, b".")  # python forgets the signals that came before
+            while True:
+                time.sleep(0.01)
+        assert os.read(read, 1) == b"."
         os.kill(pid, signal.SIGTERM)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGTERM
 

@@ -165,14 +165,14 @@ def _measured(part: Part, raw: Dataset, measure: Measure, key: str) -> Dataset:
     """All rows of a source through `measure`, from the cache if its content went through before."""
     content = [sources.fingerprint(part), measure.shape, measure.want, measure.max_length, measure.tools, key, CODE]
     name = digest(content)[:32]
-    cache = sources.cache_folder()
+    cache = sources.cache_folder() / name
     cache.mkdir(parents=True, exist_ok=True)
     raw = raw.select_columns([column for column in raw.column_names if column in FIELDS])
     done, starts = [], range(0, len(raw), SLICE)
     for number, start in enumerate(starts, 1):
         rows = raw.select(range(start, min(start + SLICE, len(raw))))
         processes = min(_num_cores(), len(rows) // NUM_PER_PROCESS)
-        with sources.progress_bar(len(raw) >= NUM_QUIET):
+        with sources.progress_bar(len(raw) >= NUM_QUIET), sources.alone_in(cache):
             rows = rows.map(
                 measure,
                 batched=True,
@@ -180,7 +180,7 @@ def _measured(part: Part, raw: Dataset, measure: Measure, key: str) -> Dataset:
                 remove_columns=raw.column_names,
                 features=measure.features(),
                 num_proc=processes if processes > 1 else None,
-                cache_file_name=str(cache / f"{name}-{start}.arrow"),
+                cache_file_name=str(cache / f"{start}.arrow"),
                 new_fingerprint=f"{name}-{start}",
                 desc=f"Preparing {part.dataset}" + (f" ({number} of {len(starts)})" if len(starts) > 1 else ""),
             )

@@ -24,6 +24,7 @@ from datasets import (
     load_from_disk,
 )
 from datasets.exceptions import DatasetGenerationError
+from filelock import FileLock
 from pyarrow import ArrowException
 
 from pipeline.data import reading
@@ -119,6 +120,17 @@ def _from_hub(part: Part, load: Callable[..., Any], **options: Any) -> Any:
     except (OSError, ValueError, RuntimeError, DatasetGenerationError) as error:
         what = f"cannot load {spec.path!r} from the hub, nor is it a file"
         raise UserError(f"data.{part.dataset}: {what}: {reason_of(error)}") from None
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Write in a folder as the only process, after the temporary files of killed ones were removed from it."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # a cache that can only be read
+            stack.enter_context(FileLock(folder / ".lock"))
+            for left in folder.glob("tmp*"):
+                left.unlink()
+        yield
 
 
 def cache_folder() -> Path:

@@ -34,7 +34,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import tqdm
+import tqdm.std
 
 ROOT = Path(__file__).parents[2]
 STAGES = ("sft", "reward", "ppo", "dpo", "evaluate")
@@ -191,6 +191,7 @@ def kill_at(kill: Kill, reached: Path) -> None:
         else:
             os.kill(os.getpid(), kill.number)
         if point.when == "torn":  # it must not go on with the half
+            time.sleep(1)  # in which python raises what the signal means
             os.kill(os.getpid(), signal.SIGKILL)
 
     @functools.wraps(original)
@@ -214,9 +215,21 @@ def kill_at(kill: Kill, reached: Path) -> None:
     setattr(owner, name, wrapper)
 
 
+def _own_locks() -> None:
+    """Give this process locks of its own for progress bars: all forks share one, and a killed process keeps it."""
+    tqdm.std.TqdmDefaultWriteLock.mp_lock = None
+    classes = [tqdm.std.tqdm]
+    while classes:
+        bar = classes.pop()
+        bar._lock = threading.RLock()
+        classes += bar.__subclasses__()
+
+
 def _become(main: Callable[[], None], argv: list[str]) -> None:
     """Run an entry point in this forked process and end as the interpreter would."""
-    tqdm.tqdm.set_lock(threading.RLock())  # its own is shared by all forks, and held by one that was killed
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)  # of what it is now, a file or a pipe
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    _own_locks()
     faulthandler.dump_traceback_later(SECONDS - 10)
     sys.argv = argv
     code: Any = 0
