@@ -191,6 +191,8 @@ def _run_stage(
             log.write(f"$ {' '.join(argv)}\n")
             _relay(process.stdout, log, console)
         exit_code = process.wait()
+        if exit_code == -signal.SIGINT:  # Ctrl-C goes to both, and python can lose ours in the cleaning up of an object
+            raise KeyboardInterrupt
     except KeyboardInterrupt:
         _stop(process)
         finished = plan.open_run(config).stages.get(name, before) != before

@@ -69,6 +69,21 @@ def test_a_disk_that_is_full_and_then_read_only(uninterrupted, tmp_path):
     assert found.metrics == record.metrics
 
 
+@pytest.mark.parametrize(("options", "reason"), [("size=8k", "No space left"), ("size=8k,ro", "Read-only file system")])
+def test_a_cache_that_cannot_be_written(uninterrupted, tmp_path, options, reason):
+    """It is the cache's fault, and not that of the data."""
+    path, _ = uninterrupted
+    script = 'cd "$1"; mount -t tmpfs -o $2 none "$3"; $RLHF plan tiny.yaml run_dir=planned; echo "exit code $?"'
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    command = [*namespace(), "sh", "-c", script, "sh", str(path.parent), options, str(cache)]
+    environment = os.environ | {"RLHF": " ".join(RLHF), "HF_DATASETS_CACHE": str(cache)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stdout.endswith("exit code 2\n"), done.stdout + done.stderr
+    assert f"{cache}" in done.stderr and f"the cache of prepared data cannot be written ({reason}" in done.stderr
+    assert "set HF_HOME to another folder" in done.stderr and "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("name", ["sft/checkpoints", "sft/.lock", ".manifest.lock", "tokenizer", "sft/log.txt"])
 def test_a_file_in_the_place_of_a_folder_or_a_folder_in_that_of_a_file(finished, cli, name):
     place = finished.run_dir / name

@@ -1,6 +1,7 @@
 """Where rows come from: local files of any kind, folders, datasets saved to disk, the hub; read and fingerprinted."""
 
 import contextlib
+import errno
 import functools
 import glob
 import hashlib
@@ -38,6 +39,8 @@ _SAMPLE = 1 << 20  # bytes
 _NUM_SAMPLES = 64
 # What a damaged file of `save_to_disk` can raise.
 _DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # errors that no reading gives
+_ALLOWING = (errno.EACCES, errno.EPERM)
 NUM_LOOKED_AT = 100  # rows that tell a source's format
 
 
@@ -256,10 +259,26 @@ def readable(part: Part) -> Iterator[None]:
     except RecursionError:
         raise UserError(f"{part.label}: cannot be read: a value has too many brackets within brackets") from None
     except (DatasetGenerationError, ArrowException, ValueError, OSError, EOFError, LZMAError, BadZipFile) as error:
+        if fault := _fault_of_cache(part, error.__cause__ or error):
+            raise UserError(fault) from None
         reason = [type(error).__name__, *str(error.__cause__ or error).strip().splitlines()][-1]
         if "corresponds to no data" in reason or "No columns to parse" in reason:
             raise _empty(part) from None
         raise UserError(f"{part.label}: cannot be read: {reason}") from None
+
+
+def _fault_of_cache(part: Part, error: BaseException) -> str | None:
+    """What to say of an error that comes from writing the cache, not from reading the source; None for others."""
+    if not isinstance(error, OSError):
+        return None
+    place = Path(error.filename) if isinstance(error.filename, str) else None
+    reason = error.strerror
+    if str(error).startswith("Not enough disk space"):  # the datasets library looks before it writes
+        reason = "No space left on device"
+    elif error.errno not in _WRITING and (place is None or place in part.files or error.errno not in _ALLOWING):
+        return None
+    seen = f"{place or cache_folder()}: the cache of prepared data cannot be written ({reason})"
+    return f"{seen}; make room or allow writing there, or set HF_HOME to another folder"
 
 
 def locate(part: Part, index: int) -> str:

@@ -415,7 +415,7 @@ class Bench:
             return kill.point is not None and self.reached.exists(), faults
         by_launcher = kill.point is not None and kill.point.by == "launcher"
         to_launcher = kill.target != "stage" or by_launcher or (kill.point is None and targets == [pid])
-        allowed = [1]
+        allowed = [1, 130] if kill.number == signal.SIGINT else [1]
         if to_launcher:
             allowed = [-kill.number if kill.number == signal.SIGKILL else 128 + kill.number]
             if kill.point is None:
