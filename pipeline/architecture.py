@@ -18,20 +18,16 @@ from pipeline.errors import nearest, reason_of
 # with all of them; they are there so that building it (on no device, without memory) ends.
 _LARGEST = {
     1_000: "num_hidden_layers num_layers n_layer n_layers num_decoder_layers encoder_layers decoder_layers",
-    10_000: (
-        "num_attention_heads num_key_value_heads n_head n_heads num_heads multi_query_group_num state_size "
-        "num_experts num_local_experts n_routed_experts moe_num_experts"
-    ),
-    100_000: "n_positions n_ctx",
+    10_000: ("num_attention_heads num_key_value_heads n_head n_heads num_heads multi_query_group_num state_size"),
+    100_000: "n_positions n_ctx num_experts num_local_experts n_routed_experts moe_num_experts",
     1_000_000: "hidden_size n_embd d_model embedding_size word_embed_proj_dim head_dim d_kv",
-    10_000_000: (
-        "vocab_size intermediate_size ffn_dim d_ff n_inner moe_intermediate_size ffn_hidden_size "
-        "max_position_embeddings max_sequence_length"
-    ),
+    10_000_000: ("vocab_size intermediate_size ffn_dim d_ff n_inner moe_intermediate_size ffn_hidden_size"),
+    100_000_000: "max_position_embeddings max_sequence_length",
 }
 _BOUNDS = {field: largest for largest, fields in _LARGEST.items() for field in fields.split()}
 _LAYERS = _LARGEST[1_000].split()
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_DECODERS = ("bart", "mbart", "mvp")  # their language model is the decoder, whatever `is_decoder` says
 _MOST_PARTS = 20_000  # layers times experts
 
 
@@ -60,7 +56,7 @@ def fault_of_file(file: Path) -> str | None:
 
     It is looked at before transformers reads it, which makes a list as long as the model has layers.
     """
-    from transformers import CONFIG_MAPPING
+    from transformers import CONFIG_MAPPING, PreTrainedConfig
 
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
@@ -75,6 +71,7 @@ def fault_of_file(file: Path) -> str | None:
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING or "auto_map" in raw:
         return None  # what loads it says so
+    raw, _ = PreTrainedConfig.get_config_dict(file.parent)  # infinite numbers are written as mappings
     error = _error_of(CONFIG_MAPPING[model_type].from_dict, {"config_dict": raw})
     return None if error is None else f"{file}: {_last_line(error)}; restore it from where the model came"
 
@@ -82,12 +79,13 @@ def fault_of_file(file: Path) -> str | None:
 def _bounds_of(key: str, value: Any) -> str | None:
     """Why a size is none that a model can have, or None."""
     for number in ranges.numbers_in(value):
-        if abs(number) > ranges.LARGEST:
+        if isinstance(number, int) and abs(number) > ranges.LARGEST:
             return ranges.not_usable(number)
     if key not in _BOUNDS or not isinstance(value, int) or isinstance(value, bool):
         return None
-    if not 1 <= value <= _BOUNDS[key]:
-        return f"must be at least 1 and at most {_BOUNDS[key]:,}, got {value}"
+    least = 0 if key in _EXPERTS else 1  # a model without experts is dense
+    if not least <= value <= _BOUNDS[key]:
+        return f"must be at least {least} and at most {_BOUNDS[key]:,}, got {value}"
     return None
 
 
@@ -166,7 +164,7 @@ def _disagreement(values: dict[str, Any]) -> str | None:
     kind = values["model_type"]
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return f"a model of type {kind!r} does not predict the next token; take another `model_type`, e.g. llama"
-    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not values.get("is_decoder"):
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and kind not in _DECODERS and not values.get("is_decoder"):
         seen = f"a model of type {kind!r} is an encoder: each token sees those that come after it"
         return f"{seen}; set `is_decoder: true`, or take another `model_type`, e.g. llama"
     layers = max(values.get(key) or 1 for key in _LAYERS)

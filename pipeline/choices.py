@@ -1,9 +1,10 @@
-"""Options of TRL and transformers that take one of a few words, where their classes take any text.
+"""Options of TRL, transformers and PEFT that take one of a few words, or a pattern, where their classes take any text.
 
 A wrong word is found by the trainer, in its first step, or by no one: an unknown `scale_rewards` scales nothing.
 """
 
 import enum
+import re
 import typing
 from typing import Any
 
@@ -60,3 +61,19 @@ def _known(kind: str, key: str, hint: Any) -> set[str]:
         return set(words.split())
     enums = [kind for kind in typing.get_args(hint) if isinstance(kind, type) and issubclass(kind, enum.Enum)]
     return {member.value for kind in enums for member in kind}
+
+
+def pattern_fault(key: str, value: Any) -> str | None:
+    """Why a text that names modules by a regular expression is none, or None. PEFT compiles them in its loops."""
+    patterns: list[str] = []
+    if key in ("target_modules", "exclude_modules", "layers_pattern") and isinstance(value, str):
+        patterns = [value]
+    if key in ("rank_pattern", "alpha_pattern"):
+        patterns = list(value or ())
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            mend = "give a list of names, `all-linear`, or a regular expression"
+            return f"{shown(pattern)} is no regular expression ({error}); {mend}"
+    return None

@@ -10,7 +10,7 @@ from pathlib import Path
 from pipeline import streams
 from pipeline.errors import UserError
 
-_ROOM = "Make room, then give the same command again: finished stages stay, and the others go on from a checkpoint"
+_ROOM = "Make room, then give the same command again: what is finished stays"
 _ALLOW = "Allow writing there, or give another `run_dir`, then give the same command again"
 _ODD = "Remove it or move it away, then give the same command again"
 _SHORTER = "Give a shorter path or name"
@@ -28,9 +28,12 @@ _REFUSALS = {
     errno.ELOOP: ("a link leads back to itself", _ODD),
     errno.ENAMETOOLONG: ("a name is too long for the disk", _SHORTER),
 }
-_IN_TEXT = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]")  # what libraries of Rust and C++ make of an error's number
+# Errors that writing gives, if they name no file.
+_OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+_IN_TEXT = re.compile(r"\(os error (\d+)\)")  # what libraries written in Rust make of an error's number
 # torch's writer says only that the file is shorter than what was written.
 _TORCH_WRITER = re.compile(r"unexpected pos \d+ vs \d+|PytorchStreamWriter failed writing")
+_LITTLE = 64 * 2**20  # bytes; a disk with more is not full
 
 
 @contextlib.contextmanager
@@ -51,38 +54,47 @@ def reported(folder: Path) -> Iterator[None]:
 
 
 def refusal(error: BaseException, folder: Path) -> UserError | None:
-    """The message for an error that comes from the disk below `folder`; None for any other error."""
+    """The message for an error that comes from the disk below `folder`; None for any other error, a bug for example."""
     for one in _chain(error):
         number = _number(one)
-        if number not in _REFUSALS:
+        if number not in _REFUSALS or not _is_of(one, number, folder):
             continue
         path = getattr(one, "filename", None) or folder
         seen, mend = _REFUSALS[number]
-        free = f" ({_free(folder)} free)" if mend == _ROOM else ""
+        free = f" ({_free(folder) / 2**20:.1f} MiB free)" if mend == _ROOM else ""
         return UserError(f"{path}: {seen}{free}. {mend}")
     return None
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and those that it was raised from, the outermost first."""
+    """An error and those that it was raised from on purpose, the outermost first."""
     while error is not None:
         yield error
-        error = error.__cause__ or error.__context__
+        error = error.__cause__
 
 
 def _number(error: BaseException) -> int | None:
-    """The number of the system's error; libraries put it in their text."""
+    """The number of the system's error, which some libraries put in their text."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
     if _TORCH_WRITER.search(str(error)):
         return errno.ENOSPC
-    if type(error).__module__.split(".")[0] not in ("safetensors", "tokenizers", "pyarrow", "builtins"):
-        return None
     match = _IN_TEXT.search(str(error))
-    return int(match[1] or match[2]) if match else None
+    return int(match[1]) if match else None
 
 
-def _free(folder: Path) -> str:
-    """The room that is left where `folder` is, or would be."""
+def _is_of(error: BaseException, number: int, folder: Path) -> bool:
+    """Whether an error is about a file below `folder`, or about writing one."""
+    name = getattr(error, "filename", None)
+    if not isinstance(name, (str, Path)):
+        return number in _OF_WRITING and (number != errno.ENOSPC or _free(folder) < _LITTLE)
+    path = Path(name).absolute()
+    if folder not in (path, *path.parents) and path not in folder.parents:
+        return False
+    return number != errno.EEXIST or path.is_file()
+
+
+def _free(folder: Path) -> int:
+    """The bytes that are left where `folder` is, or would be."""
     place = next(path for path in (folder, *folder.parents) if path.exists())
-    return f"{shutil.disk_usage(place).free / 2**20:.1f} MiB"
+    return shutil.disk_usage(place).free

@@ -5,8 +5,10 @@ import contextlib
 import importlib
 import importlib.util
 import inspect
-import io
+import json
 import math
+import os
+import subprocess
 import sys
 import sysconfig
 import traceback
@@ -133,23 +135,43 @@ def function(reference: str, folder: Path, key: str) -> Judge:
 
 
 def check(reference: str, folder: Path, key: str, prompt: str) -> None:
-    """Find, import and try a function before anything is trained. What it prints meanwhile is not shown.
+    """Find, import and try a function before anything is trained, in a process that ends with it.
+
+    What a function loads, a model on the GPU for example, would stay in this process for the whole run. What it prints
+    is not shown.
 
     Raises:
         UserError: if there is no such function, or it gives no number to an answer to `prompt`.
     """
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-            source_of(reference, folder, key)
-            judge = function(reference, folder, key)
+    question = json.dumps([reference, str(folder), key, prompt])
+    command = [sys.executable, "-P", "-m", "pipeline.functions"]
+    done = subprocess.run(command, input=question, capture_output=True, encoding="utf-8", errors="replace")
+    fault = json.loads(done.stdout or "null")
+    if not done.stdout:
+        fault = f"{key}: {reference!r} ends its process (exit code {done.returncode}) when it is tried"
+    if fault is None:
+        return
+    said = done.stderr.strip()
+    hint = f" (it printed: {said.splitlines()[-1][:200]})" if said else ""
+    where = "" if fault.startswith(key) else f"{key}: "
+    raise UserError(f"{where}{fault}{hint}")
+
+
+def _try_out() -> None:
+    """The process of `check`: question on stdin, fault or null on stdout, what is printed on stderr."""
+    reference, folder, key, prompt = json.loads(sys.stdin.buffer.read())
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as answer:
+        os.dup2(2, 1)
+        fault = None
+        try:
+            source_of(reference, Path(folder), key)
+            judge = function(reference, Path(folder), key)
             for completion in TRIED:
                 judged(judge, reference, prompt, completion, "tried before the training")
-    except UserError as error:
-        said = printed.getvalue().strip()
-        hint = f" (it printed: {said.splitlines()[-1][:200]})" if said else ""
-        where = "" if str(error).startswith(key) else f"{key}: "
-        raise UserError(f"{where}{error}{hint}") from None
+        except UserError as error:
+            fault = str(error)
+        sys.stdout.flush()
+        json.dump(fault, answer)
 
 
 def judged(judge: Judge, reference: str, prompt: str, completion: str, where: str) -> float:
@@ -213,3 +235,7 @@ def _is_users(file: str) -> bool:
     """Whether a file belongs neither to Python or its packages nor to this one."""
     libraries = [sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")]
     return not file.startswith(("<", *libraries)) and Path(file).resolve().parent != Path(__file__).resolve().parent
+
+
+if __name__ == "__main__":
+    _try_out()

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import itertools
 import os
 import re
 import shutil
@@ -23,6 +24,7 @@ from pipeline.screen import say
 
 LAUNCHER = "RLHF_LAUNCHER_PID"  # stages watch this process and end with it
 REDO = "RLHF_REDO"  # set for a stage that is to begin anew, whatever checkpoints it has
+_USER_ERROR = re.compile(r"exitcode\s*: 2 |non-zero exit status 2\b")
 NUM_LOG_LINES = 20  # shown of a stage that failed
 NUM_KEPT_LINES = 1000
 STOP_SECONDS = 15  # that a stage has to end by itself
@@ -191,13 +193,12 @@ def _run_stage(
             log.write(f"$ {' '.join(argv)}\n")
             _relay(process.stdout, log, console)
         exit_code = process.wait()
-        if exit_code == -signal.SIGINT:  # Ctrl-C goes to both, and python can lose ours in the cleaning up of an object
-            raise KeyboardInterrupt
     except KeyboardInterrupt:
         _stop(process)
         finished = plan.open_run(config).stages.get(name, before) != before
         where = f"after {name}, which is finished" if finished else f"in {name}"
-        _say_last(console, f"\nStopped {where}. The same command goes on from there; its log is {path}")
+        again = ", without --redo," if redo else ""
+        _say_last(console, f"\nStopped {where}. The same command{again} goes on from there; its log is {path}")
         raise
     finally:
         if process.poll() is None:
@@ -209,10 +210,12 @@ def _run_stage(
 def _failure(name: str, exit_code: int, log: "_Log") -> StageFailed:
     """What to say of a stage that ended without its record, by its exit code and its last lines."""
     lines = list(log.lines)
-    errors = [line for line in lines if line.startswith("error: ")]
-    # Under several processes the launcher reports a stage's exit code in its text.
-    if errors and (exit_code == 2 or any(re.search(r"exitcode\s*: 2 ", line) for line in lines)):
-        return StageFailed(f"stage {name!r} stopped: {errors[-1].removeprefix('error: ')}", 2)
+    starts = [number for number, line in enumerate(lines) if line.startswith("error: ")]
+    # Under `accelerate launch` the launcher reports a stage's exit code in its text.
+    if starts and (exit_code == 2 or any(_USER_ERROR.search(line) for line in lines)):
+        first, *others = lines[starts[-1] :]
+        others = list(itertools.takewhile(lambda line: line.startswith("  "), others))
+        return StageFailed("\n".join([f"stage {name!r} stopped: {first.removeprefix('error: ')}", *others]), 2)
     what = f"ended with exit code {exit_code}" if exit_code else "ended without a record in the manifest"
     if exit_code < 0:
         what = f"was ended by signal {-exit_code} ({signal.strsignal(-exit_code)})"
@@ -241,7 +244,7 @@ class _Log:
         if self._file.closed:
             return
         try:
-            self._file.write(text.encode())
+            self._file.write(text.encode(errors="backslashreplace"))
         except OSError as error:
             self._file.close()
             _say_last(self._console, f"{self.path}: cannot be written any more ({error.strerror}); the stage goes on")

@@ -11,7 +11,6 @@ import functools
 import inspect
 import os
 import pkgutil
-import re
 import tempfile
 import typing
 from collections.abc import Iterator
@@ -44,6 +43,7 @@ _REASONS = {
     "TRL computes it from other options": "num_total_batches local_mini_batch_size",
     "give the stage or the run an `accelerate_config`": "fsdp fsdp_config deepspeed parallelism_config",
     "it rounds the weights themselves before they are saved": "bf16_full_eval fp16_full_eval",
+    "a signal would end a training as if it were finished; set `save_steps`": "enable_jit_checkpoint",
     "it changes the model between the checks of a stage, and a saved model is read back without it": (
         "use_liger_kernel liger_kernel_config"
     ),
@@ -123,6 +123,8 @@ def _field_types(kind: str) -> dict[str, Any]:
 
 def _default_of(kind: str, key: str) -> Any:
     field = _target(kind).__dataclass_fields__.get(key)
+    if field is not None and field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
     return dataclasses.MISSING if field is None else field.default
 
 
@@ -132,6 +134,12 @@ def _no_bool(value: Any) -> Any:
     return value
 
 
+def _takes_bool(hint: Any) -> bool:
+    """Whether `true` or `false` is among what a type allows, as itself."""
+    inner = typing.get_args(hint)
+    return bool in inner or any(isinstance(value, bool) or _takes_bool(value) for value in inner)
+
+
 @functools.cache
 def _adapter(kind: str, key: str) -> TypeAdapter:
     hint = _field_types(kind)[key]
@@ -139,7 +147,7 @@ def _adapter(kind: str, key: str) -> TypeAdapter:
         hint = Any  # pydantic would build the dataclass from a mapping; PEFT does that itself
     if hint is list or typing.get_origin(hint) is list:  # TRL takes one loss type or several
         hint = typing.Annotated[hint, BeforeValidator(lambda value: value if isinstance(value, list) else [value])]
-    if hint is not bool and bool not in typing.get_args(hint):
+    if hint is not bool and not _takes_bool(hint):
         hint = typing.Annotated[hint, BeforeValidator(_no_bool)]  # pydantic takes `true` for 1
     return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
 
@@ -163,11 +171,13 @@ def check_section(kind: str, values: dict[str, Any]) -> tuple[dict[str, Any], li
             problems.append((key, f"unknown option of {_target(kind).__name__}; {hint}"))
         else:
             try:
+                if (kind, key) == ("grpo", "scale_rewards") and isinstance(value, bool):
+                    value = "group" if value else "none"  # as GRPOConfig itself reads them
                 coerced[key] = _adapter(kind, key).validate_python(value)
                 if fault := _unfit(kind, key, coerced[key]):
                     problems.append((key, fault))
             except ValidationError as error:
-                expected = getattr(types[key], "__name__", None) or str(types[key])
+                expected = types[key].__name__ if isinstance(types[key], type) else str(types[key])
                 problems.append((key, f"expected {expected}, got {shown(value)}: {error.errors()[0]['msg']}"))
     return coerced, problems
 
@@ -181,25 +191,9 @@ def _unfit(kind: str, key: str, value: Any) -> str | None:
         return "must be a number of tokens, got null"
     if fault := choices.fault_of(kind, key, value, _field_types(kind)[key]):
         return fault
-    if kind == "lora" and (fault := _no_pattern(key, value)):
+    if kind == "lora" and (fault := choices.pattern_fault(key, value)):
         return fault
     return ranges.fault_of(kind, key, value)
-
-
-def _no_pattern(key: str, value: Any) -> str | None:
-    """Why a text that names modules by a regular expression is none, or None. PEFT compiles them in its loops."""
-    patterns: list[str] = []
-    if key in ("target_modules", "exclude_modules", "layers_pattern") and isinstance(value, str):
-        patterns = [value]
-    if key in ("rank_pattern", "alpha_pattern"):
-        patterns = list(value)
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            mend = "give a list of names, `all-linear`, or a regular expression"
-            return f"{shown(pattern)} is no regular expression ({error}); {mend}"
-    return None
 
 
 def with_defaults(stage_type: str, training: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from pipeline.errors import UserError
 from pipeline.manifest import Manifest
 from pipeline.schema import RunConfig
 
-LOCK = ".lock"  # in every stage folder that a run has made
+LOCK = ".lock"  # in every stage folder that a run has made, as long as dotfiles are copied with it
+_SIGNS = (LOCK, "checkpoints/identity.txt", "log_history.json")
 LOG = "log.txt"  # the launcher's; it only ever grows
 
 
@@ -20,7 +21,7 @@ def check(config: RunConfig, recorded: Manifest | None) -> None:
         UserError: if the folder lies within another run, or holds files where this run would put its own.
     """
     folder = config.run_path
-    for above in folder.parents:
+    for above in folder.parents if recorded is None else ():
         if (above / manifest.FILE).is_file() and _is_manifest(above):
             raise UserError(f"run_dir: {folder} lies within the run folder {above}; give another `run_dir`")
     finished = {} if recorded is None else recorded.stages
@@ -44,7 +45,7 @@ def _is_manifest(folder: Path) -> bool:
 
 def _is_foreign(folder: Path) -> bool:
     if folder.is_dir():
-        return _holds_files(folder) and not (folder / LOCK).exists()
+        return _holds_files(folder) and not any((folder / sign).exists() for sign in _SIGNS)
     return folder.exists() or folder.is_symlink()
 
 

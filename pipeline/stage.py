@@ -56,6 +56,8 @@ def main() -> None:
     if len(sys.argv) < 3:
         raise SystemExit("usage: accelerate launch -m pipeline.stage CONFIG STAGE [KEY=VALUE ...]")
     streams.prepare()
+    if LAUNCHER in os.environ:
+        os.environ.pop("PYTHONSAFEPATH", None)  # it was for this process, not for what a user's function starts
     path, name, *overrides = sys.argv[1:]
     threading.Thread(target=_end_with_launcher, args=[os.environ.get(LAUNCHER)], daemon=True).start()
     try:

@@ -7,11 +7,12 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from pipeline import basemodel
+from pipeline import basemodel, positions
 from pipeline.errors import UserError, reason_of
 from pipeline.schema import RunConfig
 
@@ -29,6 +30,8 @@ def check_base(config: RunConfig, tokenizer: Any) -> None:
     Raises:
         UserError: with the file or the weights that are wrong.
     """
+    if getattr(positions.architecture(config), "quantization_config", None):
+        return
     where = Path(config.resolve(config.model.path))
     options = {"revision": basemodel.revision_of(config), "trust_remote_code": config.model.trust_remote_code}
     if not where.is_dir():
@@ -42,10 +45,10 @@ def check_base(config: RunConfig, tokenizer: Any) -> None:
                 ignore_mismatched_sizes=True,
                 **options,
             )
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, UnpicklingError) as error:
-        if not where.is_dir():
-            return  # it has yet to be downloaded
-        raise _unreadable(config, where, error) from None
+    except Exception as error:
+        if where.is_dir() and (fault := _unreadable(config, where, error)):
+            raise fault from None
+        return  # it has yet to be downloaded, or cannot be loaded without memory: the first stage will tell
     if fault := unfit(model, info):
         seen = f"the weights in {config.model.path!r} are not those of its config.json: {fault}"
         raise UserError(f"model.path: {seen}. Take the config.json that belongs to the weights")
@@ -99,32 +102,39 @@ def _without_numbers(name: str) -> str:
 
 
 def _embedding_has_all(config: RunConfig, model: Any, tokenizer: Any) -> None:
-    """Every token of the tokenizer has its row in the embedding; the missing ones would end training at some row."""
+    """Every token that a run may use has its row in the embedding; the others would end training at some row.
+
+    Some models have tokens beyond it that no text gives, such as an image's. Added tokens count only where the run
+    itself uses them.
+    """
     num_rows = model.get_input_embeddings().weight.shape[0]
+    template = str(tokenizer.chat_template)
+    used = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id)
+    added = tokenizer.added_tokens_decoder
     beyond = {id: token for token, id in tokenizer.get_vocab().items() if id >= num_rows}
-    if beyond:
-        first = min(beyond)
-        seen = f"{beyond[first]!r} is number {first}, and the embedding of {config.model.path!r} has {num_rows} rows"
-        mend = "take the tokenizer that belongs to the model, or resize its embedding and save it"
-        raise UserError(f"model.path: {len(beyond)} tokens have no embedding: {seen}; {mend}")
+    wanted = {id: token for id, token in beyond.items() if id not in added or id in used or token in template}
+    if wanted:
+        first = min(wanted)
+        seen = f"{wanted[first]!r} is number {first}, and the embedding of {config.model.path!r} has {num_rows} rows"
+        mend = (
+            "take the tokenizer of the model, name another token under `tokenizer`, or resize the embedding and save it"
+        )
+        raise UserError(f"model.path: {len(wanted)} tokens have no embedding: {seen}; {mend}")
 
 
-def _unreadable(config: RunConfig, where: Path, error: Exception) -> UserError:
-    """What to say of a folder whose weights cannot be read: the file, and why."""
+def _unreadable(config: RunConfig, where: Path, error: Exception) -> UserError | None:
+    """What to say of a folder whose weights cannot be read: the file, and why; None if that is not the reason."""
     for file in _files(where):
         with file.open("rb") as content:
             start = content.read(len(_POINTER))
         if start == _POINTER:
-            return UserError(
-                f"model.path: {file} is a git-lfs pointer and no weights; run `git lfs pull` in its folder"
-            )
-        if isinstance(error, SafetensorError) and (fault := _fault_of(file)):
+            return UserError(f"model.path: {file} is a git-lfs pointer, not weights; run `git lfs pull` in its folder")
+        if fault := _fault_of(file):
             mend = "it may have been cut off: copy or download it again"
-            return UserError(f"model.path: {file} cannot be read as safetensors: {fault}; {mend}")
-    if isinstance(error, UnpicklingError):
-        seen = "cannot be read without running code that they hold"
-        return UserError(f"model.path: the weights in {where} {seen}; save them as safetensors")
-    return basemodel.unreadable(config, "model", error)
+            return UserError(f"model.path: {file} cannot be read: {fault}; {mend}")
+    if isinstance(error, OSError):
+        return basemodel.unreadable(config, "model", error)
+    return None
 
 
 def _files(where: Path) -> Iterable[Path]:
@@ -132,8 +142,14 @@ def _files(where: Path) -> Iterable[Path]:
 
 
 def _fault_of(file: Path) -> str | None:
+    """Why a file of weights cannot be read, or None. Code in it is not run."""
     try:
-        with safe_open(file, "pt"):
-            return None
-    except SafetensorError as error:
-        return reason_of(error)
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt"):
+                return None
+        torch.load(file, map_location="meta", weights_only=True)
+    except UnpicklingError:
+        return "it is no file of weights, or holds code beside them, which is not run; save it as safetensors"
+    except Exception as error:  # torch's reader of old files raises what it likes
+        return f"{type(error).__name__}: {reason_of(error)}"
+    return None

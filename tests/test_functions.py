@@ -114,6 +114,7 @@ BROKEN = {
     "x = '\0'": "cannot import 'mine:score': ",
     "import nothing_like_this": "ModuleNotFoundError: No module named 'nothing_like_this' (mine.py, line 1)",
     "y = 1": "'mine' has no function 'score'; valid here: ",
+    "import os\nos._exit(3)": "stages.evaluate.judge: 'mine:score' ends its process (exit code 3) when it is tried",
     "raise BaseException('at all')": "BaseException: at all (mine.py, line 1)",
 }
 
@@ -165,3 +166,11 @@ def test_a_reference_that_is_no_module_and_function(plan_of, reference):
     exit_code, _, err = plan_of("", f"stages.evaluate.judge={reference}")
     assert exit_code == 2
     assert f"expected `module:function`, two names of Python, got {reference!r}" in err
+
+
+def test_what_a_function_loads_does_not_stay(plan_of):
+    """A model on the GPU, for example, would be there while the stages train."""
+    exit_code, _, err = plan_of("import os\ndef score(prompt, completion):\n    print(os.getpid())\n    return 'no'")
+    assert exit_code == 2
+    assert "mine" not in functions.sys.modules
+    assert int(err.rpartition("(it printed: ")[2].split(")")[0]) != functions.os.getpid()

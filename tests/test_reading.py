@@ -184,7 +184,9 @@ def test_broken_template(cli, write_config, tmp_path, monkeypatch, template, wor
     path.write_bytes(template if isinstance(template, bytes) else template.encode())
     exit_code, shown, message = cli("plan", config)
     assert (exit_code, shown) == (2, "")
-    assert re.fullmatch(rf"error: tokenizer\.chat_template: {re.escape(str(path))}{words}\n", message)
+    assert re.fullmatch(
+        rf"error: tokenizer\.chat_template: {re.escape(str(path))}{words}(;|, and)? ?(mend it, or set .*)?\n", message
+    )
 
 
 def test_broken_template_of_the_model(cli, write_config, tmp_path):
@@ -227,3 +229,19 @@ def test_damaged_tokenizer_of_the_model(cli, write_config, tmp_path):
     exit_code, shown, message = cli("plan", write_config(tmp_path, model={"path": "model"}))
     assert (exit_code, shown) == (2, "")
     assert message.startswith("error: model.path: no tokenizer at 'model': ") and message.count("\n") == 1
+
+
+def test_chats_that_look_like_the_traces_of_agents(tmp_path, cli):
+    """The datasets library takes such columns for another format, which needs a package of its own."""
+    row = {
+        "id": 1,
+        "source": "web",
+        "model": "gpt",
+        "system_prompt": "",
+        **tiny.conversational(tiny.demonstrations())[0],
+    }
+    row = {**row, "messages": row.pop("prompt") + row.pop("completion")}
+    path = tiny.make_run(tmp_path, {"sft": tiny.SFT})
+    tiny.write_rows(tmp_path / "demonstrations.jsonl", [row | {"id": i} for i in range(4)])
+    exit_code, _, err = cli("plan", path)
+    assert exit_code == 0, err

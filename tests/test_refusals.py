@@ -3,6 +3,7 @@
 import pytest
 import tiny
 from test_equalities import run
+from trl import GRPOConfig
 
 from pipeline import launcher, manifest
 from pipeline.config import load
@@ -241,3 +242,20 @@ def test_answers_of_the_rows_are_not_sampled(tmp_path):
     (audit,) = facts["ppo"].audits.values()
     prompt, row = audit.lengths["prompt"][-1], audit.lengths["row"][-1]
     assert row <= 128 and prompt + 90 <= 128 < row + 90
+
+
+@pytest.mark.parametrize(("value", "expected"), [(True, "group"), (False, "none"), ("batch", "batch")])
+def test_rewards_are_scaled_as_grpo_reads_truth_values(tmp_path, value, expected):
+    """`false` is the recipe of Dr. GRPO."""
+    grpo = {"data": "demonstrations", "init": "base", "reward_functions": ["judge:score"]}
+    config = load(
+        tiny.make_run(tmp_path, {"grpo": grpo | {"training": {"scale_rewards": value, "num_generations": 4}}})
+    )
+    assert config.stages["grpo"].training["scale_rewards"] == expected
+    assert GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, scale_rewards=value).scale_rewards == expected
+
+
+def test_options_that_peft_writes_out(tmp_path):
+    """As they stand in every adapter_config.json."""
+    lora = tiny.LORA | {"rank_pattern": None, "alpha_pattern": None, "loftq_config": {}}
+    assert load(tiny.make_run(tmp_path, {"sft": tiny.SFT}, lora=lora)).stages["sft"].lora["r"] == 4

@@ -101,14 +101,14 @@ def test_a_damaged_tokenizer_is_refused_before_rows_are_cached_under_its_name(fi
     good = saved.read_bytes()
     damage(saved)
     cache = stage.plan.sources.cache_folder()
-    before = set(cache.rglob("*.arrow"))
+    before = {path for path in cache.rglob("*.arrow") if "raw" not in path.parts}
     for command in ("plan", "run", "check-data"):
         exit_code, _, err = cli(command, finished.config)
         assert exit_code == 2
         assert (
             f"{saved.parent} is not the tokenizer this run was started with. Restore that folder, or remove it" in err
         )
-    assert set(cache.rglob("*.arrow")) == before
+    assert {path for path in cache.rglob("*.arrow") if "raw" not in path.parts} == before
     shutil.rmtree(saved.parent)
     assert stage.plan.prepare_run(load(finished.config)).stages.keys() == {"pretrain", "sft", "reward"}
     assert saved.read_bytes() == good

@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from pipeline.errors import UserError
 from pipeline.models import Loader
@@ -66,11 +67,13 @@ FAULTS = {
     "more layers": (lambda base: change_config(base, num_hidden_layers=3), "model.layers.2.input_layernorm.weight"),
     "smaller embedding": (lambda base: change_config(base, vocab_size=300), "has the shape (320, 64), expected (300"),
     "none": (lambda base: (base / "model.safetensors").unlink(), "no model at 'model'"),
-    "cut off": (cut_off, "model.safetensors cannot be read as safetensors"),
+    "cut off": (cut_off, "model.safetensors cannot be read: "),
     "pointer": (lambda base: (base / "model.safetensors").write_bytes(POINTER), "run `git lfs pull`"),
-    "empty": (lambda base: (base / "model.safetensors").write_bytes(b""), "cannot be read as safetensors"),
-    "code": (lambda base: as_pickle(base, pickle.dumps(print)), "without running code"),
-    "no pickle": (lambda base: as_pickle(base, b"what is this"), "without running code"),
+    "empty": (lambda base: (base / "model.safetensors").write_bytes(b""), "safetensors cannot be read: "),
+    "code": (lambda base: as_pickle(base, pickle.dumps(print)), "or holds code beside them, which is not run"),
+    "no pickle": (lambda base: as_pickle(base, b"what is this"), "pytorch_model.bin cannot be read: "),
+    "empty bin": (lambda base: as_pickle(base, b""), "pytorch_model.bin cannot be read: EOFError"),
+    "page": (lambda base: as_pickle(base, b"hello world, html page"), "pytorch_model.bin cannot be read: "),
 }
 
 
@@ -92,12 +95,35 @@ def test_a_pickle_of_weights_is_read(base, cli):
     assert cli("plan", "tiny.yaml")[0] == 0
 
 
-def test_more_tokens_than_the_embedding_has_rows(base, cli):
+def test_tokens_beyond_the_embedding_that_no_run_uses(base, cli):
+    """Gemma 3's smallest models have an image's token beyond their embedding."""
+    add_token(base, "<image_soft_token>")
+    assert cli("plan", "tiny.yaml")[0] == 0
+    exit_code, _, err = cli("plan", "tiny.yaml", "tokenizer.pad_token=<image_soft_token>")
+    assert exit_code == 2
+    assert "1 tokens have no embedding: '<image_soft_token>' is number 320, and the embedding of 'model' has 320" in err
+
+
+def test_weights_that_are_quantised_already_are_left_to_the_loading(base, cli):
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+    model.save_pretrained(base)
+    assert json.loads((base / "config.json").read_text())["quantization_config"]["load_in_4bit"]
+    exit_code, out, err = cli("plan", "tiny.yaml")
+    assert exit_code == 0, out + err
+
+
+def add_token(base, content):
     file = base / "tokenizer.json"
     tokenizer = json.loads(file.read_text())
-    added = {**tokenizer["added_tokens"][0], "id": len(tokenizer["model"]["vocab"]), "content": "<new>"}
+    added = {**tokenizer["added_tokens"][0], "id": len(tokenizer["model"]["vocab"]), "content": content}
     tokenizer["added_tokens"].append(added)
     file.write_text(json.dumps(tokenizer))
+
+
+def test_more_tokens_than_the_embedding_has_rows(base, cli):
+    add_token(base, "<new>")
+    template = base / "chat_template.jinja"
+    template.write_text("<new>" + template.read_text())
     exit_code, _, err = cli("plan", "tiny.yaml")
     assert exit_code == 2
     assert "1 tokens have no embedding: '<new>' is number" in err

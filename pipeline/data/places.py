@@ -134,6 +134,8 @@ def _one_kind(files: list[Path], key: str, where: Any) -> str:
 
 def loader_of(kind: str) -> tuple[str, dict[str, Any]]:
     """The loader of the datasets library, and its options."""
+    if kind == "json":
+        return kind, {"parse_agent_traces": False}  # it takes rows with a `messages` and a `source` column for such
     if kind not in ("csv", "tsv"):
         return kind, {}
     return "csv", {"sep": "\t" if kind == "tsv" else ",", "keep_default_na": False}

@@ -415,7 +415,7 @@ class Bench:
             return kill.point is not None and self.reached.exists(), faults
         by_launcher = kill.point is not None and kill.point.by == "launcher"
         to_launcher = kill.target != "stage" or by_launcher or (kill.point is None and targets == [pid])
-        allowed = [1, 130] if kill.number == signal.SIGINT else [1]
+        allowed = [1]
         if to_launcher:
             allowed = [-kill.number if kill.number == signal.SIGKILL else 128 + kill.number]
             if kill.point is None:
@@ -585,6 +585,9 @@ def main() -> None:
     parser.add_argument("--points", nargs="*", default=[], choices=[point.name for point in POINTS], metavar="NAME",
                         help="only these, each once, by all signals and of all processes in turn")  # fmt: skip
     options = parser.parse_args()
+    # A shell lets a command in the background ignore the one, and `nohup` the other.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     folder = options.folder.resolve()
     os.environ |= {
         "HF_HOME": str(folder / "hf"),
