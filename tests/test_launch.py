@@ -298,3 +298,28 @@ def test_a_file_that_is_named_like_the_package(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     found = manifest.read(path.parent / "run").stages
     assert "judge" in found["evaluate"].metrics["policies"]["sft"]
+
+
+def test_an_error_in_one_process_under_accelerate_is_the_users_message(tmp_path):
+    """With its reasons, which stand on lines of their own; what a judge starts finds the modules beside it."""
+    sampled = {"data": "demonstrations", "max_new_tokens": 4, "num_prompts": 2, "policies": [], "judge": "judge:score"}
+    data = {"demonstrations": {"path": "demonstrations.jsonl", "heldout": 0.5}}
+    stages = {"sft": tiny.SFT | {"training": {"max_steps": 1}}, "evaluate": sampled}
+    path = tiny.make_run(tmp_path, stages, data=data)
+    (tmp_path / "solution.py").write_text("ANSWER = 42\n")
+    (tmp_path / "check.py").write_text("import solution\nprint(solution.ANSWER)\n")
+    (tmp_path / "judge.py").write_text(
+        "import pathlib, subprocess, sys\n"
+        "def score(prompt, completion):\n"
+        "    command = [sys.executable, pathlib.Path(__file__).with_name('check.py')]\n"
+        "    found = subprocess.run(command, capture_output=True, text=True).stdout\n"
+        "    return float(found) if completion in ('', 'Yes.') else f'it is{found}'\n"
+    )
+    launch = tmp_path / "single.yaml"
+    launch.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\nnum_processes: 1\nuse_cpu: true\n")
+    command = [sys.executable, "-m", "pipeline", "run", path, "--accelerate-config", launch]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.startswith("error: stage 'evaluate' stopped: function judge:score gives 'it is42\\n' to"), (
+        done.stderr
+    )

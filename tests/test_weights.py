@@ -8,8 +8,9 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DogeConfig, Mamba2Config
 
+from pipeline import architecture
 from pipeline.errors import UserError
 from pipeline.models import Loader
 
@@ -136,3 +137,12 @@ def test_where_they_are_loaded_too(base):
         Loader(str(base)).causal(str(base))
     with pytest.raises(UserError, match="are missing, and would be random numbers"):
         Loader(str(base)).score(str(base))
+
+
+def test_what_published_configs_hold(base, cli, tmp_path):
+    """No experts in a dense model of a family that has them, and numbers without end."""
+    change_config(base, num_local_experts=0, router_limit=float("inf"))
+    assert cli("plan", "tiny.yaml")[0] == 0
+    for config_class in (Mamba2Config, DogeConfig):
+        config_class().save_pretrained(tmp_path / "other")
+        assert architecture.fault_of_file(tmp_path / "other" / "config.json") is None
