@@ -293,6 +293,27 @@ def test_a_template_without_tools_is_told(read, template, row, what):
     assert "rows.jsonl: 1 of 2 rows (50.00%) do not fit their format" in message and "First" in message
 
 
+def read_template(name):
+    return (tokenizers.chat_templates.TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+BRANCHES = f"{{% if tools %}}{read_template('hermes')}{{% else %}}{read_template('chatml')}{{% endif %}}"
+
+
+@pytest.mark.parametrize(
+    "template", [{"default": read_template("chatml"), "tool_use": read_template("hermes")}, BRANCHES]
+)
+def test_a_template_that_shows_calls_only_beside_tools(read, template):
+    """Rows with calls but without definitions are rendered by the other template, or the other branch of it."""
+    made = read([FORMS["OpenAI"], {"messages": OPENAI}, {"messages": [ASK, LAST]}])
+    made.tokenizer.chat_template = template
+    made = Datasets(made.config, made.tokenizer, tokenizers.fingerprint(made.tokenizer))
+    assert len(texts(made)) == 2
+    assert texts(made)[0] == {"": LEARNT}
+    assert fault(made).rows == (1,)
+    assert fault(made).why.startswith("calls of tools: the chat template does not show calls of tools; ")
+
+
 def test_a_template_that_shows_the_first_call_alone(read, tmp_path):
     text = (Path(tokenizers.chat_templates.TEMPLATES) / "hermes.jinja").read_text()
     (tmp_path / "first.jinja").write_text(text.replace("message.tool_calls or []", "(message.tool_calls or [])[:1]"))
