@@ -1,5 +1,6 @@
 """Rows with tools: every form gives the same tokens, calls are learnt, results are not, and nothing is left out."""
 
+import datetime
 import importlib.util
 import json
 from pathlib import Path
@@ -12,8 +13,10 @@ from transformers import AutoTokenizer
 from pipeline import datacheck, tokenizers
 from pipeline.config import load
 from pipeline.data.convert import convert
+from pipeline.data.faults import RowFault
 from pipeline.data.prepare import Datasets
 from pipeline.data.shapes import detect
+from pipeline.data.tools import tools_of
 
 TRL = Path(importlib.util.find_spec("trl").submodule_search_locations[0]) / "chat_templates"
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
@@ -458,7 +461,55 @@ def test_faults_of_messages(read, message, words):
 @pytest.mark.parametrize("tools", ["hammer", ["hammer"], [{"type": "web_search"}], {"a": 1}, 5])
 def test_a_column_of_tools_that_holds_none(read, tools):
     made = read([{"messages": [ASK, LAST], "tools": tools}])
-    assert fault(made).why.startswith("tools: expected definitions of functions with a name, got ")
+    why = fault(made).why
+    assert why.startswith("tools: expected definitions of functions with a name, got ")
+    assert why.endswith("; to read the rows without it, rename the column: `columns: {tools: unused}`")
+
+
+@pytest.mark.parametrize("name", ["tools", "functions"])
+def test_renamed_the_rows_are_read_without_it(read, name):
+    rows = [{"messages": [ASK, LAST], name: "search, calc"}, {"messages": [ASK, LAST], name: "hammer"}]
+    made = read(rows, data={"rows": {"path": "rows.jsonl", "columns": {name: "unused"}}})
+    assert ids_of(made) == 2 * ids_of(read([{"messages": [ASK, LAST]}]))
+
+
+@pytest.mark.parametrize(
+    "nothing", [None, "", " ", "None", "null", "[]", [], [None], ["None", None], {}, [{"a": None}]]
+)
+@pytest.mark.parametrize("name", ["tools", "functions"])
+def test_a_column_that_says_there_are_no_tools(name, nothing):
+    assert tools_of({name: nothing}) == []
+    assert tools_of({"tools": nothing, "functions": TOOLS}) == TOOLS
+    assert tools_of({name: [None, *TOOLS]}) == TOOLS
+
+
+BEYOND_JSON = [datetime.datetime(2020, 1, 2), datetime.date(2020, 1, 2), b"\x89PNG", "\ud83d"]
+
+
+@pytest.mark.parametrize("value", BEYOND_JSON)
+def test_values_that_json_cannot_hold(value):
+    """Tables have times and bytes; JSON within a text may have half of a surrogate pair."""
+    definition = {"name": "clock", "parameters": {"default": value}}
+    row = {"messages": [ASK, say("assistant", None, tool_calls=[call("clock", zone=value)])]}
+    called_by_id = say("assistant", None, tool_calls=[{"id": "\ud83d", "name": "clock", "arguments": {}}])
+    for found, field in (
+        (row, "messages"),
+        ({"messages": [ASK, called_by_id]}, "messages"),
+        ({"messages": [ASK, LAST], "tools": [definition]}, "tools"),
+        ({"messages": [ASK, LAST], "functions": definition}, "functions"),
+    ):
+        with pytest.raises(RowFault, match=f"^{field}: expected values of JSON, got ") as error:
+            convert(found, "messages", "demonstrations")
+        assert error.value.kind == "malformed"
+
+
+def test_times_in_a_table_and_half_a_pair_in_json_are_faults_of_their_rows(read, tmp_path):
+    timed = say("assistant", None, tool_calls=[call("clock", at=datetime.datetime(2020, 1, 2))])
+    Dataset.from_list([{"messages": [ASK, timed]}]).to_parquet(tmp_path / "table.parquet")
+    rows = {"messages": [ASK, say("assistant", None, tool_calls=['{"name": "f", "arguments": {"a": "\\ud83d"}}'])]}
+    for made in (read([], data={"rows": {"path": "table.parquet"}}), read([rows, {"messages": [ASK, LAST]}])):
+        assert fault(made).rows == (0,)
+        assert fault(made).why.startswith("messages: expected values of JSON, got ")
 
 
 # What people see
