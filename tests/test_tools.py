@@ -416,6 +416,34 @@ def test_no_loss_on_messages_of_weight_0(read):
         assert (noticed["eos"].count, noticed["duplicate"].rows) == (0, (1,))
 
 
+QUIET = [say("user", "a"), say("assistant", "b", weight=0), say("user", "c"), say("assistant", "d", weight=0)]
+
+
+@pytest.mark.parametrize(
+    ("row", "shape", "field", "length"),
+    [
+        ({"messages": QUIET}, "messages", "messages", 3),
+        ({"messages": QUIET[:2], "tools": TOOLS}, "messages", "messages", 1),
+        ({"conversations": [turn("human", "a"), turn("gpt", "b") | {"weight": 0}]}, "sharegpt", "conversations", 1),
+        ({"prompt": "a", "completion": QUIET[1:2]}, "prompt_completion", "completion", 1),
+        ({"messages": QUIET, "label": True}, "unpaired", "messages", 3),
+    ],
+)
+def test_a_dialogue_of_weight_0_is_a_prompt_and_no_demonstration(row, shape, field, length):
+    prompt = [say("user", "a"), say("assistant", "b"), say("user", "c")][:length]
+    expected = {"prompt": prompt} | ({"tools": TOOLS} if "tools" in row else {})
+    assert convert(row, shape, "prompts") == expected
+    with pytest.raises(RowFault) as error:
+        convert(row, shape, "demonstrations")
+    why = "has nothing to learn from: all of the assistant's messages have weight 0"
+    assert (error.value.kind, str(error.value)) == ("malformed", f"{field}: {why}")
+
+
+def test_a_prompt_of_weight_0_is_sampled_from(read):
+    rows = [{"messages": QUIET}, {"messages": [say("user", "x"), say("assistant", "y")]}]
+    assert ids_of(read(rows, "ppo"), "ppo")[0] == ids_of(read([{"prompt": QUIET[:3]}], "ppo"), "ppo")[0]
+
+
 def test_rows_that_differ_in_a_weight_are_no_repeats(read):
     rows = [
         {"messages": [say("user", "a"), say("assistant", "b", weight=w), say("user", "c"), say("assistant", "d")]}
