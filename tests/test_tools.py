@@ -475,6 +475,9 @@ def test_weights_of_comparisons(read):
         (say("user", "b", loss_weight=1.0), "expected a loss on the assistant's messages alone, got "),
         (say("assistant", [part("reasoning", "b")]), "expected parts of type 'text', got "),
         (say("assistant", "b", tools=TOOLS), "expected tools in a column of their own, got "),
+        (say("assistant", "b", functions=json.dumps(TOOLS)), "expected tools in a column of their own, got "),
+        (say("assistant", "b", function_calls="clock(zone=1)"), "expected calls of tools as `tool_calls`, got "),
+        (say("assistant", None, function_calls=CALLS), "expected calls of tools as `tool_calls`, got "),
         (say("user", "b", tool_calls=CALLS), "expected calls of tools by the assistant alone, got "),
         (say("assistant", None, tool_calls=[{"name": "f", "arguments": "{"}]), "expected calls with a name and with "),
         (say("function_call", "weather in Paris"), "expected calls with a name and with arguments as a JSON object"),
@@ -484,6 +487,14 @@ def test_weights_of_comparisons(read):
 def test_faults_of_messages(read, message, words):
     made = read([{"messages": [say("user", "a"), message, say("user", "c"), say("assistant", "d")]}])
     assert fault(made).why.startswith(f"messages: {words}")
+
+
+@pytest.mark.parametrize("nothing", [None, "", [], "[]", "null"])
+@pytest.mark.parametrize("key", ["tools", "functions", "function_calls"])
+def test_keys_of_messages_that_hold_nothing(key, nothing):
+    """A table gives every message the keys of all others."""
+    row = {"messages": [ASK | {key: nothing}, LAST | {key: nothing}]}
+    assert convert(row, "messages", "demonstrations") == {"prompt": [ASK], "completion": "Blue at ten."}
 
 
 @pytest.mark.parametrize("tools", ["hammer", ["hammer"], [{"type": "web_search"}], {"a": 1}, 5])

@@ -50,8 +50,7 @@ def _message(turn: Any, field: str) -> Message:
     if not isinstance(speaker, str) or speaker not in ROLES:
         raise unexpected
     media.refuse_keys(turn, field)
-    if turn.get("tools"):
-        raise RowFault("malformed", field, f"expected tools in a column of their own, got {shown(turn)}")
+    tools.refuse_keys(turn, field)
     role = ROLES[speaker]
     content, calls = _content(turn, speaker, field)
     if calls and role != "assistant":

@@ -111,6 +111,14 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
+def refuse_keys(message: Mapping[str, Any], field: str) -> None:
+    """Raise a RowFault where a message has tools, or calls under a name that is not read (OLMo's `function_calls`)."""
+    if any(not _is_nothing(_parsed(message.get(name))) for name in COLUMNS):
+        raise RowFault("malformed", field, f"expected tools in a column of their own, got {shown(message)}")
+    if not _is_nothing(_parsed(message.get("function_calls"))):
+        raise RowFault("malformed", field, f"expected calls of tools as `tool_calls`, got {shown(message)}")
+
+
 def refuse_tools(row: Row) -> None:
     """Raise a RowFault where a canonical row has tools, calls, or what they gave."""
     if "tools" in row or any("tool_calls" in message or message["role"] == "tool" for message in row["prompt"]):
