@@ -324,6 +324,18 @@ def test_a_template_that_shows_the_first_call_alone(read, tmp_path):
     assert fault(made).why.startswith("several calls at once: the chat template does not show several calls at once; ")
 
 
+def test_a_template_that_renders_prompts_differently(read, tmp_path):
+    text = "{{ '<last>' if messages[-1].role == 'user' else '' }}" + read_template("chatml")
+    (tmp_path / "own.jinja").write_text(text)
+    row = {"messages": [say("user", "a"), say("assistant", "b")]}
+    why = fault(read([row], template="own.jinja")).why
+    what = "the chat template renders the prompt differently when an answer follows it"
+    assert why.startswith(f"prompt: {what}: the prompt alone is '<last>")
+    mend = "; set tokenizer.chat_template to `chatml` (with tools: `hermes`) or to a file of your own"
+    assert why.endswith(mend)
+    assert len(ids_of(read([row]))) == len(ids_of(read([row], template="chatml"))) == 1
+
+
 def test_hermes_is_chatml_where_there_are_no_tools(read):
     row = {"messages": [SYSTEM, ASK, say("assistant", "Blue."), ASK, LAST]}
     assert ids_of(read([row])) == ids_of(read([row], template="chatml"))
