@@ -275,6 +275,56 @@ def test_a_template_that_takes_arguments_as_json(read, tmp_path):
     assert fault(made).rows == (1,) and fault(made).why.startswith("tools: the chat template does not show tools; ")
 
 
+NINE = """{%- macro check(id) -%}
+{%- if not id is defined or id | length != 9 -%}
+{{- raise_exception('Tool call IDs should be alphanumeric strings with length 9!') -}}
+{%- endif -%}{{- id -}}
+{%- endmacro -%}
+{%- if tools -%}{{- tools | tojson -}}{%- endif -%}
+{%- for message in messages -%}
+{{- '<|im_start|>' + message.role + '\n' + message.content -}}
+{%- for call in message.tool_calls or [] -%}{{- check(call.id) + '=' + call.function | tojson -}}{%- endfor -%}
+{%- if message.role == 'tool' -%}{{- '=' + check(message.tool_call_id) -}}{%- endif -%}
+{{- '<|im_end|>' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}
+"""
+
+
+def test_a_template_that_wants_ids_of_nine_characters(read, tmp_path):
+    """As Mistral's do. Ids that fit are kept, others are made from a count, the same in a call and its result."""
+    (tmp_path / "nine.jinja").write_text(NINE)
+    with_id = [CALLS[0] | {"id": "abcdefghi"}, CALLS[1] | {"id": "call_12345678"}]
+    swapped = [say("tool", "10:00", tool_call_id="call_12345678"), say("tool", "blue", tool_call_id="abcdefghi")]
+    again = [say("assistant", "", tool_calls=CALLS[1:]), say("tool", "11:00"), LAST]
+    rows = [{"messages": [ASK, say("assistant", "", tool_calls=with_id), *swapped, *again]}]
+    rows.append({"messages": [ASK, LAST]})
+    (first,) = [text[""] for text in texts(read([FORMS["ShareGPT"]], template="nine.jinja"))]
+    second, plain = [text[""] for text in texts(read(rows, template="nine.jinja"))]
+
+    def said(role, content):
+        return f"<|im_start|>{role}\n{content}<|im_end|>"
+
+    def learnt(content):
+        return f"<|im_start|>assistant\n[{content}<|im_end|>]"
+
+    weather, clock = JSON_CALLS
+    results = said("tool", '{"sky": "blue"}=000000001') + said("tool", "10:00=000000002")
+    assert first.endswith(
+        said("user", "Paris?") + learnt(f"000000001={weather}000000002={clock}") + results + learnt("Blue at ten.")
+    )
+    assert second == (
+        said("user", "Paris?")
+        + learnt(f"abcdefghi={weather}000000002={clock}")
+        + said("tool", "10:00=000000002")
+        + said("tool", "blue=abcdefghi")
+        + learnt(f"000000003={clock}")
+        + said("tool", "11:00=000000003")
+        + learnt("Blue at ten.")
+    )
+    assert plain == said("user", "Paris?") + learnt("Blue at ten.")
+
+
 @pytest.mark.parametrize("template", ["chatml", "plain", "verbatim", "scratch"])
 @pytest.mark.parametrize(
     ("row", "what"),

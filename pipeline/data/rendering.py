@@ -27,6 +27,7 @@ _TOOL: Row = {
 }
 _ASKED = {"role": "user", "content": "What is salt?"}
 _SAID = {"role": "assistant", "content": "A mineral."}
+_WANTS_IDS = "length 9"  # what Mistral's templates say of calls with other ids, or none
 _MEND = "set tokenizer.chat_template to a template with tools, such as `hermes`, or leave these rows out"
 
 
@@ -57,10 +58,47 @@ def _rendered(
     try:
         return tokenizer.apply_chat_template(dialogues, **options)
     except (TemplateError, *CODE_ERRORS) as error:
+        if _WANTS_IDS in str(error):
+            numbered = [_with_ids(dialogue) for dialogue in dialogues]
+            if numbered != dialogues:
+                return _rendered(tokenizer, numbered, tools, add_generation_prompt)
         if len(dialogues) == 1:
             return [_refusal(error)]
         one_by_one = (_rendered(tokenizer, [dialogue], tools, add_generation_prompt) for dialogue in dialogues)
         return [text for (text,) in one_by_one]
+
+
+def _with_ids(dialogue: Messages) -> Messages:
+    """A dialogue whose calls and results have ids of nine letters and digits; others are made from a count.
+
+    So the start of a dialogue has the ids that it has within the whole. A result has the id of its call: the one that
+    it names, or the next one.
+    """
+    made, number = [], 0
+    given: dict[str | None, str] = {}
+    waiting: list[str] = []
+    for message in dialogue:
+        if "tool_calls" in message:
+            calls, given = [], {}
+            for call in message["tool_calls"]:
+                number += 1
+                theirs = call.get("id")
+                given[theirs] = theirs if _fits(theirs) else f"{number:09d}"
+                calls.append(call | {"id": given[theirs]})
+            message = message | {"tool_calls": calls}
+            waiting = [call["id"] for call in calls]
+        elif message["role"] == "tool":
+            following = waiting.pop(0) if waiting else f"{number:09d}"
+            theirs = message.get("tool_call_id")
+            if not _fits(theirs):
+                ours = given.get(theirs, following) if theirs else following
+                message = message | {"tool_call_id": ours}
+        made.append(message)
+    return made
+
+
+def _fits(key: str | None) -> bool:
+    return key is not None and len(key) == 9 and key.isascii() and key.isalnum()
 
 
 def _refusal(error: Exception) -> RowFault:
