@@ -7,7 +7,7 @@ import tiny
 from datasets import Audio, Dataset, Features, Image, List, Value
 
 from pipeline.data.convert import convert
-from pipeline.data.faults import RowFault
+from pipeline.data.faults import RowFault, shown
 from pipeline.data.media import MEDIA
 
 HI = [{"role": "user", "content": "What is this?"}, {"role": "assistant", "content": "A cat."}]
@@ -51,6 +51,45 @@ def test_a_column_of_media_is_a_fault_of_the_row(shape, column):
 def test_a_column_without_media_is_none(shape, value):
     want = "text" if shape == "text" else "prompts"
     assert convert(ROWS[shape] | {"images": value}, shape, want) == convert(ROWS[shape], shape, want)
+
+
+class Unseen:
+    def __repr__(self):
+        raise AssertionError("what a message does not show was looked at")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {},
+        [],
+        "",
+        None,
+        5,
+        {"a": [1, "b", {"c": None}], 2: [[]]},
+        "it's",
+        ["x" * 300],
+        "x" * 198,
+        "x" * 199,
+        {"a": "é" * 400},
+    ],
+)
+def test_a_value_is_shown_as_python_writes_it_cut_to_200_characters(value):
+    text = repr(value)
+    assert shown(value) == (text if len(text) <= 200 else f"{text[:200]}...")
+
+
+def test_no_more_is_looked_at_than_is_shown():
+    assert shown(b"\x89PNG" * 1000) == "4000 bytes"
+    assert shown([{"image": {"bytes": PNG, "path": "cat.png"}}]) == (
+        f"[{{'image': {{'bytes': {len(PNG)} bytes, 'path': 'cat.png'}}}}]"
+    )
+    assert shown(["x" * 300, Unseen()]) == f"['{'x' * 198}..."
+    assert shown({"a": ["x" * 99] * 3, "b": Unseen()}).startswith("{'a': ['xxx")
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert shown(deep) == "[" * 200 + "..."
 
 
 @pytest.mark.parametrize("value", ["cat.png", b"\x89PNG", {"bytes": None, "path": "cat.png"}, [[{"url": "x"}]], 5])
@@ -166,4 +205,4 @@ def test_media_of_a_table_are_not_decoded(cli, tmp_path):
         assert exit_code == 2
         assert "<user>What is this?<assistant>⟦A cat.<eos>⟧" in shown
         assert "3 of 4 rows (75.00%) do not fit their format" in message
-        assert "row 1: images: expected text alone" in message and "b'\\x89PNG" in message
+        assert "row 1: images: expected text alone" in message and f"'bytes': {len(PNG)} bytes" in message

@@ -44,6 +44,26 @@ def test_a_line_that_is_null_is_a_row_without_values(tmp_path, lines, rows, stre
     assert read(tmp_path, streaming, path="rows.jsonl") == rows
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("size", [1, 20_000])
+@pytest.mark.parametrize("before", ["", "null\n", GOOD])
+def test_null_on_a_line_of_its_own_within_an_object(tmp_path, streaming, size, before):
+    """Objects over several lines; the larger ones are more than a block of pyarrow's."""
+    rows = [{"text": "a", "x": [["b", None], [None]], "y": None}, {"text": "c", "x": [[None] * size], "y": "null"}]
+    indented = "\n".join(json.dumps(row, indent=1) for row in rows).replace('"y": null', '"y":\nnull')
+    write_text(tmp_path / "rows.jsonl", before + indented + "\n")
+    found = read(tmp_path, streaming, path="rows.jsonl")
+    nothing = {"text": "a" if before == GOOD else None, "x": None, "y": None}
+    assert found == ([nothing] if before else []) + rows
+
+
+@pytest.mark.parametrize("lines", ["null,\n" + GOOD, "nullx\n", "null}\n", GOOD + "null\n]", "null\n5\n"])
+def test_what_begins_with_null_and_is_no_json(tmp_path, lines):
+    write_text(tmp_path / "rows.jsonl", lines)
+    with pytest.raises(UserError, match=r"rows\.jsonl: cannot be read: "):
+        read(tmp_path, path="rows.jsonl")
+
+
 def test_null_in_a_later_block_of_a_large_file(tmp_path):
     """The reader takes 10 MB at a time; here the second 10 MB begin with null lines."""
     long = json.dumps({"text": "a" * 9_985}) + "\n"

@@ -884,11 +884,6 @@ MESSAGES_FAULTS = [
         "malformed",
         "messages: expected calls with a name and with arguments as a JSON object, got {'id': 1}",
     ),
-    (
-        {"messages": [user("Hi"), {"role": "assistant", "content": "Hello!", "weight": 0}]},
-        "malformed",
-        "messages: has nothing to learn from: all of the assistant's messages have weight 0",
-    ),
     ({"messages": []}, "empty", "messages: has no messages"),
     ({"messages": [user(""), assistant("Hello!")]}, "empty", "messages: the message of 'user' is empty"),
     (
@@ -963,11 +958,6 @@ SHAREGPT_FAULTS = [
         {"conversations": [{"from": "human"}, said("gpt", "Hello!")]},
         "malformed",
         "conversations: expected messages with a role and text, got {'from': 'human'}",
-    ),
-    (
-        {"conversations": [said("human", "Hi"), {"from": "gpt", "value": "Hello!", "weight": 0}]},
-        "malformed",
-        "conversations: has nothing to learn from: all of the assistant's messages have weight 0",
     ),
     (
         {"conversations": [said("human", "Hi"), said("gpt", "Hello!")], "system": False},

@@ -1,5 +1,6 @@
 """Rows with tools: every form gives the same tokens, calls are learnt, results are not, and nothing is left out."""
 
+import datetime
 import importlib.util
 import json
 from pathlib import Path
@@ -12,8 +13,10 @@ from transformers import AutoTokenizer
 from pipeline import datacheck, tokenizers
 from pipeline.config import load
 from pipeline.data.convert import convert
+from pipeline.data.faults import RowFault
 from pipeline.data.prepare import Datasets
 from pipeline.data.shapes import detect
+from pipeline.data.tools import tools_of
 
 TRL = Path(importlib.util.find_spec("trl").submodule_search_locations[0]) / "chat_templates"
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
@@ -272,6 +275,56 @@ def test_a_template_that_takes_arguments_as_json(read, tmp_path):
     assert fault(made).rows == (1,) and fault(made).why.startswith("tools: the chat template does not show tools; ")
 
 
+NINE = """{%- macro check(id) -%}
+{%- if not id is defined or id | length != 9 -%}
+{{- raise_exception('Tool call IDs should be alphanumeric strings with length 9!') -}}
+{%- endif -%}{{- id -}}
+{%- endmacro -%}
+{%- if tools -%}{{- tools | tojson -}}{%- endif -%}
+{%- for message in messages -%}
+{{- '<|im_start|>' + message.role + '\n' + message.content -}}
+{%- for call in message.tool_calls or [] -%}{{- check(call.id) + '=' + call.function | tojson -}}{%- endfor -%}
+{%- if message.role == 'tool' -%}{{- '=' + check(message.tool_call_id) -}}{%- endif -%}
+{{- '<|im_end|>' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}
+"""
+
+
+def test_a_template_that_wants_ids_of_nine_characters(read, tmp_path):
+    """As Mistral's do. Ids that fit are kept, others are made from a count, the same in a call and its result."""
+    (tmp_path / "nine.jinja").write_text(NINE)
+    with_id = [CALLS[0] | {"id": "abcdefghi"}, CALLS[1] | {"id": "call_12345678"}]
+    swapped = [say("tool", "10:00", tool_call_id="call_12345678"), say("tool", "blue", tool_call_id="abcdefghi")]
+    again = [say("assistant", "", tool_calls=CALLS[1:]), say("tool", "11:00"), LAST]
+    rows = [{"messages": [ASK, say("assistant", "", tool_calls=with_id), *swapped, *again]}]
+    rows.append({"messages": [ASK, LAST]})
+    (first,) = [text[""] for text in texts(read([FORMS["ShareGPT"]], template="nine.jinja"))]
+    second, plain = [text[""] for text in texts(read(rows, template="nine.jinja"))]
+
+    def said(role, content):
+        return f"<|im_start|>{role}\n{content}<|im_end|>"
+
+    def learnt(content):
+        return f"<|im_start|>assistant\n[{content}<|im_end|>]"
+
+    weather, clock = JSON_CALLS
+    results = said("tool", '{"sky": "blue"}=000000001') + said("tool", "10:00=000000002")
+    assert first.endswith(
+        said("user", "Paris?") + learnt(f"000000001={weather}000000002={clock}") + results + learnt("Blue at ten.")
+    )
+    assert second == (
+        said("user", "Paris?")
+        + learnt(f"abcdefghi={weather}000000002={clock}")
+        + said("tool", "10:00=000000002")
+        + said("tool", "blue=abcdefghi")
+        + learnt(f"000000003={clock}")
+        + said("tool", "11:00=000000003")
+        + learnt("Blue at ten.")
+    )
+    assert plain == said("user", "Paris?") + learnt("Blue at ten.")
+
+
 @pytest.mark.parametrize("template", ["chatml", "plain", "verbatim", "scratch"])
 @pytest.mark.parametrize(
     ("row", "what"),
@@ -293,11 +346,44 @@ def test_a_template_without_tools_is_told(read, template, row, what):
     assert "rows.jsonl: 1 of 2 rows (50.00%) do not fit their format" in message and "First" in message
 
 
+def read_template(name):
+    return (tokenizers.chat_templates.TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+BRANCHES = f"{{% if tools %}}{read_template('hermes')}{{% else %}}{read_template('chatml')}{{% endif %}}"
+
+
+@pytest.mark.parametrize(
+    "template", [{"default": read_template("chatml"), "tool_use": read_template("hermes")}, BRANCHES]
+)
+def test_a_template_that_shows_calls_only_beside_tools(read, template):
+    """Rows with calls but without definitions are rendered by the other template, or the other branch of it."""
+    made = read([FORMS["OpenAI"], {"messages": OPENAI}, {"messages": [ASK, LAST]}])
+    made.tokenizer.chat_template = template
+    made = Datasets(made.config, made.tokenizer, tokenizers.fingerprint(made.tokenizer))
+    assert len(texts(made)) == 2
+    assert texts(made)[0] == {"": LEARNT}
+    assert fault(made).rows == (1,)
+    assert fault(made).why.startswith("calls of tools: the chat template does not show calls of tools; ")
+
+
 def test_a_template_that_shows_the_first_call_alone(read, tmp_path):
     text = (Path(tokenizers.chat_templates.TEMPLATES) / "hermes.jinja").read_text()
     (tmp_path / "first.jinja").write_text(text.replace("message.tool_calls or []", "(message.tool_calls or [])[:1]"))
     made = read([FORMS["OpenAI"]], template="first.jinja")
     assert fault(made).why.startswith("several calls at once: the chat template does not show several calls at once; ")
+
+
+def test_a_template_that_renders_prompts_differently(read, tmp_path):
+    text = "{{ '<last>' if messages[-1].role == 'user' else '' }}" + read_template("chatml")
+    (tmp_path / "own.jinja").write_text(text)
+    row = {"messages": [say("user", "a"), say("assistant", "b")]}
+    why = fault(read([row], template="own.jinja")).why
+    what = "the chat template renders the prompt differently when an answer follows it"
+    assert why.startswith(f"prompt: {what}: the prompt alone is '<last>")
+    mend = "; set tokenizer.chat_template to `chatml` (with tools: `hermes`) or to a file of your own"
+    assert why.endswith(mend)
+    assert len(ids_of(read([row]))) == len(ids_of(read([row], template="chatml"))) == 1
 
 
 def test_hermes_is_chatml_where_there_are_no_tools(read):
@@ -392,6 +478,34 @@ def test_no_loss_on_messages_of_weight_0(read):
         assert (noticed["eos"].count, noticed["duplicate"].rows) == (0, (1,))
 
 
+QUIET = [say("user", "a"), say("assistant", "b", weight=0), say("user", "c"), say("assistant", "d", weight=0)]
+
+
+@pytest.mark.parametrize(
+    ("row", "shape", "field", "length"),
+    [
+        ({"messages": QUIET}, "messages", "messages", 3),
+        ({"messages": QUIET[:2], "tools": TOOLS}, "messages", "messages", 1),
+        ({"conversations": [turn("human", "a"), turn("gpt", "b") | {"weight": 0}]}, "sharegpt", "conversations", 1),
+        ({"prompt": "a", "completion": QUIET[1:2]}, "prompt_completion", "completion", 1),
+        ({"messages": QUIET, "label": True}, "unpaired", "messages", 3),
+    ],
+)
+def test_a_dialogue_of_weight_0_is_a_prompt_and_no_demonstration(row, shape, field, length):
+    prompt = [say("user", "a"), say("assistant", "b"), say("user", "c")][:length]
+    expected = {"prompt": prompt} | ({"tools": TOOLS} if "tools" in row else {})
+    assert convert(row, shape, "prompts") == expected
+    with pytest.raises(RowFault) as error:
+        convert(row, shape, "demonstrations")
+    why = "has nothing to learn from: all of the assistant's messages have weight 0"
+    assert (error.value.kind, str(error.value)) == ("malformed", f"{field}: {why}")
+
+
+def test_a_prompt_of_weight_0_is_sampled_from(read):
+    rows = [{"messages": QUIET}, {"messages": [say("user", "x"), say("assistant", "y")]}]
+    assert ids_of(read(rows, "ppo"), "ppo")[0] == ids_of(read([{"prompt": QUIET[:3]}], "ppo"), "ppo")[0]
+
+
 def test_rows_that_differ_in_a_weight_are_no_repeats(read):
     rows = [
         {"messages": [say("user", "a"), say("assistant", "b", weight=w), say("user", "c"), say("assistant", "d")]}
@@ -423,6 +537,9 @@ def test_weights_of_comparisons(read):
         (say("user", "b", loss_weight=1.0), "expected a loss on the assistant's messages alone, got "),
         (say("assistant", [part("reasoning", "b")]), "expected parts of type 'text', got "),
         (say("assistant", "b", tools=TOOLS), "expected tools in a column of their own, got "),
+        (say("assistant", "b", functions=json.dumps(TOOLS)), "expected tools in a column of their own, got "),
+        (say("assistant", "b", function_calls="clock(zone=1)"), "expected calls of tools as `tool_calls`, got "),
+        (say("assistant", None, function_calls=CALLS), "expected calls of tools as `tool_calls`, got "),
         (say("user", "b", tool_calls=CALLS), "expected calls of tools by the assistant alone, got "),
         (say("assistant", None, tool_calls=[{"name": "f", "arguments": "{"}]), "expected calls with a name and with "),
         (say("function_call", "weather in Paris"), "expected calls with a name and with arguments as a JSON object"),
@@ -434,10 +551,66 @@ def test_faults_of_messages(read, message, words):
     assert fault(made).why.startswith(f"messages: {words}")
 
 
+@pytest.mark.parametrize("nothing", [None, "", [], "[]", "null"])
+@pytest.mark.parametrize("key", ["tools", "functions", "function_calls"])
+def test_keys_of_messages_that_hold_nothing(key, nothing):
+    """A table gives every message the keys of all others."""
+    row = {"messages": [ASK | {key: nothing}, LAST | {key: nothing}]}
+    assert convert(row, "messages", "demonstrations") == {"prompt": [ASK], "completion": "Blue at ten."}
+
+
 @pytest.mark.parametrize("tools", ["hammer", ["hammer"], [{"type": "web_search"}], {"a": 1}, 5])
 def test_a_column_of_tools_that_holds_none(read, tools):
     made = read([{"messages": [ASK, LAST], "tools": tools}])
-    assert fault(made).why.startswith("tools: expected definitions of functions with a name, got ")
+    why = fault(made).why
+    assert why.startswith("tools: expected definitions of functions with a name, got ")
+    assert why.endswith("; to read the rows without it, rename the column: `columns: {tools: unused}`")
+
+
+@pytest.mark.parametrize("name", ["tools", "functions"])
+def test_renamed_the_rows_are_read_without_it(read, name):
+    rows = [{"messages": [ASK, LAST], name: "search, calc"}, {"messages": [ASK, LAST], name: "hammer"}]
+    made = read(rows, data={"rows": {"path": "rows.jsonl", "columns": {name: "unused"}}})
+    assert ids_of(made) == 2 * ids_of(read([{"messages": [ASK, LAST]}]))
+
+
+@pytest.mark.parametrize(
+    "nothing", [None, "", " ", "None", "null", "[]", [], [None], ["None", None], {}, [{"a": None}]]
+)
+@pytest.mark.parametrize("name", ["tools", "functions"])
+def test_a_column_that_says_there_are_no_tools(name, nothing):
+    assert tools_of({name: nothing}) == []
+    assert tools_of({"tools": nothing, "functions": TOOLS}) == TOOLS
+    assert tools_of({name: [None, *TOOLS]}) == TOOLS
+
+
+BEYOND_JSON = [datetime.datetime(2020, 1, 2), datetime.date(2020, 1, 2), b"\x89PNG", "\ud83d"]
+
+
+@pytest.mark.parametrize("value", BEYOND_JSON)
+def test_values_that_json_cannot_hold(value):
+    """Tables have times and bytes; JSON within a text may have half of a surrogate pair."""
+    definition = {"name": "clock", "parameters": {"default": value}}
+    row = {"messages": [ASK, say("assistant", None, tool_calls=[call("clock", zone=value)])]}
+    called_by_id = say("assistant", None, tool_calls=[{"id": "\ud83d", "name": "clock", "arguments": {}}])
+    for found, field in (
+        (row, "messages"),
+        ({"messages": [ASK, called_by_id]}, "messages"),
+        ({"messages": [ASK, LAST], "tools": [definition]}, "tools"),
+        ({"messages": [ASK, LAST], "functions": definition}, "functions"),
+    ):
+        with pytest.raises(RowFault, match=f"^{field}: expected values of JSON, got ") as error:
+            convert(found, "messages", "demonstrations")
+        assert error.value.kind == "malformed"
+
+
+def test_times_in_a_table_and_half_a_pair_in_json_are_faults_of_their_rows(read, tmp_path):
+    timed = say("assistant", None, tool_calls=[call("clock", at=datetime.datetime(2020, 1, 2))])
+    Dataset.from_list([{"messages": [ASK, timed]}]).to_parquet(tmp_path / "table.parquet")
+    rows = {"messages": [ASK, say("assistant", None, tool_calls=['{"name": "f", "arguments": {"a": "\\ud83d"}}'])]}
+    for made in (read([], data={"rows": {"path": "table.parquet"}}), read([rows, {"messages": [ASK, LAST]}])):
+        assert fault(made).rows == (0,)
+        assert fault(made).why.startswith("messages: expected values of JSON, got ")
 
 
 # What people see

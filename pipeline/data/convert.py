@@ -42,6 +42,9 @@ def convert(row: Row, shape: str, want: str) -> Row:
     if want == "demonstrations":
         if converted.get("label") is False:
             raise RowFault("label_false", "label", "is false, so the completion is none to learn from", converted)
+        if "unlearnt" in converted:
+            why = "has nothing to learn from: all of the assistant's messages have weight 0"
+            raise RowFault("malformed", converted["unlearnt"], why, converted)
         completion = converted.get("completion") or converted.get("chosen")
         if completion is None:
             raise RowFault("malformed", "completion", "expected an answer to learn from, got none")

@@ -15,6 +15,8 @@ from pipeline.data.messages import Messages
 from pipeline.data.rendering import render
 from pipeline.data.tools import Message, as_message, as_text
 
+_MEND = "set tokenizer.chat_template to `chatml` (with tools: `hermes`) or to a file of your own"
+
 
 def prompt_ids(tokenizer: Any, prompt: Messages) -> list[int]:
     """Token ids of a prompt, up to and including the assistant's header."""
@@ -36,8 +38,8 @@ def _turn(head: str, text: str, done: str, answer: Message, eos: str) -> _Turn |
     """The turn that `text` adds to `head`; `done` of it was seen before."""
     if not (head.startswith(done) and text.startswith(head)):
         seen = f"the prompt alone is {head[-200:]!r}, with its answer {text[-300:]!r}"
-        what = "the chat template renders the prompt differently when an answer follows it; set tokenizer.chat_template"
-        return RowFault("malformed", "prompt", f"{what}: {seen}")
+        what = "the chat template renders the prompt differently when an answer follows it"
+        return RowFault("malformed", "prompt", f"{what}: {seen}; {_MEND}")
     rest = text[len(head) :]
     context, is_learnt = head[len(done) :], "weight" not in answer
     if rest.count(eos) <= as_text(answer).count(eos):  # the template writes none of its own

@@ -1,5 +1,6 @@
 """What can be wrong with one row, and how messages show a value."""
 
+from collections.abc import Iterator
 from typing import Any
 
 Row = dict[str, Any]
@@ -13,6 +14,7 @@ FAULTS = {
     "label_false": "are labelled false",
     "blank": "are blank texts",
 }
+_LONGEST = 200  # characters of a value in a message
 
 
 class RowFault(Exception):
@@ -27,9 +29,38 @@ class RowFault(Exception):
 
 
 def shown(value: Any) -> str:
-    """A value as a message shows it, cut to 200 characters."""
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."
+    """A value as a message shows it, cut to 200 characters; of bytes their number.
+
+    What is cut is never looked at: a row may hold a file.
+    """
+    text = ""
+    for piece in _pieces(value):
+        text += piece
+        if len(text) > _LONGEST:
+            return f"{text[:_LONGEST]}..."
+    return text
+
+
+def _pieces(value: Any) -> Iterator[str]:
+    """The text of a value, a piece after another; of a long text the start."""
+    if isinstance(value, str):
+        yield repr(value[: _LONGEST + 1])
+    elif isinstance(value, (bytes, bytearray)):
+        yield f"{len(value)} bytes"
+    elif isinstance(value, dict):
+        for i, (key, inner) in enumerate(value.items()):
+            yield ", " if i else "{"
+            yield from _pieces(key)
+            yield ": "
+            yield from _pieces(inner)
+        yield "}" if value else "{}"
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            yield ", " if i else "["
+            yield from _pieces(inner)
+        yield "]" if value else "[]"
+    else:
+        yield repr(value)
 
 
 def text_of(row: Row, field: str) -> str:

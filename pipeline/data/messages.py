@@ -50,8 +50,7 @@ def _message(turn: Any, field: str) -> Message:
     if not isinstance(speaker, str) or speaker not in ROLES:
         raise unexpected
     media.refuse_keys(turn, field)
-    if turn.get("tools"):
-        raise RowFault("malformed", field, f"expected tools in a column of their own, got {shown(turn)}")
+    tools.refuse_keys(turn, field)
     role = ROLES[speaker]
     content, calls = _content(turn, speaker, field)
     if calls and role != "assistant":
@@ -146,7 +145,8 @@ def ends_with_user(messages: Messages, field: str = "prompt") -> Messages:
 def dialogue(messages: Messages, field: str) -> Row:
     """A dialogue that ends with the assistant, as prompt and completion.
 
-    It ends with the last message that is to be learnt from: what comes later has no part in anything.
+    It ends with the last message that is to be learnt from: what comes later has no part in anything. Where no message
+    is, it is whole, and `unlearnt` is the field: it can be a prompt and no demonstration.
     """
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         roles = [message["role"] for message in messages]
@@ -154,6 +154,6 @@ def dialogue(messages: Messages, field: str) -> Row:
     ends_with_user(messages[:-1], field)
     learnt = [i for i, m in enumerate(messages) if m["role"] == "assistant" and "weight" not in m]
     if not learnt:
-        raise RowFault("malformed", field, "has nothing to learn from: all of the assistant's messages have weight 0")
+        return {"prompt": messages[:-1], "completion": tools.answer_of(messages[-1]), "unlearnt": field}
     prompt = messages[: learnt[-1]]
     return {"prompt": prompt, "completion": tools.answer_of(messages[learnt[-1]])}

@@ -14,22 +14,33 @@ import pyarrow.json
 from datasets import Dataset, IterableDataset, LargeList, List
 from datasets.packaged_modules.json import json as json_module
 
-VERSION = "dates are text"  # of what files of JSON become; another one is read anew, not from the library's cache
-# A line that is `null`, or begins with it; pyarrow crashes where a block of lines begins with one.
-_NULL_LINE = re.compile(rb"(?m)^([ \t\r]*)null(?=\s|\Z)")
+# Of what files of JSON become; another one is read anew, not from the library's cache.
+VERSION = "dates are text, null is null"
+# A line that begins with `null`; pyarrow crashes where a block of lines begins with one.
+_NULL_LINE = re.compile(rb"(?m)^([ \t\r]*)null")
+_NULL_AT_START = re.compile(rb"\A(\s*)null")
+# A line that begins with anything but `null` or an object: values go over several lines.
+_OTHER_LINE = re.compile(rb"(?m)^[ \t\r]*(?:[^\s{n]|n(?!ull))")
 
 
 class _Json:
     """pyarrow.json as the datasets library uses it, with two differences.
 
-    A line that is `null` becomes a row without values. What looks like a date stays text.
+    A line that is `null` becomes a row without values; within a value that goes over several lines it stays null.
+    What looks like a date stays text.
     """
 
     def __getattr__(self, name: str) -> Any:
         return getattr(pyarrow.json, name)
 
     def read_json(self, file: io.BytesIO, read_options: Any = None) -> pa.Table:
-        lines = _NULL_LINE.sub(rb"\1{}", file.getvalue())
+        lines = file.getvalue()
+        if _NULL_LINE.search(lines):
+            if _OTHER_LINE.search(lines):
+                lines = _NULL_AT_START.sub(rb"\1{}", lines)
+                read_options = pyarrow.json.ReadOptions(block_size=len(lines) + 1)  # so that no other block begins
+            else:
+                lines = _NULL_LINE.sub(rb"\1{}", lines)
         table = pyarrow.json.read_json(io.BytesIO(lines), read_options=read_options)
         schema = pa.schema([(field.name, _without_dates(field.type)) for field in table.schema])
         if schema.equals(table.schema):

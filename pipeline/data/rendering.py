@@ -27,6 +27,7 @@ _TOOL: Row = {
 }
 _ASKED = {"role": "user", "content": "What is salt?"}
 _SAID = {"role": "assistant", "content": "A mineral."}
+_WANTS_IDS = "length 9"  # what Mistral's templates say of calls with other ids, or none
 _MEND = "set tokenizer.chat_template to a template with tools, such as `hermes`, or leave these rows out"
 
 
@@ -42,7 +43,8 @@ def render(
         groups[json.dumps(found)].append(i)
     texts: list[str | RowFault] = [""] * len(dialogues)
     for rows in groups.values():
-        batch = [_as_taken(tokenizer, without_weights(dialogues[i])) for i in rows]
+        has_tools = bool(tools[rows[0]])
+        batch = [_as_taken(tokenizer, without_weights(dialogues[i]), has_tools) for i in rows]
         rendered = _rendered(tokenizer, batch, tools[rows[0]], add_generation_prompt)
         for i, text in zip(rows, rendered, strict=True):
             texts[i] = _lost(tokenizer, dialogues[i], tools[i]) or text
@@ -56,10 +58,47 @@ def _rendered(
     try:
         return tokenizer.apply_chat_template(dialogues, **options)
     except (TemplateError, *CODE_ERRORS) as error:
+        if _WANTS_IDS in str(error):
+            numbered = [_with_ids(dialogue) for dialogue in dialogues]
+            if numbered != dialogues:
+                return _rendered(tokenizer, numbered, tools, add_generation_prompt)
         if len(dialogues) == 1:
             return [_refusal(error)]
         one_by_one = (_rendered(tokenizer, [dialogue], tools, add_generation_prompt) for dialogue in dialogues)
         return [text for (text,) in one_by_one]
+
+
+def _with_ids(dialogue: Messages) -> Messages:
+    """A dialogue whose calls and results have ids of nine letters and digits; others are made from a count.
+
+    So the start of a dialogue has the ids that it has within the whole. A result has the id of its call: the one that
+    it names, or the next one.
+    """
+    made, number = [], 0
+    given: dict[str | None, str] = {}
+    waiting: list[str] = []
+    for message in dialogue:
+        if "tool_calls" in message:
+            calls, given = [], {}
+            for call in message["tool_calls"]:
+                number += 1
+                theirs = call.get("id")
+                given[theirs] = theirs if _fits(theirs) else f"{number:09d}"
+                calls.append(call | {"id": given[theirs]})
+            message = message | {"tool_calls": calls}
+            waiting = [call["id"] for call in calls]
+        elif message["role"] == "tool":
+            following = waiting.pop(0) if waiting else f"{number:09d}"
+            theirs = message.get("tool_call_id")
+            if not _fits(theirs):
+                ours = given.get(theirs, following) if theirs else following
+                message = message | {"tool_call_id": ours}
+        made.append(message)
+    return made
+
+
+def _fits(key: str | None) -> bool:
+    return key is not None and len(key) == 9 and key.isascii() and key.isalnum()
 
 
 def _refusal(error: Exception) -> RowFault:
@@ -82,24 +121,27 @@ def _lost(tokenizer: Any, dialogue: Messages, tools: list[Row]) -> RowFault | No
         "several calls at once": [message for message in calling if len(message["tool_calls"]) > 1],
         "text beside calls of tools": [message for message in calling if message["content"].strip()],
     }
-    for what in _not_shown(tokenizer, str(tokenizer.chat_template), _takes_json(tokenizer)):
+    template, has_tools = str(tokenizer.chat_template), bool(tools)
+    for what in _not_shown(tokenizer, template, _takes_json(tokenizer, has_tools), has_tools):
         if needed[what]:
-            template = described(tokenizer.chat_template)
-            return RowFault("malformed", what, f"{template} does not show {what}; {_MEND}")
+            name = described(tokenizer.chat_template)
+            return RowFault("malformed", what, f"{name} does not show {what}; {_MEND}")
     return None
 
 
-def _as_taken(tokenizer: Any, dialogue: Messages) -> Messages:
+def _as_taken(tokenizer: Any, dialogue: Messages, has_tools: bool) -> Messages:
     """A dialogue with the arguments of its calls in the form that the template takes."""
-    if not any("tool_calls" in message for message in dialogue) or not _takes_json(tokenizer):
+    if not any("tool_calls" in message for message in dialogue) or not _takes_json(tokenizer, has_tools):
         return dialogue
     return [_with_json(message) for message in dialogue]
 
 
-def _takes_json(tokenizer: Any) -> bool:
+def _takes_json(tokenizer: Any, has_tools: bool) -> bool:
     """Whether the template shows calls only where their arguments are JSON, as DeepSeek's does."""
     template, what = str(tokenizer.chat_template), "calls of tools"
-    return what in _not_shown(tokenizer, template, False) and what not in _not_shown(tokenizer, template, True)
+    if what not in _not_shown(tokenizer, template, False, has_tools):
+        return False
+    return what not in _not_shown(tokenizer, template, True, has_tools)
 
 
 def _with_json(message: Message) -> Message:
@@ -113,8 +155,11 @@ def _with_json(message: Message) -> Message:
 
 
 @functools.lru_cache(maxsize=8)
-def _not_shown(tokenizer: Any, _template: str, as_json: bool) -> list[str]:
-    """What a template does not show of a dialogue whose parts are easy to find again."""
+def _not_shown(tokenizer: Any, _template: str, as_json: bool, has_tools: bool) -> list[str]:
+    """What a template does not show of a dialogue whose parts are easy to find again.
+
+    A template may have another branch, and a tokenizer another template, for dialogues without definitions of tools.
+    """
     first, given = _called(1)
     second, also_given = _called(2)
     calling = {"role": "assistant", "content": "", "tool_calls": [first]}
@@ -126,9 +171,9 @@ def _not_shown(tokenizer: Any, _template: str, as_json: bool) -> list[str]:
     ]
     if as_json:
         dialogues = [[_with_json(message) for message in dialogue] for dialogue in dialogues]
-    plain, one, several, beside = _rendered(tokenizer, dialogues, [_TOOL], add_generation_prompt=False)
+    plain, one, several, beside = _rendered(tokenizer, dialogues, [_TOOL] * has_tools, add_generation_prompt=False)
     shows = {
-        "tools": _shows(plain, "probed_tool", "probed_parameter"),
+        "tools": not has_tools or _shows(plain, "probed_tool", "probed_parameter"),
         "calls of tools": _shows(one, "probed_call_1", "probed_key_1", "probed value 1"),
         "results of tools": _shows(one, "probed result 1"),
         # A template that raises here raises for the row as well, and says why.

@@ -22,20 +22,39 @@ def tools_of(row: Row) -> list[Row]:
     Raises:
         RowFault: if the column holds anything else.
     """
-    field = next((name for name in COLUMNS if row.get(name)), None)
-    if field is None:
-        return []
-    value = _parsed(row[field])
-    if isinstance(value, str) and not value.strip():
-        return []
-    found = []
-    for item in value if isinstance(value, list) else [value] if value else []:
-        tool = _parsed(item)
-        inner = _inner(tool)
-        if not isinstance(inner.get("name"), str):
-            raise RowFault("malformed", field, f"expected definitions of functions with a name, got {shown(item)}")
-        found.append(tool if inner is not tool else {"type": "function", "function": tool})
+    for field in COLUMNS:
+        value = _parsed(row.get(field))
+        items = value if isinstance(value, list) else [value]
+        found = [tool for tool in map(_parsed, items) if not _is_nothing(tool)]
+        if found:
+            return [_definition(tool, field) for tool in found]
+    return []
+
+
+def _is_nothing(value: Any) -> bool:
+    """Whether a value stands for no tools, also as text, as tables have it."""
+    return not value or (isinstance(value, str) and value.strip() in ("", "None"))
+
+
+def _definition(tool: Any, field: str) -> Row:
+    mend = f"; to read the rows without it, rename the column: `columns: {{{field}: unused}}`"
+    inner = _inner(tool)
+    if not isinstance(inner.get("name"), str):
+        seen = f"expected definitions of functions with a name, got {shown(tool)}"
+        raise RowFault("malformed", field, seen + mend)
+    found = tool if inner is not tool else {"type": "function", "function": tool}
+    if not _is_json(found):
+        raise RowFault("malformed", field, f"expected values of JSON, got {shown(tool)}{mend}")
     return found
+
+
+def _is_json(value: Any) -> bool:
+    """Whether a value can be written as JSON: times and bytes of tables cannot, nor half of a surrogate pair."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
 
 
 def calls_of(value: Any, field: str) -> list[Row]:
@@ -57,7 +76,11 @@ def _call(value: Any, field: str) -> Row:
         seen = f"expected calls with a name and with arguments as a JSON object, got {shown(value)}"
         raise RowFault("malformed", field, seen)
     found: Row = {"type": "function", "function": {"name": inner["name"], "arguments": arguments}}
-    return {"id": call["id"], **found} if isinstance(call.get("id"), str) else found
+    if isinstance(call.get("id"), str):
+        found = {"id": call["id"], **found}
+    if not _is_json(found):
+        raise RowFault("malformed", field, f"expected values of JSON, got {shown(value)}")
+    return found
 
 
 def _inner(value: Any) -> Row:
@@ -86,6 +109,14 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_without_nulls(inner) for inner in value]
     return value
+
+
+def refuse_keys(message: Mapping[str, Any], field: str) -> None:
+    """Raise a RowFault where a message has tools, or calls under a name that is not read (OLMo's `function_calls`)."""
+    if any(not _is_nothing(_parsed(message.get(name))) for name in COLUMNS):
+        raise RowFault("malformed", field, f"expected tools in a column of their own, got {shown(message)}")
+    if not _is_nothing(_parsed(message.get("function_calls"))):
+        raise RowFault("malformed", field, f"expected calls of tools as `tool_calls`, got {shown(message)}")
 
 
 def refuse_tools(row: Row) -> None:
