@@ -44,6 +44,8 @@ def open_console(width: int | None = None) -> Console:
     console = Console(width=width, markup=False, emoji=False, highlight=False)
     if width is None and not console.file.isatty():
         console.width = WIDTH
+    elif width is None and streams.columns_asked() is not None:  # rich looks in the environment of its import
+        console.width = streams.columns_asked()
     if console.width < LEAST:
         console.width = LEAST  # rich prints nothing at a width of 0
     return console

@@ -57,7 +57,7 @@ def test_a_disk_that_is_full_and_then_read_only(uninterrupted, tmp_path):
     codes = [line for line in done.stdout.splitlines() if line.startswith("exit code")]
     assert codes == ["exit code 2", "exit code 2", "exit code 0", "exit code 2", "exit code 0"], shown
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    full = "the disk is full (0.0 MiB free). Make room, then give the same command again: finished stages stay"
+    full = "the disk is full (0.0 MiB free). Make room, then give the same command again: what is finished stays"
     for error in errors[:2]:
         assert error.startswith(f"error: stage 'sft' stopped: {path.parent / 'run'}") and full in error
     assert "the disk is read-only. Allow writing there, or give another `run_dir`" in errors[2]

@@ -98,10 +98,10 @@ def test_a_fault_is_seen(outcome, fault):
 
 @pytest.mark.parametrize(
     ("code", "exit_code", "hung"),
-    [("import os; os.kill(os.getpid(), 11)", -11, False), ("while True: pass", -9, True)],
+    [("import os; os.kill(os.getppid(), 11)", -11, False), ("while True: pass", -9, True)],
 )
 def test_a_crash_and_a_hang_are_seen(code, exit_code, hung, tmp_path, bases, zygote):
-    """A judge that crashes or never ends is imported by the plan; the next case runs as before."""
+    """The plan waits for a judge, which ends it or never ends itself; the next case runs as before."""
     case = Case(
         "own", "judge", files={"own.py": code}, stages=("evaluate",), changes={"stages.evaluate.judge": "own:score"}
     )
