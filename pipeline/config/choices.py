@@ -1,4 +1,4 @@
-"""Check options of TRL, transformers and PEFT that take one of a few words, or a pattern, where their classes take any text.
+"""Check options of TRL, transformers and PEFT whose classes take any text, and that know a few words or a pattern.
 
 A wrong word is found by the trainer, in its first step, or by no one: an unknown `scale_rewards` scales nothing.
 """
