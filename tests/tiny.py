@@ -9,6 +9,12 @@ from ruamel.yaml import YAML
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from pipeline.config.requests import request, run_data
+from pipeline.config.schema import RunConfig
+from pipeline.data import run_tokenizer
+from pipeline.data.prepare import Datasets, Prepared
+from pipeline.data.rows import ROWS, RowKind
+
 TOPICS = ["tea", "rain", "books", "the sea", "bread", "music", "cats", "winter", "maps", "clay", "salt", "wool"]
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": "all-linear"}
 TRAINING = {
@@ -127,3 +133,17 @@ PPO = {
         "learning_rate": 1e-2,
     },
 }
+
+
+class StageRows(Datasets):
+    """The datasets of a config, asked for by stage and role."""
+
+    def __init__(self, config: RunConfig, tokenizer: PreTrainedTokenizerFast):
+        super().__init__(run_data(config), tokenizer, run_tokenizer.fingerprint(tokenizer))
+        self.config = config
+
+    def prepare(self, stage: str, role: str) -> Prepared:
+        return super().prepare(request(self.config, stage, role))
+
+    def kind(self, stage: str) -> RowKind:
+        return ROWS[request(self.config, stage, "data").rows]
