@@ -13,7 +13,8 @@ from pipeline.config.requests import request, run_data
 from pipeline.config.schema import RunConfig
 from pipeline.data import run_tokenizer
 from pipeline.data.prepare import Datasets, Prepared
-from pipeline.data.rows import ROWS, RowKind
+from pipeline.data.row_kind import RowKind
+from pipeline.data.rows import ROWS
 
 TOPICS = ["tea", "rain", "books", "the sea", "bread", "music", "cats", "winter", "maps", "clay", "salt", "wool"]
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": "all-linear"}

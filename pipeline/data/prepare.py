@@ -20,7 +20,8 @@ from pipeline.data.audit import Audit
 from pipeline.data.batches import NO_KEY, PromptKeys, TokenIds
 from pipeline.data.formats import FIELDS, detect, missing
 from pipeline.data.places import Part
-from pipeline.data.rows import ROWS, RowKind, serves
+from pipeline.data.row_kind import RowKind
+from pipeline.data.rows import ROWS, serves
 from pipeline.data.sieve import Sieve, audit_of, column, repeats, row_lengths, weighted
 from pipeline.system.cache import cache_folder
 from pipeline.system.digests import digest, file_digest
