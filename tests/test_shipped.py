@@ -1,24 +1,35 @@
 """Every shipped config and the README's example run to their ends, each from its own file.
 
+No shipped config repeats a default, but for a few keys that are listed with their reason.
+
 The model and the data are small stand-ins of the same kind, and what is long is cut short. Each test says which keys
 that changes, and that all others are as shipped: precision, quantisation, adapters, batch sizes, learning rates,
 schedules and the gate, which stops a run on a reward model that is not good enough.
 """
 
+import copy
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import standins
 import tiny
+from peft import LoraConfig
+from ruamel.yaml import YAML
 from test_precision import check_stage
 from test_readme import fences
 
-from pipeline import launcher, manifest, stage
+from pipeline import launcher, manifest, options, stage
 from pipeline.config import load
-from pipeline.schema import RunConfig, TrainingStage
+from pipeline.errors import UserError
+from pipeline.schema import Ppo, RunConfig, Source, TrainingStage
 
 Overrides = dict[str, str | int | bool]
+Keys = tuple[str | int, ...]
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 QUICKSTART = "quickstart.yaml"  # run by test_quickstart.py, with nothing changed
@@ -26,9 +37,10 @@ MULTI_GPU = "qwen2.5-7b-multi-gpu.yaml"
 # What a test may change, by the last part of its key, and why.
 REASONS = {
     "path": "there is no hub: a folder holds a stand-in of the same kind",
+    "sources": "the same for each of them; a folder has no `name` of a configuration",
     "use_cpu": "transformers takes bf16 on a machine without a GPU only if it is told to use the CPU",
     "total_episodes": "two updates are enough to see PPO train",
-    "max_steps": "two steps are enough to see RLOO and GRPO train",
+    "max_steps": "two steps are enough to see pretraining, RLOO and GRPO train",
     "response_length": "a random model does not stop by itself",
     "max_completion_length": "a random model does not stop by itself",
     "max_new_tokens": "a random model does not stop by itself",
@@ -38,6 +50,7 @@ REASONS = {
 SHORT: dict[str, Overrides] = {
     "smollm2-135m.yaml": {
         "training.use_cpu": True,
+        "stages.pretrain.training.max_steps": 2,
         "stages.ppo.training.total_episodes": 64,
         "stages.ppo.training.response_length": 8,
         "stages.evaluate.max_new_tokens": 8,
@@ -79,19 +92,72 @@ NUM_ROWS = 64  # of a dataset to train on
 # Comparisons where these are too few for a reward model that the gate lets pass.
 MORE_COMPARISONS = {"smollm2-135m.yaml": 128}
 
+# Keys of a shipped config that say what they would be without them, and why they stay.
+_WEIGHED = "a comment weighs float32 against bfloat16"
+REPEATED = {
+    "smollm2-135m.yaml": {"model.dtype": _WEIGHED},
+    "qwen2.5-0.5b-lora.yaml": {"model.dtype": _WEIGHED},
+}
+# The same for options of TRL and PEFT, by the last part of their key.
+_CITED = "a recipe gives the number, and a comment says which"
+_SIZE = "memory, the batch or the number of steps is worked out from it"
+REPEATED_OPTIONS = {
+    "beta": _CITED,
+    "kl_coef": _CITED,
+    "lam": _CITED,
+    "learning_rate": _CITED,
+    "lr_scheduler_type": _CITED,
+    "missing_eos_penalty": _CITED,
+    "num_generations": _CITED,
+    "num_iterations": _CITED,
+    "num_ppo_epochs": _CITED,
+    "temperature": _CITED,
+    "max_length": _SIZE,
+    "num_mini_batches": _SIZE,
+    "per_device_train_batch_size": _SIZE,
+}
+# A finished run of the quickstart would train again without some of these.
+REPEATED_BY_THE_QUICKSTART = {
+    "beta",
+    "gradient_accumulation_steps",
+    "local_rollout_forward_batch_size",
+    "logging_steps",
+    "lora_dropout",
+    "missing_eos_penalty",
+    "num_sample_generations",
+    "num_train_epochs",
+    "packing",
+    "packing_strategy",
+    "per_device_train_batch_size",
+    "save_strategy",
+}
+
+
+def stand_in(source: Source, folder: Path, num_rows: int) -> str:
+    """Make the stand-in of a source in `folder`, unless it is there; returns its path."""
+    hub_id = source.path if source.name is None else f"{source.path}/{source.name}"
+    place = folder / hub_id.replace("/", "--")
+    if not place.exists():
+        standins.make_dataset(hub_id, place, num_rows)
+    return str(place)
+
 
 def stand_ins(config: RunConfig, folder: Path) -> Overrides:
     """Make a config's model and datasets in `folder`; returns what puts them in the place of its own."""
     standins.MODELS[config.model.path](folder / "model")
     paths: Overrides = {"model.path": str(folder / "model")}
     for name, dataset in config.data.items():
-        place = folder / dataset.path.replace("/", "--")
-        if not place.exists():
-            num_rows = NUM_ROWS
-            if "preferences" in name:
-                num_rows = MORE_COMPARISONS.get(config.source.name, NUM_ROWS)
-            standins.make_dataset(dataset.path, place, num_rows)
-        paths[f"data.{name}.path"] = str(place)
+        num_rows = NUM_ROWS
+        if "preferences" in name:
+            num_rows = MORE_COMPARISONS.get(config.source.name, NUM_ROWS)
+        if dataset.sources:
+            sources = []
+            for source in dataset.sources:
+                own = source.model_dump(exclude_unset=True, exclude={"name"})
+                sources.append(own | {"path": stand_in(source, folder, num_rows)})
+            paths[f"data.{name}.sources"] = json.dumps(sources)
+        else:
+            paths[f"data.{name}.path"] = stand_in(dataset, folder, num_rows)
     return paths
 
 
@@ -101,9 +167,11 @@ def arguments(overrides: Overrides) -> tuple[str, ...]:
 
 
 def flat(section: dict[str, Any], above: str = "") -> dict[str, Any]:
-    """{dotted key: value} of nested sections."""
+    """{dotted key: value} of nested sections, and of lists of them."""
     values: dict[str, Any] = {}
     for key, value in section.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            value = {str(number): item for number, item in enumerate(value)}
         if isinstance(value, dict):
             values |= flat(value, f"{above}{key}.")
         else:
@@ -121,6 +189,12 @@ def reached(config: RunConfig, key: str) -> set[str]:
         keys |= {f"stages.{name}.{key}" for name, its in config.stages.items() if isinstance(its, TrainingStage)}
     if key.startswith("stages.evaluate."):
         keys.add(key.replace("evaluate", "reward-shift"))
+    if key.endswith(".sources"):
+        keys = set()
+        for number, source in enumerate(config.data[key.split(".")[1]].sources):
+            keys.add(f"{key}.{number}.path")
+            if source.name is not None:
+                keys.add(f"{key}.{number}.name")
     return keys
 
 
@@ -142,6 +216,39 @@ def check_records(config: RunConfig, run_dir: Path) -> None:
     for name, record in recorded.items():
         manifest.verify(run_dir, name, record)
         check_stage(record)
+        if isinstance(config.stages[name], TrainingStage):
+            check_data(config, config.stages[name], record)
+        if isinstance(config.stages[name], Ppo):
+            check_ppo(config.stages[name], record)
+
+
+def check_data(config: RunConfig, stage: TrainingStage, record: manifest.Record) -> None:
+    """A stream was read while it trained, and sources with weights were mixed by them."""
+    dataset, account = config.data[stage.data], record.datasets["data"]
+    assert account.get("streamed", False) == dataset.streaming
+    if dataset.streaming:
+        assert account["dropped"] == {}
+        assert account["read"] > len(dataset.sources) * NUM_ROWS  # it has begun another pass
+    elif dataset.sources:
+        weights = [source.weight for source in dataset.sources]
+        assert None not in weights and len(set(weights)) > 1
+        # All have as many rows, so the one with the largest weight runs out first.
+        taken = [NUM_ROWS * weight // max(weights) for weight in weights]
+        assert account["rows"] == sum(taken)
+        assert account["dropped"] == {"weight": len(weights) * NUM_ROWS - sum(taken)}
+
+
+def check_ppo(stage: Ppo, record: manifest.Record) -> None:
+    """With held-out prompts it looked at them before and after; with a baseline of the batch, that cancels its mean."""
+    metrics = record.metrics
+    assert metrics["alarms"] == []
+    assert ("held_out_scores" in metrics) == (stage.eval_data is not None)
+    if stage.eval_data is not None:
+        assert [look["update"] for look in metrics["held_out_scores"]] == [0, metrics["updates"]]
+        assert all(math.isfinite(look["score"]) for look in metrics["held_out_scores"])
+    if stage.prompt_baseline == "leave_one_out":
+        for when in ("first_", ""):  # the last has no prefix
+            assert abs(metrics[f"{when}centred_score"]) < 1e-4 < abs(metrics[f"{when}score"])
 
 
 @pytest.fixture
@@ -168,6 +275,81 @@ def test_every_shipped_config_is_run():
     assert {path.name for path in CONFIGS.glob("*.yaml")} == {*SHORT, QUICKSTART}
 
 
+def test_the_shipped_configs_show_what_sets_the_project_apart():
+    configs = [load(path) for path in CONFIGS.glob("*.yaml")]
+    datasets = [dataset for config in configs for dataset in config.data.values()]
+    assert any(dataset.streaming for dataset in datasets)
+    assert any(dataset.sources and dataset.sources[0].weight and not dataset.streaming for dataset in datasets)
+    stages = [stage for config in configs for stage in config.stages.values() if isinstance(stage, Ppo)]
+    assert any(s.prompt_baseline != "none" and s.on_alarm == "stop" and s.eval_data is not None for s in stages)
+
+
+def leaves(node: Any, above: Keys = ()) -> Iterator[Keys]:
+    """The keys that lead to each value of nested sections and lists of sections."""
+    children: list[tuple[str | int, Any]] = []
+    if isinstance(node, dict):
+        children = list(node.items())
+    elif isinstance(node, list) and node and isinstance(node[0], dict):
+        children = list(enumerate(node))
+    if not children:
+        yield above
+    for key, child in children:
+        yield from leaves(child, (*above, key))
+
+
+def load_without(text: dict[str, Any], keys: Keys, path: Path) -> RunConfig | None:
+    """The config without one key; None if it is not valid then."""
+    changed = copy.deepcopy(text)
+    section: Any = changed
+    for key in keys[:-1]:
+        section = section[key]
+    del section[keys[-1]]
+    YAML().dump(changed, path)
+    try:
+        return load(path)
+    except UserError:
+        return None
+
+
+def resolved(config: RunConfig) -> dict[str, Any]:
+    return config.model_dump(exclude={"source"})
+
+
+def with_library_defaults(config: RunConfig) -> dict[str, Any]:
+    """The resolved stages, with the defaults of TRL and PEFT beneath their options."""
+    adapter = {field.name: field.default for field in dataclasses.fields(LoraConfig)}
+    stages = config.model_dump()["stages"]
+    for name, stage in config.stages.items():
+        if isinstance(stage, TrainingStage):
+            stages[name]["training"] = options.effective(stage.type, stage.training)
+            stages[name]["lora"] = stage.lora and adapter | stage.lora
+    return stages
+
+
+@pytest.mark.parametrize("name", [*SHORT, QUICKSTART])
+def test_no_shipped_config_repeats_a_default(tmp_path, name):
+    """Without any one of its keys it is another config, or none."""
+    text = YAML(typ="safe").load(CONFIGS / name)
+    shipped = load(CONFIGS / name)
+    own, library, number = set(), set(), 0
+    for keys in leaves(text):
+        number += 1
+        without = load_without(text, keys, tmp_path / name)
+        if without is None:
+            continue
+        dotted = ".".join(map(str, keys))
+        if resolved(without) == resolved(shipped):
+            own.add(dotted)
+        elif {"training", "lora"} & set(keys) and with_library_defaults(without) == with_library_defaults(shipped):
+            library.add(dotted.rpartition(".")[2])
+    assert number > 50
+    assert own == REPEATED.get(name, {}).keys()
+    if name == QUICKSTART:
+        assert library == REPEATED_BY_THE_QUICKSTART
+    else:
+        assert library <= REPEATED_OPTIONS.keys()
+
+
 @pytest.mark.parametrize("name", ONE_PROCESS)
 def test_a_config_for_one_gpu(tmp_path, one_process, name):
     path = CONFIGS / name
@@ -178,6 +360,19 @@ def test_a_config_for_one_gpu(tmp_path, one_process, name):
     run_dir = tmp_path / "runs" / config.name
     check_records(config, run_dir)
     assert "dpo" in one_process("status", run_dir)
+    if any(isinstance(its, Ppo) and its.on_alarm == "stop" for its in config.stages.values()):
+        diverge(path, config, overrides, one_process)
+
+
+def diverge(path: Path, config: RunConfig, overrides: Overrides, one_process: Callable[..., str]) -> None:
+    """Run PPO again, as it is shipped but at a rate at which it diverges: it ends, and hands on the best policy."""
+    (name,) = (name for name, its in config.stages.items() if isinstance(its, Ppo))
+    rate = {f"stages.{name}.training.learning_rate": "1e30"}
+    output = one_process("run", path, *arguments(overrides | rate), "--only", name)
+    assert "the policy of update 0 is kept" in output
+    metrics = manifest.read(config.run_path).stages[name].metrics
+    assert [alarm["measure"] for alarm in metrics["alarms"]] == ["weights"]
+    assert metrics["kept_update"] == 0 and metrics["updates"] == 1
 
 
 def test_the_config_for_several_gpus(tmp_path, rlhf):
