@@ -13,10 +13,10 @@ import pytest
 from peft import LoraConfig
 from ruamel.yaml import YAML
 
-from pipeline import options
-from pipeline.config import load
-from pipeline.errors import UserError
-from pipeline.schema import RunConfig, TrainingStage
+from pipeline.config import options
+from pipeline.config.load import load
+from pipeline.config.schema import RunConfig, TrainingStage
+from pipeline.system.errors import UserError
 
 Keys = tuple[str | int, ...]
 

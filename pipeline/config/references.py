@@ -1,0 +1,224 @@
+"""Fill in what the stages of a config refer to, and put them in an order in which they can run."""
+
+import graphlib
+from collections.abc import Iterable
+from typing import Any
+
+from pipeline.config import options, rules
+from pipeline.config.document import Problems
+from pipeline.config.graph import datasets, waits_for
+from pipeline.config.schema import (
+    BASE,
+    REPORT,
+    Evaluate,
+    Ppo,
+    Reinforced,
+    RunConfig,
+    Sampled,
+    Shift,
+    TrainingStage,
+)
+from pipeline.config.stage_types import POLICIES, STAGE_TYPES, Reference, makes, stages_that_make, type_of
+from pipeline.system.errors import unknown
+
+Stages = dict[str, Any]  # name -> its section, a class of `schema`
+
+
+def wire(config: RunConfig, problems: Problems) -> RunConfig:
+    """Fill in every reference and shared option, and put the stages in an order in which they can run."""
+    rules.check_sources(config, problems)
+    stages: Stages = {}
+    for name, stage in config.stages.items():
+        _check_datasets(config, name, problems)
+        changes = _references(config, name, problems)
+        if isinstance(stage, TrainingStage):
+            changes["training"] = _training(config, stage)
+            rules.check_training(config, name, changes["training"], problems)
+        stages[name] = stage.model_copy(update=changes)
+    if config.gate != "off":
+        stages = _with_reports(stages)
+    for name, stage in stages.items():
+        if isinstance(stage, Reinforced):
+            stages[name] = _with_report(name, stage, stages, problems)
+    _fit_temperatures(config, stages, problems)
+    if problems:
+        return config
+    try:
+        order = _order(stages)
+    except graphlib.CycleError as error:
+        circle = " -> ".join(reversed(error.args[1]))
+        mend = "let one of them start from another stage"
+        problems.add(f"these stages start from one another in a circle: {circle}; {mend}", "stages")
+        return config
+    config = config.model_copy(update={"stages": {name: stages[name] for name in order}})
+    rules.check_weights(config, problems)
+    return config
+
+
+def _training(config: RunConfig, stage: TrainingStage) -> dict[str, Any]:
+    """A stage's `training:` over what all stages share, as far as its type may set that (PPO takes no bf16)."""
+    owned = options.owned_by(stage.type)
+    shared = {key: value for key, value in config.training.items() if key not in owned}
+    return shared | stage.training
+
+
+def _check_datasets(config: RunConfig, name: str, problems: Problems) -> None:
+    """Every dataset that a stage names is there, and only pretraining reads a stream."""
+    stage = config.stages[name]
+    for role, dataset in datasets(stage).items():
+        if dataset not in config.data:
+            problems.add(unknown("dataset", dataset, config.data), "stages", name, role)
+        elif config.data[dataset].streaming and (type_of(stage).rows, role) != ("text", "data"):
+            wrong = f"dataset {dataset!r} has `streaming: true`, which only pretraining can read, and not evaluate on"
+            problems.add(wrong, "stages", name, role)
+
+
+def _references(config: RunConfig, name: str, problems: Problems) -> dict[str, Any]:
+    """Updates of a stage's fields: the stages it refers to, checked, and found where a field is empty."""
+    stage = config.stages[name]
+    changes: dict[str, Any] = {}
+    for reference in type_of(stage).references:
+        needless = reference.unless is not None and bool(getattr(stage, reference.unless))
+        if getattr(stage, reference.field) is not None:
+            _check_reference(config, name, reference, problems)
+        elif not needless:
+            _fill_in(config, name, reference, changes, problems)
+    policies = [other for other in stages_that_make(config, *POLICIES) if other != name]
+    if isinstance(stage, Shift):
+        _fill_in_report(config, name, policies, changes, problems)
+    if isinstance(stage, Evaluate):
+        aligned = [other for other in stages_that_make(config, "aligned policy") if other != name]
+        changes["policies"] = aligned if stage.policies is None else stage.policies
+        for policy in set(changes["policies"]) - set(policies):
+            problems.add(unknown("policy", policy, policies), "stages", name, "policies")
+    return changes
+
+
+def _check_reference(config: RunConfig, name: str, reference: Reference, problems: Problems) -> None:
+    """A field names a stage that there is, and one that makes what the field needs."""
+    target = getattr(config.stages[name], reference.field)
+    if target not in config.stages:
+        if (target, reference.field) != (BASE, "init"):
+            wrong = unknown("stage", target, [*config.stages, BASE])
+            problems.add(wrong, "stages", name, reference.field)
+    elif not makes(config.stages[target], *reference.makes):
+        expected = [kind for kind, row in STAGE_TYPES.items() if row.makes in reference.makes]
+        wrong = f"is of type {config.stages[target].type}; expected one of {', '.join(expected)}"
+        problems.add(f"stage {target!r} {wrong}", "stages", name, reference.field)
+
+
+def _fill_in(config: RunConfig, name: str, reference: Reference, changes: dict[str, Any], problems: Problems) -> None:
+    """Let an empty field name the only stage of its default type."""
+    others = config.stages.items()
+    candidates = [other for other, stage in others if stage.type == reference.default and other != name]
+    if len(candidates) == 1:
+        changes[reference.field] = candidates[0]
+    elif candidates:
+        wrong = f"is required: choose one of {', '.join(candidates)}"
+        problems.add(wrong, "stages", name, reference.field)
+    elif reference.missing is not None:
+        problems.add(reference.missing, "stages", name, reference.field)
+    elif reference.fallback is not None:
+        changes[reference.field] = reference.fallback
+
+
+def _fill_in_report(
+    config: RunConfig, name: str, policies: list[str], changes: dict[str, Any], problems: Problems
+) -> None:
+    """Let a shift stage measure the policy that its reward model started from, sampled as the evaluation does."""
+    stage: Shift = config.stages[name]
+    reward = config.stages.get(changes.get("reward", stage.reward))
+    if stage.policy is None and reward is not None:
+        sft = [other for other, its in config.stages.items() if type_of(its).rows == "demonstrations"]
+        changes["policy"] = reward.init or next(iter(sft), BASE)
+    elif stage.policy not in (None, BASE, *policies):
+        problems.add(unknown("policy", stage.policy, policies), "stages", name, "policy")
+    if reward is not None:
+        changes |= _sampling_settings(stage, reward, config.stages)
+        if changes.get("data", stage.data) is None:
+            missing = "is required where there is no evaluate stage and the reward model has no `eval_data`"
+            problems.add(missing, "stages", name, "data")
+
+
+def _with_reports(stages: Stages) -> Stages:
+    """The stages, each reward stage followed by a shift stage unless it has one or nothing is held out."""
+    measured = {stages[name].reward for name in stages if _comes_before_rl(name, stages)}
+    extended: Stages = {}
+    for name, stage in stages.items():
+        extended[name] = stage
+        if not makes(stage, "reward model") or name in measured or name + REPORT in stages:
+            continue
+        report = Shift(type="shift", reward=name, policy=stage.init)
+        report = report.model_copy(update=_sampling_settings(report, stage, stages))
+        if report.data is not None:
+            extended[name + REPORT] = report
+    return extended
+
+
+def _comes_before_rl(name: str, stages: Stages) -> bool:
+    """Whether a stage is a shift stage that samples a policy from before RL.
+
+    Only such a report may feed the gate. A report on a policy of PPO would make a circle.
+    """
+    report = stages[name]
+    if not isinstance(report, Shift):
+        return False
+    return report.policy not in stages or not makes(stages[report.policy], "aligned policy")
+
+
+def _sampling_settings(report: Shift, reward: TrainingStage, stages: Stages) -> dict[str, Any]:
+    """Sampling settings copied from the first evaluate stage into a shift stage where the user gave none.
+
+    Both stages then use the same stored completions.
+    """
+    for stage in stages.values():
+        if isinstance(stage, Evaluate):
+            shared = ("data", "seed", "temperature", "max_new_tokens", "max_prompt_length", "batch_size")
+            return {key: getattr(stage, key) for key in shared if key not in report.model_fields_set}
+    if report.data is not None:
+        return {}
+    return {"data": datasets(reward).get("eval_data")}
+
+
+def _with_report(name: str, stage: Reinforced, stages: Stages, problems: Problems) -> Reinforced:
+    """Return the RL stage with `shift` filled in; add a problem where it lacks a report or held-out prompts."""
+    reports = [key for key, other in stages.items() if isinstance(other, Shift) and other.reward == stage.reward]
+    earlier = [key for key in reports if _comes_before_rl(key, stages)]
+    if stage.shift is None and earlier and stage.reward is not None:
+        stage = stage.model_copy(update={"shift": earlier[0]})
+    elif stage.shift is not None and stage.shift not in reports:
+        problems.add(unknown("report on its reward model", stage.shift, reports), "stages", name, "shift")
+    rules.check_reinforced(name, stage, problems)
+    return stage
+
+
+def _fit_temperatures(config: RunConfig, stages: Stages, problems: Problems) -> None:
+    """Let a report measure the ICC that shrinkage uses on completions as PPO draws them, unless it says otherwise."""
+    settled = {name for name, stage in config.stages.items() if "temperature" in stage.model_fields_set}
+    for name, stage in stages.items():
+        if not isinstance(stage, Ppo) or not stage.baseline_shrinkage or stage.shift not in stages:
+            continue
+        report: Sampled = stages[stage.shift]
+        temperature = options.value_at(stage, "training.temperature")
+        if stage.shift not in settled:
+            stages[stage.shift] = report.model_copy(update={"temperature": temperature})
+            settled.add(stage.shift)  # another PPO stage must agree
+        elif report.temperature != temperature:
+            measured = f"{stage.shift!r} measures the ICC at temperature {report.temperature:g}"
+            mend = f"give stages.{stage.shift} `temperature: {temperature:g}`, or PPO's training that of the report"
+            wrong = f"{measured}, PPO samples at {temperature:g}; {mend}"
+            problems.add(wrong, "stages", name, "baseline_shrinkage")
+
+
+def _order(stages: Stages) -> Iterable[str]:
+    """The stages in an order in which they can run, as near to the file's as that allows.
+
+    Raises:
+        graphlib.CycleError: if some of them wait for one another.
+    """
+    needs: dict[str, set[str]] = {name: waits_for(stage) for name, stage in stages.items()}
+    graphlib.TopologicalSorter(needs).prepare()
+    order: list[str] = []
+    while len(order) < len(stages):
+        order.append(next(name for name in stages if name not in order and needs[name] <= set(order)))
+    return order
