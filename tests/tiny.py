@@ -15,6 +15,11 @@ from ruamel.yaml import YAML
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from pipeline.config.requests import request, run_data
+from pipeline.config.schema import RunConfig
+from pipeline.data import run_tokenizer
+from pipeline.data.prepare import Datasets, Prepared
+from pipeline.data.rows import ROWS, RowKind
 from pipeline.records.manifest import Output, Record
 
 TOPICS = ["tea", "rain", "books", "the sea", "bread", "music", "cats", "winter", "maps", "clay", "salt", "wool"]
@@ -227,3 +232,17 @@ def make_record(**changes: Any) -> Record:
         "duration": 1.0,
     }
     return Record(**(fields | changes))
+
+
+class StageRows(Datasets):
+    """The datasets of a config, asked for by stage and role."""
+
+    def __init__(self, config: RunConfig, tokenizer: PreTrainedTokenizerFast):
+        super().__init__(run_data(config), tokenizer, run_tokenizer.fingerprint(tokenizer))
+        self.config = config
+
+    def prepare(self, stage: str, role: str) -> Prepared:
+        return super().prepare(request(self.config, stage, role))
+
+    def kind(self, stage: str) -> RowKind:
+        return ROWS[request(self.config, stage, "data").rows]
