@@ -38,4 +38,6 @@ class Estimate(NamedTuple):
 
 def estimate(figure: EstimateJson | None) -> Estimate | None:
     """Read an estimate from its JSON form; None stands for a figure that could not be measured."""
-    return None if figure is None else Estimate(**figure)
+    if figure is None:
+        return None
+    return Estimate(figure["value"], figure.get("low"), figure.get("high"))

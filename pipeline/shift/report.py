@@ -41,7 +41,7 @@ class Comparisons(TypedDict):
 
     count: int
     accuracy: EstimateJson
-    loss: float
+    loss: float | None  # nats; the manifest holds NaN as null
     margin_quantiles: dict[str, float]
     ece: float
     reliability: list[Bin]
