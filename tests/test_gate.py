@@ -24,6 +24,7 @@ from pipeline.models.generation import Sampling
 from pipeline.records import manifest
 from pipeline.records.manifest import Manifest
 from pipeline.shift.advice import advice
+from pipeline.shift.calibration import calibration
 from pipeline.shift.measure import measure
 from pipeline.show.results import snippet
 from pipeline.system.digests import digest
@@ -512,7 +513,7 @@ def test_the_report_is_that_of_its_samples(small):
     assert len(samples) == report["prompts"] == len(tiny.TOPICS) and report["completions"] == 4 * len(samples)
     margins = json.loads((small.run_dir / "reward" / "output" / "margins.json").read_text())
     assert len(margins) == len(TOPICS)
-    again = measure(samples, margins)
+    again = measure(samples, calibration(margins))
     assert report == again | {"advice": advice(again)}
     record = manifest.read(small.run_dir).stages["reward-shift"]
     assert record.metrics == report and record.output.kind == "report"

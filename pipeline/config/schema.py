@@ -114,7 +114,11 @@ class Checks(Strict):
 
 
 class GateLimits(Strict):
-    """What the gate asks of a reward model and of a policy before a stage builds on them; null: not asked."""
+    """What the gate asks of a reward model and of a policy before a stage builds on them; null: not asked.
+
+    The limits of `within_sd` and `length_correlation` lie further out than the report's (shift/measure.py and
+    shift/advice.py), which only advises: the gate stops a run.
+    """
 
     # The lower end of the accuracy's interval on held-out comparisons must lie above this.
     accuracy: Share = 0.5
