@@ -21,11 +21,11 @@ from pipeline.config.graph import datasets as datasets_of
 from pipeline.config.options import effective, length_limit
 from pipeline.config.schema import RunConfig, Sampled, TrainingStage
 from pipeline.config.stage_types import type_of
-from pipeline.data import heldout, sources
+from pipeline.data import fingerprints, heldout, places, sources
 from pipeline.data.audit import QUANTILES, Audit, Finding
 from pipeline.data.formats import FIELDS, detect, missing, serves, wanted
+from pipeline.data.places import Part
 from pipeline.data.rows import IDS, KINDS, LENGTHS, NO_KEY, Measure
-from pipeline.data.sources import Part
 from pipeline.system.cache import cache_folder
 from pipeline.system.digests import digest, file_digest
 from pipeline.system.errors import UserError
@@ -79,7 +79,7 @@ class Datasets:
         """Sorted keys of all prompts of a dataset."""
         if dataset not in self._keys:
             keys = []
-            for part in sources.find(self.config, dataset):
+            for part in places.find(self.config, dataset):
                 raw = sources.load(part)
                 shape = shape_of(part, raw)
                 if lacking := missing(shape, raw.column_names):
@@ -102,7 +102,7 @@ class Datasets:
         renders = not type_of(stage).trl_tokenises
         truncates = self.config.too_long == "truncate" and renders
         max_length = limit[1] if truncates else None
-        parts, measured = sources.find(self.config, dataset), []
+        parts, measured = places.find(self.config, dataset), []
         for part in parts:
             raw = sources.load(part)
             shape = shape_of(part, raw)
@@ -165,7 +165,7 @@ def check_serves(part: Part, shape: str, columns: list[str], want: str) -> None:
 
 def _measured(part: Part, raw: Dataset, measure: Measure, key: str) -> Dataset:
     """All rows of a source through `measure`, from the cache if its content went through before."""
-    content = [sources.fingerprint(part), measure.shape, measure.want, measure.max_length, measure.tools, key, CODE]
+    content = [fingerprints.of_source(part), measure.shape, measure.want, measure.max_length, measure.tools, key, CODE]
     name = digest(content)[:32]
     cache = cache_folder() / name
     cache.mkdir(parents=True, exist_ok=True)

@@ -21,13 +21,15 @@ from datasets import IterableDataset, concatenate_datasets, interleave_datasets
 from transformers import TrainerCallback
 
 from pipeline.config import graph
-from pipeline.data import heldout, sources
+from pipeline.data import heldout, places, sources
 from pipeline.data.audit import DROPPED, Audit, Finding
 from pipeline.data.convert import convert
 from pipeline.data.encode import encode_rows
 from pipeline.data.faults import RowFault
 from pipeline.data.media import MEDIA
+from pipeline.data.places import Part
 from pipeline.data.prepare import Datasets, check_serves, shape_of
+from pipeline.data.unreadable import readable
 from pipeline.system.errors import UserError
 
 STATE = "stream.json"
@@ -53,7 +55,7 @@ class TextStream:
     def __init__(self, datasets: Datasets, name: str, max_length: int, seed: int):
         self.config, self.tokenizer, self.name = datasets.config, datasets.tokenizer, name
         self.max_length, self.seed = max_length, seed
-        self.parts = sources.find(self.config, name)
+        self.parts = places.find(self.config, name)
         self.excluded = datasets.evaluated_elsewhere(name)
         self.first_piece, self.ended = 0, False
         self._blocks = [Block()]  # that hold the pieces not trained on yet, and those read after them
@@ -131,7 +133,7 @@ class TextStream:
             reader.load_state_dict(block.reader)
         return reader
 
-    def _source(self, part: sources.Part) -> IterableDataset:
+    def _source(self, part: Part) -> IterableDataset:
         rows = sources.load(part, streaming=True)
         columns = sources.column_names(part, rows)
         shape = shape_of(part, rows)
@@ -159,7 +161,7 @@ class TextStream:
         return [ids[i : i + self.max_length] for i in range(0, len(ids), self.max_length)], dropped
 
     def _read(self, documents: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
-        with sources.readable(self.parts[0]):
+        with readable(self.parts[0]):
             return list(itertools.islice(documents, self.config.data[self.name].shuffle_buffer))
 
     def _judge(self, seen: int, dropped: dict[str, int]) -> None:

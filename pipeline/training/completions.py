@@ -31,7 +31,7 @@ def identity_of(ctx: StageContext, stage: str) -> str:
     if record is not None:
         return digest([record.config_digest, record.inputs, record.output.files])
     if ctx.config.model.path:
-        return digest([base_model.digest_of(ctx.config), ctx.config.model.dtype, ctx.config.quantization])
+        return digest([base_model.fingerprint(ctx.config), ctx.config.model.dtype, ctx.config.quantization])
     return identity_of(ctx, root(ctx.config).full.split("/")[0])
 
 

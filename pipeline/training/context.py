@@ -13,8 +13,8 @@ from pipeline.config.lineage import Place, place_of, start_of
 from pipeline.config.options import with_defaults
 from pipeline.config.schema import RunConfig, Stage
 from pipeline.config.stage_types import config_class
+from pipeline.data import fingerprints
 from pipeline.data.prepare import Datasets
-from pipeline.data.sources import fingerprint_of
 from pipeline.models.loading import Loader, Weights, merge
 from pipeline.records import manifest
 from pipeline.records.manifest import Record
@@ -122,7 +122,7 @@ class StageContext(Generic[S]):
     def _rows(self) -> tuple[Any, Any, dict[str, dict[str, Any]]]:
         rows, recorded = {}, {}
         for role, name in datasets(self.stage).items():
-            recorded[role] = {"dataset": name, "fingerprint": fingerprint_of(self.config, name)}
+            recorded[role] = {"dataset": name, "fingerprint": fingerprints.of_dataset(self.config, name)}
             if self.config.data[name].streaming:
                 continue
             with PartialState().main_process_first():

@@ -64,10 +64,10 @@ def generate(folder: Path, rows: int) -> None:
 def step(name: str, folder: Path, rows: int) -> None:
     """One step, in this process; prints its seconds and counts as JSON."""
     from pipeline.config.load import load
-    from pipeline.data import prepare, run_tokenizer, sources
+    from pipeline.data import places, prepare, run_tokenizer, sources
 
     config = load(folder / f"{rows}.yaml")
-    (part,) = sources.find(config, "comparisons")
+    (part,) = places.find(config, "comparisons")
     saved = folder / "tokenizer"
     if not saved.is_dir():
         run_tokenizer.build(config).save_pretrained(saved)
