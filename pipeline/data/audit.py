@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.data.faults import FAULTS
+from pipeline.data.places import Part
 from pipeline.data.rows import ROWS
-from pipeline.data.sources import Part, locate
+from pipeline.data.sources import locate
 
 QUANTILES = (0.0, 0.5, 0.9, 0.99, 1.0)
 # Beside the faults of single rows: why else rows are left out, and what is worth a look.

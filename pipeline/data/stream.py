@@ -26,8 +26,10 @@ from pipeline.data.audit import DROPPED, Audit, Finding
 from pipeline.data.encode import encode_texts
 from pipeline.data.faults import Row, RowFault
 from pipeline.data.media import MEDIA
+from pipeline.data.places import Part
 from pipeline.data.prepare import Datasets, check_serves, shape_of
 from pipeline.data.rows import ROWS
+from pipeline.data.unreadable import readable
 from pipeline.system.errors import UserError
 
 STATE = "stream.json"
@@ -148,7 +150,7 @@ class TextStream:
             reader.load_state_dict(block.reader)
         return reader
 
-    def _source(self, part: sources.Part) -> IterableDataset:
+    def _source(self, part: Part) -> IterableDataset:
         """Return the documents of one source: the columns of text, and of what must not be beside it."""
         rows = sources.load(part, streaming=True)
         columns = sources.column_names(part, rows)
@@ -179,7 +181,7 @@ class TextStream:
 
     def _read(self, documents: Iterator[Row]) -> list[Row]:
         """Return the documents of the next block; an empty list at the end of a pass."""
-        with sources.readable(self.parts[0]):
+        with readable(self.parts[0]):
             return list(itertools.islice(documents, self.num_in_block))
 
     def _judge(self, num_documents: int, dropped: Mapping[str, int]) -> None:

@@ -344,7 +344,7 @@ TABLE: tuple[tuple[str, tuple[str, ...], tuple[Change, ...]], ...] = (
             ("only what is new is a change", "for key in old.keys() | new.keys()", "for key in new.keys()"),
             ("parents' outputs do not count", 'digest(record.output.files) if record else ""', '""'),
             ("held-out prompts do not count", '[f"{role}: held-out prompts in it"] = removed', '[f"{role}: held-out prompts in it"] = ""'),
-            ("data by name", "inputs[role] = sources.fingerprint_of(config, dataset)", "inputs[role] = dataset"),
+            ("data by name", "inputs[role] = fingerprints.of_dataset(config, dataset)", "inputs[role] = dataset"),
             ("old and new swapped", "({old} -> {new})", "({new} -> {old})"),
         ),
     ),
