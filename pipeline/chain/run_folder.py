@@ -85,7 +85,7 @@ def _tokenizer_source(config: RunConfig) -> str:
     if config.model.path:
         return digest([settings, base_model.fingerprint(config)])
     scratch = config.model.scratch.tokenizer
-    content = [fingerprints.of_dataset(config, name) for name in scratch.data]
+    content = [fingerprints.of_dataset(name, config.data[name], config.folder) for name in scratch.data]
     return digest([settings, scratch.vocab_size, content])
 
 

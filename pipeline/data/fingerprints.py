@@ -12,7 +12,7 @@ from typing import Any
 
 from datasets import load_dataset_builder
 
-from pipeline.config.schema import RunConfig
+from pipeline.config.schema import Data
 from pipeline.data import unreadable
 from pipeline.data.places import Part, find
 from pipeline.system.digests import digest, file_digest
@@ -24,10 +24,9 @@ _NUM_SAMPLES = 64  # of a source
 _MIN_SAMPLES = 4  # of a file
 
 
-def of_dataset(config: RunConfig, name: str) -> str:
+def of_dataset(name: str, dataset: Data, folder: Path) -> str:
     """Return the digest of what a dataset holds, and of what else decides which rows are read and how."""
-    dataset = config.data[name]
-    parts = find(config, name)
+    parts = find(name, dataset, folder)
     weights = [part.spec.weight for part in parts]
     settings = [dataset.shuffle_buffer] if dataset.streaming else []
     return digest([*map(of_source, parts), weights, *settings])

@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets import load_dataset_builder
 
-from pipeline.config.schema import RunConfig, Source
+from pipeline.config.schema import Data, Source
 from pipeline.system.errors import UserError
 
 LOADERS = {
@@ -47,17 +47,16 @@ class Part:
         return f"dataset {self.dataset!r} ({self.spec.path})"
 
 
-def find(config: RunConfig, name: str) -> list[Part]:
-    """Resolve the paths of a dataset against the config's folder.
+def find(name: str, dataset: Data, folder: Path) -> list[Part]:
+    """Resolve the paths of a dataset against `folder`, the config's.
 
     Raises:
         UserError: if a path looks like a file and is not there, or is of a kind that cannot be read.
     """
-    dataset = config.data[name]
     specs: dict[str, Source] = {f"data.{name}.path": dataset}
     if dataset.sources:
         specs = {f"data.{name}.sources.{i}.path": spec for i, spec in enumerate(dataset.sources)}
-    parts = {key: _resolve(config, name, spec, key) for key, spec in specs.items()}
+    parts = {key: _resolve(folder, name, spec, key) for key, spec in specs.items()}
     for key, part in parts.items():
         _check_files(part, key)
     return list(parts.values())
@@ -72,12 +71,12 @@ def _check_files(part: Part, key: str) -> None:
             raise UserError(f"{key}: {file} is no file but a pipe, a socket or a device; expected a file of rows")
 
 
-def _resolve(config: RunConfig, name: str, spec: Source, key: str) -> Part:
+def _resolve(base: Path, name: str, spec: Source, key: str) -> Part:
     """Tell what the path of a source names: files, a folder of splits, a folder of `save_to_disk`, or a hub id."""
     path = spec.path
-    matches = _matches(config.folder, path)
+    matches = _matches(base, path)
     if not matches and _is_local(path):
-        raise UserError(f"{key}: no such file: {config.folder / Path(path).expanduser()}")
+        raise UserError(f"{key}: no such file: {base / Path(path).expanduser()}")
     if not matches:
         return Part(name, spec, "hub")
     is_folder = len(matches) == 1 and matches[0].is_dir()
@@ -87,7 +86,7 @@ def _resolve(config: RunConfig, name: str, spec: Source, key: str) -> Part:
     files: list[Path] = []
     for match in matches:
         files += _data_files(match) if match.is_dir() else [match]
-    kind = _one_kind(files, key, config.folder / Path(path).expanduser())
+    kind = _one_kind(files, key, base / Path(path).expanduser())
     return Part(name, spec, kind, tuple(dict.fromkeys(files)))
 
 

@@ -118,7 +118,7 @@ def _train(config: RunConfig, settings: ScratchTokenizer) -> PreTrainedTokenizer
 def _texts(config: RunConfig, datasets: list[str]) -> Iterator[str]:
     """Yield the texts of all columns of datasets. A word beyond LONGEST_WORD is cut into pieces."""
     for name in datasets:
-        for part in places.find(config, name):
+        for part in places.find(name, config.data[name], config.folder):
             with readable(part):
                 rows = cast("Iterable[dict[str, Any]]", sources.load(part, config.data[name].streaming))
                 for row in rows:
