@@ -8,7 +8,8 @@ from typing import Any
 
 from rich.console import Console
 
-from pipeline.config.stage_types import STAGE_TYPES, Makes
+from pipeline.config.stage_types import STAGE_TYPES
+from pipeline.config.type_row import Makes
 from pipeline.records import manifest
 from pipeline.records.manifest import Manifest, Record
 from pipeline.shift.estimate import Estimate, EstimateJson, estimate

@@ -25,7 +25,7 @@ MAX_COMPARED = 2**20
 def kl_of_completions(
     policy: nn.Module, reference: Model, prompts: Sequence[Ids], completions: Sequence[Ids], temperature: float = 1.0
 ) -> list[float]:
-    """Return KL(policy || reference) of each completion in nats: a sum over positions, exact over the vocabulary at each.
+    """Return KL(policy || reference) of each completion in nats, summed over positions, exact over the vocabulary.
 
     The whole distribution at every visited position has far less variance than the log-ratio of the sampled tokens.
     The models have one architecture.

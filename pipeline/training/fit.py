@@ -10,7 +10,8 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from pipeline.config.lineage import place_of
 from pipeline.config.schema import TrainingStage
-from pipeline.config.stage_types import POLICIES, makes
+from pipeline.config.stage_types import makes
+from pipeline.config.type_row import POLICIES
 from pipeline.models.loading import num_parameters
 from pipeline.training import assertions, checkpoints
 from pipeline.training.context import Result, StageContext, write_json
