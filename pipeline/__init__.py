@@ -2,4 +2,4 @@
 
 __version__ = "0.1.0"
 
-from pipeline import quiet as quiet  # first of all: libraries read its settings when they are imported
+from pipeline.system import quiet as quiet  # first of all: libraries read its settings when they are imported

@@ -7,9 +7,10 @@ from typing import Any
 
 import click
 
-from pipeline import __version__, quiet, streams
-from pipeline.errors import StageFailed, UserError
-from pipeline.signals import Stopped, stopping
+from pipeline import __version__
+from pipeline.system import quiet, streams
+from pipeline.system.errors import StageFailed, UserError
+from pipeline.system.signals import Stopped, stopping
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -19,7 +20,7 @@ def cli() -> None:
 
 
 def _console() -> Any:
-    from pipeline.screen import open_console
+    from pipeline.show.screen import open_console
 
     return open_console()
 
@@ -43,8 +44,9 @@ def run(
 
     Overrides are dotted and checked like the file: stages.sft.training.learning_rate=1e-4
     """
-    from pipeline import disk, launcher
-    from pipeline.config import load
+    from pipeline import launcher
+    from pipeline.config.load import load
+    from pipeline.system import disk
 
     loaded = load(config, overrides)
     with stopping(), disk.reported(loaded.run_path):
@@ -57,8 +59,9 @@ def run(
 @click.option("--accelerate-config", metavar="FILE", help="Check for a run with the same option.")
 def plan(config: str, overrides: tuple[str, ...], accelerate_config: str | None) -> None:
     """Check CONFIG and its data and show what `rlhf run` would do, without training or writing anything."""
-    from pipeline import disk, launcher
-    from pipeline.config import load
+    from pipeline import launcher
+    from pipeline.config.load import load
+    from pipeline.system import disk
 
     loaded = load(config, overrides)
     with disk.reported(loaded.run_path):
@@ -78,21 +81,22 @@ def check_data(config: str, overrides: tuple[str, ...], stages: tuple[str, ...],
     Rows are shown with the template's text and special tokens; what is trained on stands between ⟦ and ⟧ (between [[
     and ]] where these cannot be printed).
     """
-    from pipeline import datacheck, disk
-    from pipeline.config import load
+    from pipeline.config.load import load
+    from pipeline.show import check_data
+    from pipeline.system import disk
 
     loaded = load(config, overrides)
     with disk.reported(loaded.run_path):
-        datacheck.run(loaded, list(stages), sample, _console())
+        check_data.run(loaded, list(stages), sample, _console())
 
 
 @cli.command()
 @click.argument("run_dir", type=click.Path(path_type=Path))
 def status(run_dir: Path) -> None:
     """Show the chain of a run folder so far, and how to load its outputs."""
-    from pipeline import report
+    from pipeline.show import results
 
-    report.status(run_dir, _console())
+    results.status(run_dir, _console())
 
 
 @cli.command()
@@ -103,9 +107,9 @@ def shift(run_dir: Path, stage: str | None) -> None:
 
     STAGE is a reward stage, or the stage of type shift that measured it; by default all.
     """
-    from pipeline.shift import show
+    from pipeline.show import shift
 
-    show.reports(run_dir, stage, _console())
+    shift.reports(run_dir, stage, _console())
 
 
 def main() -> None:

@@ -17,10 +17,15 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.rule import Rule
 
-from pipeline import datacheck, manifest, plan, preflight, report, runfolder, sharding
-from pipeline.errors import StageFailed, UserError, all_of, unknown
-from pipeline.schema import RunConfig, parents, waits_for
-from pipeline.screen import say
+from pipeline.chain import preflight, run_folder, staleness
+from pipeline.config import graph
+from pipeline.config.graph import parents, waits_for
+from pipeline.config.schema import RunConfig
+from pipeline.launch import sharding
+from pipeline.records import manifest
+from pipeline.show import check_data, plan, results
+from pipeline.show.screen import say
+from pipeline.system.errors import StageFailed, UserError, all_of, unknown
 
 LAUNCHER = "RLHF_LAUNCHER_PID"  # stages watch this process and end with it
 REDO = "RLHF_REDO"  # set for a stage that is to begin anew, whatever checkpoints it has
@@ -37,7 +42,7 @@ def select(config: RunConfig, until: str | None, only: str | None, redo: tuple[s
             raise UserError(f"{option}: {unknown('stage', name, config.stages)}")
     if only:
         return [only]
-    return [*plan.ancestors(config, until, waits_for), until] if until else list(config.stages)
+    return [*graph.ancestors(config, until, waits_for), until] if until else list(config.stages)
 
 
 def show_plan(config: RunConfig, console: Console, accelerate_config: str | None = None) -> None:
@@ -45,9 +50,9 @@ def show_plan(config: RunConfig, console: Console, accelerate_config: str | None
     recorded, decisions = _decide(config)
     _launch_files(config, list(config.stages), accelerate_config)
     facts = _preflight(config, recorded, list(config.stages))
-    report.plan_table(config, decisions, facts, console)
+    plan.plan_table(config, decisions, facts, console)
     audits = {name: fact.audits for name, fact in facts.items()}
-    datacheck.tables(audits, config.checks.model_dump(), console)
+    check_data.tables(audits, config.checks.model_dump(), console)
 
 
 def run(
@@ -75,10 +80,10 @@ def run(
     pending = [decision.stage for decision in decisions if decision.run and decision.stage in selected]
     _check_parents(config, decisions, selected)
     launch_files = _launch_files(config, pending, accelerate_config)
-    gone = {name for stage in redo for name in (stage, *plan.descendants(config, stage))}
+    gone = {name for stage in redo for name in (stage, *graph.descendants(config, stage))}
     recorded = recorded.without(gone)  # before the tokenizer is looked at: with all of them gone it may change
     facts = _preflight(config, recorded, pending) if pending else {}
-    report.plan_table(config, [d for d in decisions if d.stage in selected], facts, console)
+    plan.plan_table(config, [d for d in decisions if d.stage in selected], facts, console)
     _tidy(config, [decision.stage for decision in decisions if not decision.run])
     if gone:
         manifest.drop(config.run_path, gone)
@@ -87,15 +92,15 @@ def run(
         title = f"{number}/{len(pending)}  {name}" + (f" ({kind})" if kind != name else "")
         console.print(Rule(title, align="left", style="bold cyan"))
         _run_stage(config, name, overrides, launch_files[name], name in redo, console)
-    report.shift_table(plan.open_run(config), console)
-    report.result_table(plan.open_run(config), console)
+    results.shift_table(run_folder.open_run(config), console)
+    results.result_table(run_folder.open_run(config), console)
     say(console, f"Everything is in {config.run_path}; `rlhf status {config.run_path}` shows how to load it.")
 
 
-def _decide(config: RunConfig, redo: tuple[str, ...] = ()) -> tuple[manifest.Manifest, list[plan.Decision]]:
+def _decide(config: RunConfig, redo: tuple[str, ...] = ()) -> tuple[manifest.Manifest, list[staleness.Decision]]:
     """The run's manifest and what happens to each stage; the files of finished stages are as recorded."""
-    recorded = plan.open_run(config)
-    decisions = plan.decide(config, recorded, redo)
+    recorded = run_folder.open_run(config)
+    decisions = staleness.decide(config, recorded, redo)
     for decision in decisions:
         if not decision.run:
             manifest.verify(config.run_path, decision.stage, recorded.stages[decision.stage])
@@ -114,11 +119,11 @@ def _tidy(config: RunConfig, finished: list[str]) -> None:
         if not (folder / "checkpoints").is_dir():
             continue
         with contextlib.suppress(OSError, Timeout), FileLock(folder / ".lock").acquire(timeout=0):
-            if name in plan.open_run(config).stages:
+            if name in run_folder.open_run(config).stages:
                 shutil.rmtree(folder / "checkpoints")
 
 
-def _check_parents(config: RunConfig, decisions: list[plan.Decision], selected: list[str]) -> None:
+def _check_parents(config: RunConfig, decisions: list[staleness.Decision], selected: list[str]) -> None:
     waiting = {decision.stage: decision.reason for decision in decisions if decision.run}
     for name in selected:
         for parent in parents(config.stages[name]).values():
@@ -127,7 +132,7 @@ def _check_parents(config: RunConfig, decisions: list[plan.Decision], selected: 
 
 
 def _preflight(config: RunConfig, recorded: manifest.Manifest, names: list[str]) -> dict[str, Any]:
-    tokenizer, made = plan.tokenizer_of(config, recorded)
+    tokenizer, made = run_folder.tokenizer_of(config, recorded)
     return preflight.check(config, names, tokenizer, made.fingerprint)
 
 
@@ -172,7 +177,7 @@ def _first_gpu() -> str:
 def _run_stage(
     config: RunConfig, name: str, overrides: tuple[str, ...], launch: str | None, redo: bool, console: Console
 ) -> None:
-    path = config.run_path / name / runfolder.LOG
+    path = config.run_path / name / run_folder.LOG
     path.parent.mkdir(parents=True, exist_ok=True)
     argv = command(config, name, overrides, launch)
     streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
@@ -186,7 +191,7 @@ def _run_stage(
     if launch is None:
         # One process on several GPUs would fall into torch's DataParallel, which no trainer here supports.
         environment["CUDA_VISIBLE_DEVICES"] = _first_gpu()
-    before = plan.open_run(config).stages.get(name)
+    before = run_folder.open_run(config).stages.get(name)
     process = subprocess.Popen(argv, env=environment, **streams)
     try:
         with _Log(path, console) as log:
@@ -195,7 +200,7 @@ def _run_stage(
         exit_code = process.wait()
     except KeyboardInterrupt:
         _stop(process)
-        finished = plan.open_run(config).stages.get(name, before) != before
+        finished = run_folder.open_run(config).stages.get(name, before) != before
         where = f"after {name}, which is finished" if finished else f"in {name}"
         again = ", without --redo," if redo else ""
         _say_last(console, f"\nStopped {where}. The same command{again} goes on from there; its log is {path}")
@@ -203,7 +208,7 @@ def _run_stage(
     finally:
         if process.poll() is None:
             _stop(process)
-    if exit_code != 0 or name not in plan.open_run(config).stages:
+    if exit_code != 0 or name not in run_folder.open_run(config).stages:
         raise _failure(name, exit_code, log)
 
 

@@ -17,7 +17,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pipeline.quiet import quieten_transformers  # isort: skip
+from pipeline.chain import run_folder
+from pipeline.config import graph
+from pipeline.system import digests
+
+from pipeline.system.quiet import quieten_transformers  # isort: skip
 
 import psutil
 import torch
@@ -25,27 +29,24 @@ import transformers
 from accelerate import DistributedType, PartialState
 from filelock import FileLock, Timeout
 
-from pipeline import (
-    basemodel,
-    checkpoints,
-    disk,
-    gate,
-    manifest,
-    options,
-    plan,
-    runfolder,
-    sharding,
-    streams,
-    tokenizers,
-)
-from pipeline.config import load
-from pipeline.context import Result, StageContext, same_everywhere
-from pipeline.errors import UserError
+from pipeline.base import base_model
+from pipeline.chain import gate, staleness
+from pipeline.config import options
+from pipeline.config.graph import parents
+from pipeline.config.lineage import output_folder, place_of
+from pipeline.config.load import load
+from pipeline.config.schema import Options, RunConfig, Stage, TrainingStage
+from pipeline.data import run_tokenizer
+from pipeline.launch import sharding
 from pipeline.launcher import LAUNCHER, REDO
-from pipeline.lineage import output_folder, place_of
-from pipeline.manifest import Output, Record
-from pipeline.models import Loader
-from pipeline.schema import Options, RunConfig, Stage, TrainingStage, parents
+from pipeline.models.loading import Loader
+from pipeline.records import manifest
+from pipeline.records.manifest import Output, Record
+from pipeline.system import disk, streams
+from pipeline.system.errors import UserError
+from pipeline.system.processes import same_everywhere
+from pipeline.training import checkpoints
+from pipeline.training.context import Result, StageContext
 
 PACKAGES = ("rlhf-pipeline", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
 MODULES = {"rloo": "online", "grpo": "online"}
@@ -149,11 +150,11 @@ def _forget_options(stage: Stage) -> list[str]:
     return said
 
 
-def _prepare(config: RunConfig, name: str) -> plan.Identity | UserError | None:
+def _prepare(config: RunConfig, name: str) -> staleness.Identity | UserError | None:
     """The identity of the stage to run now; None if its record is current; the error that forbids it."""
     try:
-        recorded = plan.prepare_run(config)
-        decisions = {decision.stage: decision for decision in plan.decide(config, recorded)}
+        recorded = run_folder.prepare_run(config)
+        decisions = {decision.stage: decision for decision in staleness.decide(config, recorded)}
         if not decisions[name].run:
             return None
         for role, parent in parents(config.stages[name]).items():
@@ -163,7 +164,7 @@ def _prepare(config: RunConfig, name: str) -> plan.Identity | UserError | None:
             manifest.verify(config.run_path, parent, recorded.stages[parent])
         for verdict in gate.check(config, name, recorded):
             print(f"{name}: gate: {verdict}", flush=True)
-        identity = plan.identify(config, name, recorded)  # before anything is dropped: it may not be readable
+        identity = staleness.identify(config, name, recorded)  # before anything is dropped: it may not be readable
         folder = config.run_path / name / "checkpoints"
         if os.environ.get(REDO):
             shutil.rmtree(folder, ignore_errors=True)
@@ -173,16 +174,16 @@ def _prepare(config: RunConfig, name: str) -> plan.Identity | UserError | None:
         return error
 
 
-def _execute(config: RunConfig, name: str, identity: plan.Identity, state: PartialState) -> None:
+def _execute(config: RunConfig, name: str, identity: staleness.Identity, state: PartialState) -> None:
     started = time.time()
-    tokenizer = tokenizers.open_saved(config.run_path / "tokenizer", config.model.trust_remote_code)
-    key = tokenizers.fingerprint(tokenizer)
+    tokenizer = run_tokenizer.open_saved(config.run_path / "tokenizer", config.model.trust_remote_code)
+    key = run_tokenizer.fingerprint(tokenizer)
     _same_tokenizer(config, name, key)
     ctx = StageContext(config, name, tokenizer, key, _loader(config, tokenizer), identity.digest())
     quieten_transformers()
     ctx.rows()  # refused before the record is dropped, where the launcher has not looked at them
     if state.is_main_process:
-        manifest.drop(config.run_path, [name, *plan.descendants(config, name)])
+        manifest.drop(config.run_path, [name, *graph.descendants(config, name)])
         shutil.rmtree(ctx.new_output, ignore_errors=True)
         ctx.new_output.mkdir(parents=True)
     state.wait_for_everyone()
@@ -195,7 +196,7 @@ def _execute(config: RunConfig, name: str, identity: plan.Identity, state: Parti
     state.wait_for_everyone()
 
 
-def _finish(ctx: StageContext, identity: plan.Identity, result: Result, started: float, world_size: int) -> None:
+def _finish(ctx: StageContext, identity: staleness.Identity, result: Result, started: float, world_size: int) -> None:
     """Put the new output in the old one's place, and commit the record last."""
     run_dir = ctx.config.run_path
     output = run_dir / output_folder(ctx.name)
@@ -209,13 +210,13 @@ def _finish(ctx: StageContext, identity: plan.Identity, result: Result, started:
     merged = ctx.folder / "merged"
     if full != f"{ctx.name}/merged":
         shutil.rmtree(merged, ignore_errors=True)
-    files = manifest.checksums(run_dir, [output, merged])
+    files = digests.checksums(run_dir, [output, merged])
     record = Record(
         **vars(identity),  # config, inputs
         **vars(result),  # metrics, parameters, datasets, resumed_from_step
         type=ctx.stage.type,
         parents=parents(ctx.stage),
-        config_digest=manifest.digest(identity.config),
+        config_digest=digests.digest(identity.config),
         output=Output(kind=kind, path=output_folder(ctx.name), full=full, files=files),
         tokenizer=ctx.tokenizer_key,
         seed=ctx.seed,
@@ -233,7 +234,7 @@ def _finish(ctx: StageContext, identity: plan.Identity, result: Result, started:
 def _loader(config: RunConfig, tokenizer: Any) -> Loader:
     base = config.resolve(config.model.path) if config.model.path else ""
     options = config.model.model_dump(exclude={"path", "scratch"}) | {"quantization": config.quantization}
-    options["revision"] = basemodel.revision_of(config)
+    options["revision"] = base_model.revision_of(config)
     return Loader(base, **options, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
 
 
@@ -246,18 +247,18 @@ def _same_tokenizer(config: RunConfig, name: str, key: str) -> None:
         if not isinstance(config.stages[parent], TrainingStage):
             continue  # a report has no tokenizer
         folder = config.run_path / output_folder(parent)
-        carried = tokenizers.open_saved(folder, config.model.trust_remote_code)
-        if tokenizers.fingerprint(carried) != key:
+        carried = run_tokenizer.open_saved(folder, config.model.trust_remote_code)
+        if run_tokenizer.fingerprint(carried) != key:
             raise UserError(f"{folder} holds another tokenizer than the run's; {name!r} cannot use it. {mend}")
 
 
 def _locked(config: RunConfig, name: str) -> contextlib.AbstractContextManager:
     """One process group at a time works on a stage. The lock dies with its holder, also under `kill -9`."""
-    plan.open_run(config)  # a folder with a lock counts as one of the run's
+    run_folder.open_run(config)  # a folder with a lock counts as one of the run's
     folder = config.run_path / name
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        return FileLock(folder / runfolder.LOCK).acquire(timeout=15)
+        return FileLock(folder / run_folder.LOCK).acquire(timeout=15)
     except Timeout:
         raise UserError(f"stage {name!r} is being run by another process; wait for it or stop it") from None
 

@@ -11,9 +11,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from pipeline import manifest, plan
-from pipeline.config import load
-from pipeline.manifest import Output, Record
+from pipeline.chain import run_folder, staleness
+from pipeline.config.load import load
+from pipeline.records import manifest
+from pipeline.records.manifest import Output, Record
+from pipeline.system import digests
 
 COMMON = 0.05  # what all embeddings have in common, so that eos can be likely after every token
 EOS = 0.1  # how far the output row of eos points there
@@ -42,7 +44,7 @@ def make(
     names = ("comparisons", "demonstrations", *rows)
     tiny.edit(path, {"data": {name: {"path": f"{name}.jsonl"} for name in names} | top.get("data", {})})
     config = load(path)
-    plan.prepare_run(config)
+    run_folder.prepare_run(config)
     run = SimpleNamespace(config=path, folder=folder, run_dir=config.run_path)
     for seed, (name, stage) in enumerate(config.stages.items()):
         if finish and stage.type in ("sft", "dpo", "reward"):
@@ -89,15 +91,15 @@ def _finish(config: Any, name: str, seed: int, margins: Sequence[float]) -> None
     if stage.type == "reward" and margins:
         (folder / "margins.json").write_text(json.dumps(margins))
     recorded = manifest.read(config.run_path)
-    identity = plan.identify(config, name, recorded)
+    identity = staleness.identify(config, name, recorded)
     record = Record(
         type=stage.type,
         parents={"init": stage.init} if stage.init != "base" else {},
         config=identity.config,
-        config_digest=manifest.digest(identity.config),
+        config_digest=digests.digest(identity.config),
         inputs=identity.inputs,
         datasets={},
-        output=Output(kind="adapter", path=f"{name}/output", files=manifest.checksums(config.run_path, [folder])),
+        output=Output(kind="adapter", path=f"{name}/output", files=digests.checksums(config.run_path, [folder])),
         tokenizer=recorded.tokenizer.fingerprint,
         metrics={"loss": 1.0},
         parameters={"trainable": 1, "total": 2},

@@ -132,7 +132,7 @@ def _one_thread():
 @pytest.fixture(scope="session")
 def _imported():
     # Before any test captures stderr: transformers' log handler keeps the stream it finds when it is imported.
-    import pipeline.preflight  # noqa: F401
+    import pipeline.chain.preflight  # noqa: F401
 
 
 @pytest.fixture
@@ -188,7 +188,7 @@ def finished(finished_run, tmp_path):
 @pytest.fixture(scope="session")
 def make_record():
     """`make_record(**changes)`: a manifest record of a stage, as if it were finished."""
-    from pipeline.manifest import Output, Record
+    from pipeline.records.manifest import Output, Record
 
     def make(**changes):
         fields = {

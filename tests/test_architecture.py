@@ -41,7 +41,7 @@ def test_imports_point_one_way():
 
 def test_one_module_imports_trl_experimental():
     users = [name for name, tree in modules().items() if any(i.startswith("trl.experimental") for i in imports(tree))]
-    assert users == ["pipeline.trainers"]
+    assert users == ["pipeline.training.trainers"]
 
 
 def test_one_module_makes_consoles():
@@ -52,5 +52,5 @@ def test_one_module_makes_consoles():
         return any(isinstance(called, ast.Name) and called.id == "Console" for called in calls)
 
     trees = modules()
-    assert [name for name, tree in trees.items() if makes(tree)] == ["pipeline.screen"]
+    assert [name for name, tree in trees.items() if makes(tree)] == ["pipeline.show.screen"]
     assert [name for name, tree in trees.items() if "rich.markup" in imports(tree)] == []

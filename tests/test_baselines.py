@@ -19,15 +19,20 @@ from trl import GRPOTrainer, RLOOTrainer
 from trl.experimental.ppo import ppo_trainer
 from trl.experimental.utils import get_reward
 
-from pipeline import manifest, scoring, stage, tokenizers, watch, watchdog
-from pipeline.baselines import CentredReward, LeaveOneOut, Offline, Rollout, Watched, reliability
-from pipeline.config import load
-from pipeline.context import StageContext
+from pipeline import stage
+from pipeline.config.load import load
+from pipeline.data import run_tokenizer
 from pipeline.data.encode import prompt_ids
-from pipeline.errors import UserError
-from pipeline.models import load_policy, load_reward
-from pipeline.sampling import Sampling, completions, generate, identity_of
+from pipeline.models import scoring
+from pipeline.models.generation import Sampling, generate
+from pipeline.models.loading import load_policy, load_reward
+from pipeline.records import manifest
+from pipeline.rl import stress, watch, watchdog
+from pipeline.rl.baselines import CentredReward, LeaveOneOut, Offline, Rollout, Watched, reliability
 from pipeline.stages import ppo
+from pipeline.system.errors import UserError
+from pipeline.training.completions import completions, identity_of
+from pipeline.training.context import StageContext
 
 ANSWERS = ["Yes.", "I like it.", "It is good.", "No.", "I like it because it is good."]
 TASKS = [  # prompts and answers of several lengths
@@ -103,7 +108,7 @@ def train(folder: Path, name: str, method: str = "none", training: dict | None =
 def context(folder: Path, name: str, top: dict | None = None, **own) -> StageContext:
     """What a PPO stage of this name would be given."""
     config = load(write_config(folder, name, {name: options_of("none") | own}, **(top or {})))
-    tokenizer = tokenizers.open_saved(config.run_path / "tokenizer")
+    tokenizer = run_tokenizer.open_saved(config.run_path / "tokenizer")
     return StageContext(config, name, tokenizer, "", stage._loader(config, tokenizer), "")
 
 
@@ -246,7 +251,7 @@ def test_centred_score_by_hand(parents):
 
     model = load_reward(ctx.loader, place)
     own = scoring.score(model, [p + c for p, c in zip(prompts, scored, strict=True)], pad)
-    raw = np.array(own) + [scoring.added_shift(prompt, 2.0, 7) for prompt in prompts]
+    raw = np.array(own) + [stress.added_shift(prompt, 2.0, 7) for prompt in prompts]
     expected = raw - [len(prompt) / 3 for prompt in prompts]
     np.testing.assert_allclose(scores, expected, atol=1e-5)
 
@@ -407,7 +412,7 @@ def test_ppo_is_given_the_score_less_the_baseline(of_kind, given, method, kind):
         assert entry["objective/centred_scores"] == pytest.approx(np.mean([score for *_, score in given[ours]]))
         penalised = entry["objective/centred_scores"] - PENALTY * entry["completions/missing_eos"]
         assert entry["objective/scores"] == pytest.approx(penalised, abs=1e-5)
-        shifts = [scoring.added_shift(prompt, SD, 0) for prompt, *_ in given[ours]]
+        shifts = [stress.added_shift(prompt, SD, 0) for prompt, *_ in given[ours]]
         own_scores = scoring.score(model, [prompt + completion for prompt, completion, _ in given[ours]], pad)
         assert entry["objective/raw_scores"] == pytest.approx(np.mean(np.add(own_scores, shifts)), abs=1e-4)
 

@@ -10,8 +10,13 @@ import tiny
 from huggingface_hub import constants
 from test_equalities import run
 
-from pipeline import basemodel, manifest, plan, report, stage
-from pipeline.config import load
+from pipeline import stage
+from pipeline.base import base_model
+from pipeline.chain import staleness
+from pipeline.config.load import load
+from pipeline.records import manifest
+from pipeline.show import results
+from pipeline.system import digests
 
 SIZE = 5 << 20
 
@@ -37,30 +42,30 @@ def change_in_the_middle(weights):
 
 def test_a_change_in_the_middle_of_the_weights_counts(model):
     config, weights = model
-    before = basemodel.digest_of(config)
+    before = base_model.digest_of(config)
     change_in_the_middle(weights)
-    assert basemodel.digest_of(config) != before
+    assert base_model.digest_of(config) != before
 
 
 def test_weights_are_read_once(model, monkeypatch):
     config, weights = model
-    found = basemodel.digest_of(config)
+    found = base_model.digest_of(config)
     read = []
-    digest = manifest.file_digest
+    digest = digests.file_digest
     monkeypatch.setattr(manifest, "file_digest", lambda file: (read.append(file), digest(file))[1])
-    assert basemodel.digest_of(config) == found
+    assert base_model.digest_of(config) == found
     assert not read
     change_in_the_middle(weights)
-    assert basemodel.digest_of(config) != found
+    assert base_model.digest_of(config) != found
     assert read == [weights]
 
 
 def test_a_copy_elsewhere_is_the_same_model(model):
     config, weights = model
-    found = basemodel.digest_of(config)
+    found = base_model.digest_of(config)
     (weights.parent / "README.md").write_text("No part of the model.")
     moved = weights.parent.rename(weights.parent.with_name("moved"))
-    assert basemodel.digest_of(load(config.source, (f"model.path={moved}",))) == found
+    assert base_model.digest_of(load(config.source, (f"model.path={moved}",))) == found
 
 
 def test_a_run_keeps_the_commit_it_began_with(tmp_path):
@@ -86,10 +91,10 @@ def test_a_run_keeps_the_commit_it_began_with(tmp_path):
         weights = "adapter_model.safetensors"
         assert (one / weights).read_bytes() == (two / weights).read_bytes()
         assert json.loads((two / "adapter_config.json").read_text())["revision"] == "a" * 40
-        assert f'"own/tiny", dtype="float32", revision="{"a" * 40}"' in report.snippet(
+        assert f'"own/tiny", dtype="float32", revision="{"a" * 40}"' in results.snippet(
             tmp_path / "run", found, found.stages["again"]
         )
-        assert all(not decision.run for decision in plan.decide(load(path), found))
+        assert all(not decision.run for decision in staleness.decide(load(path), found))
         other = load(path, (f"run_dir={tmp_path / 'other'}",))
         stage.run(other, "sft")
         assert manifest.read(other.run_path).model["commit"] == "b" * 40

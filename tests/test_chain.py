@@ -14,8 +14,12 @@ import pytest
 import tiny
 from test_equalities import run
 
-from pipeline import checkpoints, manifest, plan, report
-from pipeline.config import load
+from pipeline.chain import staleness
+from pipeline.config.load import load
+from pipeline.records import manifest
+from pipeline.show import results
+from pipeline.system import digests
+from pipeline.training import checkpoints
 
 ROOT = Path(__file__).parents[1]
 CHAIN = ["sft", "reward", "ppo", "dpo", "evaluate"]
@@ -69,7 +73,7 @@ def test_the_shown_snippet_loads_the_output(finished, name):
     run = finished.parent / "run"
     recorded = manifest.read(run)
     loaded: dict = {}
-    exec(report.snippet(run, recorded, recorded.stages[name]), loaded)
+    exec(results.snippet(run, recorded, recorded.stages[name]), loaded)
     prompt = loaded["tokenizer"]("Tell me about tea.", return_tensors="pt")
     logits = loaded["model"](**prompt).logits
     assert logits.shape[-1] == (1 if name == "reward" else len(loaded["tokenizer"]))
@@ -90,11 +94,11 @@ def test_a_finished_run_is_skipped_and_one_key_reruns_its_dependents(finished):
 def test_changed_data_reruns_all_that_depends_on_it(finished, tmp_path):
     config = load(finished, ("stages.ppo.training.kl_coef=0.2",))
     recorded = manifest.read(config.run_path)
-    assert not any(decision.run for decision in plan.decide(config, recorded))
+    assert not any(decision.run for decision in staleness.decide(config, recorded))
     other = tmp_path / "demonstrations.jsonl"
     tiny.write_rows(other, tiny.demonstrations()[1:])
     overrides = ("stages.ppo.training.kl_coef=0.2", f"data.demonstrations.path={other}")
-    decisions = plan.decide(load(finished, overrides), recorded)
+    decisions = staleness.decide(load(finished, overrides), recorded)
     assert [decision.stage for decision in decisions if decision.run] == CHAIN
     assert decisions[0].reason == "input changed: data"
     assert decisions[1].reason == "sft runs again"
@@ -173,7 +177,7 @@ def test_a_stage_goes_on_with_the_number_of_processes_it_had(tmp_path, monkeypat
         patch.setattr(checkpoints.MarkComplete, "on_save", mark_and_stop)
         with pytest.raises(KeyboardInterrupt):
             run(config, "sft")
-    left = manifest.checksums(tmp_path, [tmp_path / "run" / "sft" / "checkpoints"])
+    left = digests.checksums(tmp_path, [tmp_path / "run" / "sft" / "checkpoints"])
     two = ["--accelerate-config", ROOT / "accelerate_configs" / "cpu_2_processes.yaml"]
     refused = subprocess.run(
         command("run", config, "--only", "sft", *two), capture_output=True, text=True, timeout=600, cwd=ROOT
@@ -181,7 +185,7 @@ def test_a_stage_goes_on_with_the_number_of_processes_it_had(tmp_path, monkeypat
     assert refused.returncode == 2, refused.stdout[-3000:]
     for words in ("with 1 process(es), and now there are 2", "--redo sft", str(tmp_path / "run/sft/checkpoints")):
         assert words in refused.stderr
-    assert manifest.checksums(tmp_path, [tmp_path / "run" / "sft" / "checkpoints"]) == left
+    assert digests.checksums(tmp_path, [tmp_path / "run" / "sft" / "checkpoints"]) == left
     shutil.copytree(tmp_path / "run", tmp_path / "left")
     assert run(config, "sft").stages["sft"].resumed_from_step == 2
     expected = (tmp_path / "run" / "sft" / "output" / "adapter_model.safetensors").read_bytes()

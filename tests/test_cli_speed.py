@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from pipeline import manifest
+from pipeline.records import manifest
 
 HEAVY = {"torch", "transformers", "datasets", "trl", "peft", "accelerate"}
 

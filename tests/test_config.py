@@ -3,9 +3,10 @@
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
-from pipeline.config import load
-from pipeline.errors import UserError
-from pipeline.lineage import Place, describe_reference, describe_start, place_of, root, shares_backbone, start_of
+from pipeline.config.lineage import Place, place_of, root, shares_backbone, start_of
+from pipeline.config.load import load
+from pipeline.show.plan import describe_reference, describe_start
+from pipeline.system.errors import UserError
 
 OTHER_SHAPE = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 FULL = {"stages.sft.lora": None}

@@ -8,13 +8,13 @@ import pytest
 import tiny
 from rich.console import Console
 
-from pipeline import datacheck, tokenizers
-from pipeline.config import load
-from pipeline.data import joints, prepare, sources
+from pipeline.config.load import load
+from pipeline.config.schema import Source
+from pipeline.data import joints, prepare, run_tokenizer, sources
 from pipeline.data.audit import Finding
 from pipeline.data.prepare import Datasets
-from pipeline.errors import UserError
-from pipeline.schema import Source
+from pipeline.show import check_data
+from pipeline.system.errors import UserError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 ONLINE = ("ppo", "rloo", "grpo", "evaluate")
@@ -52,8 +52,8 @@ def read(tmp_path, model):
         made = tiny.make_run(tmp_path, stages, data=data, training=training, **top)
         tiny.edit(made, {"model": {"path": str(model)}})
         config = load(made)
-        tokenizer = tokenizers.build(config)
-        return Datasets(config, tokenizer, tokenizers.fingerprint(tokenizer))
+        tokenizer = run_tokenizer.build(config)
+        return Datasets(config, tokenizer, run_tokenizer.fingerprint(tokenizer))
 
     return make
 
@@ -63,7 +63,7 @@ def texts(read: Datasets, kind: str) -> list[dict[str, str]]:
     found = []
     stage = read.config.stages[kind]
     for row in read.prepare(kind, "data").rows:
-        parts = datacheck.parts_of(row, stage, read.tokenizer)
+        parts = check_data.parts_of(row, stage, read.tokenizer)
         found.append({label: "".join(f"[{said}]" if on else said for said, on in spans) for label, spans in parts})
     return found
 
@@ -462,7 +462,7 @@ def test_split_of_plain_files_is_refused(read):
 def test_plan_shows_the_data(tmp_path, read):
     made = read([pair(f"{i}") for i in range(10)], "reward")
     console = Console(width=160, record=True)
-    datacheck.tables({"reward": {"data": made.prepare("reward", "data").audit}}, {}, console)
+    check_data.tables({"reward": {"data": made.prepare("reward", "data").audit}}, {}, console)
     shown = console.export_text()
     assert "row " in shown and "chosen" in shown
     heads = [[cell.strip() for cell in line.split("┃")[1:-1]] for line in shown.splitlines() if line.startswith("┃")]

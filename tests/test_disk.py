@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from pipeline import disk
-from pipeline.errors import UserError
+from pipeline.system import disk
+from pipeline.system.errors import UserError
 
 
 def caught(make):

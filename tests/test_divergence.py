@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from pipeline import checks, divergence
+from pipeline.training import assertions, divergence
 
 VOCABULARY = 150_000
 PROMPT, COMPLETION = 200, 64  # tokens
@@ -68,11 +68,11 @@ def test_checks_keep_as_little():
     policy, reference = llama(0), llama(0)
     row = ids(COMPLETION + 1, VOCABULARY, 0)
     with Storages(ONE_COPY // 2, policy, reference) as storages:
-        assert checks.reference_is_parent(policy, reference, [row] * 3) == 0
+        assert assertions.reference_is_parent(policy, reference, [row] * 3) == 0
     assert storages.most_large == 2 and storages.peak < 2 * ONE_COPY + 2**25
     with Storages(ONE_COPY // 2, policy, reference) as storages:
-        expected = checks.parent_log_probs(policy, [row] * 3)
-        checks.policy_is_parent(policy, [row] * 3, expected)
+        expected = assertions.parent_log_probs(policy, [row] * 3)
+        assertions.policy_is_parent(policy, [row] * 3, expected)
     assert storages.most_large == 1 and storages.peak < ONE_COPY + 2**25
     with Storages(2 * VOCABULARY * 4, policy) as storages:  # more than one position's
         divergence.last_logits(policy, row)

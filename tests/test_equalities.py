@@ -23,12 +23,18 @@ from transformers import (
 )
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
-from pipeline import checkpoints, checks, divergence, manifest, report, scoring, stage
-from pipeline.config import load
-from pipeline.errors import UserError
-from pipeline.models import Loader, Weights, continue_policy, load_reward, merge
+from pipeline import stage
+from pipeline.config.load import load
+from pipeline.config.stage_types import config_class
+from pipeline.models import scoring
+from pipeline.models.loading import Loader, Weights, continue_policy, load_reward, merge
+from pipeline.records import manifest
+from pipeline.show import results
 from pipeline.stages import ppo
-from pipeline.trainers import config_class, ppo_trainer_class
+from pipeline.system import digests
+from pipeline.system.errors import UserError
+from pipeline.training import assertions, checkpoints, divergence
+from pipeline.training.trainers import ppo_trainer_class
 
 QUANTISED = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "float32"}
 
@@ -213,7 +219,7 @@ def test_the_shown_code_gives_the_scores_of_the_run(tmp_path, lora, pad, dtype, 
     recorded = run(path, "reward")
     output = tmp_path / "run" / "reward" / "output"
     shown: dict = {}
-    exec(report.snippet(tmp_path / "run", recorded, recorded.stages["reward"]), shown)
+    exec(results.snippet(tmp_path / "run", recorded, recorded.stages["reward"]), shown)
     tokenizer, texts = shown["tokenizer"], ["Tell me about tea.<eos>", "I like rain because it is good.<eos>"]
     with torch.no_grad():
         here = shown["model"].eval()(**tokenizer(texts, padding=True, return_tensors="pt")).logits[:, 0].tolist()
@@ -324,7 +330,7 @@ def test_ppo_refuses_a_critic_that_cannot_learn(sft_and_reward):
     merged = get_peft_model(causal(sft_and_reward), LoraConfig(**tiny.LORA)).merge_and_unload()
     assert not any(p.requires_grad for p in merged.parameters())  # the trap: a merged model trains nothing
     with pytest.raises(UserError, match="frozen"):
-        checks.trains_exactly([merged], lambda name: True)
+        assertions.trains_exactly([merged], lambda name: True)
 
 
 def test_the_held_out_loss_before_training_is_the_parents(tmp_path):
@@ -424,7 +430,7 @@ def test_damaged_checkpoints_fall_back(tmp_path, capsys):
         folder.mkdir()
         (folder / "weights").write_text("w" * step)
         if step != 6:
-            (folder / checkpoints.MARKER).write_text(json.dumps(manifest.checksums(folder, [folder])))
+            (folder / checkpoints.MARKER).write_text(json.dumps(digests.checksums(folder, [folder])))
     (tmp_path / "checkpoint-4" / "weights").write_text("cut")
     found, messages = checkpoints.newest_complete(tmp_path)
     assert found == tmp_path / "checkpoint-2"
@@ -459,5 +465,5 @@ def test_a_wrong_reference_is_noticed_in_mixed_precision_too(tmp_path, monkeypat
             return original(self, model, inputs)
 
     monkeypatch.setattr(DPOTrainer, "compute_ref_log_probs", base_instead)
-    with pytest.raises(checks.CheckFailed, match="the reference is not the parent: margins of "):
+    with pytest.raises(assertions.CheckFailed, match="the reference is not the parent: margins of "):
         run(path, "dpo")

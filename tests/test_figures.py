@@ -13,10 +13,13 @@ import tiny
 import torch
 from scipy import stats
 
-from pipeline import divergence, manifest, plan, stage
-from pipeline.config import load
-from pipeline.sampling import Sampling, generate
+from pipeline import stage
+from pipeline.chain import staleness
+from pipeline.config.load import load
+from pipeline.models.generation import Sampling, generate
+from pipeline.records import manifest
 from pipeline.stages.evaluate import win_rate
+from pipeline.training import divergence
 
 TEMPERATURE, LENGTH, BATCH, SEED = 0.7, 6, 5, 3
 ALL = [[{"role": "user", "content": f"What of {topic}?"}] for topic in tiny.TOPICS]
@@ -264,7 +267,7 @@ def test_figures_of_the_shift_report(run):
 def test_completions_are_kept_by_policy_and_sampling(run, capsys, tmp_path):
     """A second evaluation that samples otherwise draws anew, one that does not takes what is there."""
     config = load(run.config, (f"run_dir={run.run_dir}",))
-    assert not [d.stage for d in plan.decide(config, manifest.read(run.run_dir)) if d.run]
+    assert not [d.stage for d in staleness.decide(config, manifest.read(run.run_dir)) if d.run]
     files = sorted((run.run_dir / "cache").glob("completions-*.jsonl"))
     # Of two policies at a low temperature, and of three; the report's and evaluate's of dpo are one.
     sizes = sorted(sum(map(bool, file.read_text().splitlines())) for file in files)

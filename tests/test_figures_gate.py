@@ -2,10 +2,10 @@
 
 import pytest
 
-from pipeline import gate
-from pipeline.config import load
-from pipeline.errors import UserError
-from pipeline.manifest import Manifest
+from pipeline.chain import gate
+from pipeline.config.load import load
+from pipeline.records.manifest import Manifest
+from pipeline.system.errors import UserError
 
 ACCURACY, SPREAD, LENGTH = "held-out accuracy", "within-prompt SD", "score and length"
 LOSS, TOKEN = "held-out loss", "first token"

@@ -17,9 +17,13 @@ from ruamel.yaml import YAML
 from transformers import AutoModelForCausalLM
 from trl import pack_dataset
 
-from pipeline import manifest, plan, preflight, report, tokenizers
-from pipeline.config import load
-from pipeline.data import heldout
+from pipeline.chain import preflight, staleness
+from pipeline.config import graph
+from pipeline.config.load import load
+from pipeline.data import run_tokenizer
+from pipeline.records import manifest
+from pipeline.show import tables
+from pipeline.system import digests
 
 DEMOS = [*tiny.demonstrations(), {"prompt": "Well?", "completion": "Yes. " * 40}]  # the last one is too long
 PAIRS = [row | {"rejected": "I do not like it at all, " + row["chosen"]} for row in tiny.comparisons()[:3]]
@@ -75,8 +79,8 @@ def made(tmp_path_factory):
         tiny.write_rows(folder / f"{name}.jsonl", rows)
     tiny.edit(path, {"data": {name: {"path": f"{name}.jsonl", "heldout": SHARE} for name in ROWS}})
     config = load(path)
-    tokenizer = tokenizers.build(config)
-    facts = preflight.check(config, list(config.stages), tokenizer, tokenizers.fingerprint(tokenizer))
+    tokenizer = run_tokenizer.build(config)
+    facts = preflight.check(config, list(config.stages), tokenizer, run_tokenizer.fingerprint(tokenizer))
     return path, tokenizer, facts
 
 
@@ -192,18 +196,18 @@ def test_the_table_of_the_plan_says_these_numbers(made, cli):
     for name, fact in facts.items():
         audit, row = fact.audits["data"], cells[name]
         left_out = f" ({audit.num_dropped} left out)" if audit.num_dropped else ""
-        counts = f"{report.count(audit.rows)}, {report.count(audit.tokens)}{left_out}"
+        counts = f"{tables.count(audit.rows)}, {tables.count(audit.tokens)}{left_out}"
         assert row[4].startswith(f"{audit.dataset}: {counts}"), name
         assert row[5] == (str(fact.steps) if fact.steps else "")
         if fact.parameters:
-            assert row[6] == f"{report.count(fact.parameters['trainable'])} of {report.count(fact.parameters['total'])}"
+            assert row[6] == f"{tables.count(fact.parameters['trainable'])} of {tables.count(fact.parameters['total'])}"
         assert row[7] == "run: not finished yet"
 
 
 def test_how_numbers_are_written():
     written = {0: "0", 999: "999", 1000: "1k", 1234: "1.23k", 999_499: "999k", 10**6: "1M", 2_345_678: "2.35M"}
     written |= {10**9: "1B", 7_610_000_000: "7.61B"}
-    assert {value: report.count(value) for value in written} == written
+    assert {value: tables.count(value) for value in written} == written
 
 
 def test_status_says_durations_and_headlines(cli, make_record, tmp_path):
@@ -239,7 +243,7 @@ def finished(tmp_path_factory):
 
 
 def reasons(run, *overrides, redo=(), config=None):
-    decisions = plan.decide(load(config or run.config, overrides), manifest.read(run.run_dir), redo)
+    decisions = staleness.decide(load(config or run.config, overrides), manifest.read(run.run_dir), redo)
     assert [decision.stage for decision in decisions] == list(STAGES)
     assert decisions.pop().reason == "not finished yet"
     return [decision.reason if decision.run else "" for decision in decisions]
@@ -274,7 +278,7 @@ def test_an_option_that_is_taken_out_is_a_change(finished):
 def test_inputs_are_known_by_content(finished):
     """Data, functions, the base and a parent's output: a digest of what is in the files, by hand."""
     config, recorded = load(finished.config), manifest.read(finished.run_dir)
-    identity = plan.identify(config, "evaluate", recorded)
+    identity = staleness.identify(config, "evaluate", recorded)
     files = recorded.stages["sft"].output.files
     weights = finished.run_dir / "sft" / "output" / "adapter_model.safetensors"
     assert files["sft/output/adapter_model.safetensors"] == hashlib.sha256(weights.read_bytes()).hexdigest()
@@ -292,22 +296,22 @@ def test_digests_by_hand(tmp_path):
     """SHA-256 of JSON with sorted keys; of files by their path, those in folders too."""
     value = {"b": [1, 2.5, None], "a": {"d": "é", "c": True}}
     text = b'{"a": {"c": true, "d": "\\u00e9"}, "b": [1, 2.5, null]}'
-    assert manifest.digest(value) == hashlib.sha256(text).hexdigest()
+    assert digests.digest(value) == hashlib.sha256(text).hexdigest()
     (tmp_path / "x" / "inner").mkdir(parents=True)
     contents = {"x/one": b"1", "x/inner/two": b"2"}
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
     expected = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-    assert manifest.checksums(tmp_path, [tmp_path / "x"]) == expected
+    assert digests.checksums(tmp_path, [tmp_path / "x"]) == expected
 
 
 def test_ancestors_and_descendants(finished):
     config = load(finished.config)
-    assert plan.descendants(config, "sft") == ["reward", "dpo", "evaluate"]
-    assert plan.descendants(config, "reward") == ["evaluate"]
-    assert plan.ancestors(config, "evaluate") == ["sft", "reward", "dpo"]
+    assert graph.descendants(config, "sft") == ["reward", "dpo", "evaluate"]
+    assert graph.descendants(config, "reward") == ["evaluate"]
+    assert graph.ancestors(config, "evaluate") == ["sft", "reward", "dpo"]
     pairs = list(itertools.product(config.stages, repeat=2))
-    assert all((a in plan.ancestors(config, b)) == (b in plan.descendants(config, a)) for a, b in pairs)
+    assert all((a in graph.ancestors(config, b)) == (b in graph.descendants(config, a)) for a, b in pairs)
 
 
 def test_texts_are_kept_apart_from_texts_and_prompts_from_prompts(write_config, tmp_path):
@@ -319,6 +323,6 @@ def test_texts_are_kept_apart_from_texts_and_prompts_from_prompts(write_config, 
         "stages.evaluate.data": "questions",
     }
     config = load(write_config(tmp_path, **changes))
-    assert heldout.evaluated_beside(config, "corpus") == ["texts"]
-    assert heldout.evaluated_beside(config, "demos") == ["questions"]
-    assert heldout.evaluated_beside(config, "questions") == []
+    assert graph.evaluated_beside(config, "corpus") == ["texts"]
+    assert graph.evaluated_beside(config, "demos") == ["questions"]
+    assert graph.evaluated_beside(config, "questions") == []

@@ -10,10 +10,12 @@ import torch
 from trl.experimental.ppo import ppo_trainer
 from trl.experimental.utils import get_reward
 
-from pipeline import manifest, scoring, stage
-from pipeline.baselines import CentredReward, LeaveOneOut, Offline, reliability
-from pipeline.config import load
-from pipeline.sampling import Sampling, generate
+from pipeline import stage
+from pipeline.config.load import load
+from pipeline.models.generation import Sampling, generate
+from pipeline.records import manifest
+from pipeline.rl import stress
+from pipeline.rl.baselines import CentredReward, LeaveOneOut, Offline, reliability
 
 # Prompts of several lengths, the first one twice with another answer: a reference baseline has both.
 TASKS = [
@@ -88,7 +90,7 @@ def test_what_ppo_learns_from(run, given, tokenizer, method):
     stage.run(load(run.config), method)
     record = manifest.read(run.run_dir).stages[method]
     model, eos = by_hand.reward(run), tokenizer.eos_token_id
-    shift = {prompt: scoring.added_shift(prompt, SD, 0) for prompt, *_ in given}
+    shift = {prompt: stress.added_shift(prompt, SD, 0) for prompt, *_ in given}
     raw = [by_hand.score(model, [*prompt, *ids]) + shift[prompt] for prompt, ids, *_ in given]
     assert len(raw) == 8
     if method == "none":

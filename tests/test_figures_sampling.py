@@ -10,10 +10,14 @@ import tiny
 import torch
 from scipy import stats
 
-from pipeline import manifest, scoring, stage, tokenizers
-from pipeline.config import load
-from pipeline.context import StageContext
-from pipeline.sampling import Sampling, completions, generate
+from pipeline import stage
+from pipeline.config.load import load
+from pipeline.data import run_tokenizer
+from pipeline.models.generation import Sampling, generate
+from pipeline.records import manifest
+from pipeline.rl import stress
+from pipeline.training.completions import completions
+from pipeline.training.context import StageContext
 
 # Prompts of several lengths.
 TASKS = [
@@ -102,7 +106,7 @@ def test_seed_draw_and_prompts_decide_what_is_drawn(run, policy, tokenizer):
 def context(run, name="reward", key="key"):
     """What a stage would be given."""
     config = load(run.config)
-    opened = tokenizers.open_saved(config.run_path / "tokenizer")
+    opened = run_tokenizer.open_saved(config.run_path / "tokenizer")
     return StageContext(config, name, opened, key, stage._loader(config, opened), "")
 
 
@@ -146,8 +150,8 @@ def test_what_is_kept_is_found_by_all_that_decides_it(run, tokenizer, capsys):
 def test_the_added_shift_is_normal_and_the_prompts_own():
     """With the SD that is asked for; another seed shifts otherwise."""
     prompts = [[i % 7, i] for i in range(4000)]
-    found = np.array([scoring.added_shift(prompt, 3.0, 1) for prompt in prompts])
+    found = np.array([stress.added_shift(prompt, 3.0, 1) for prompt in prompts])
     assert stats.kstest(found / 3, "norm").pvalue > 0.01
-    assert [scoring.added_shift(tuple(prompt), 1.5, 1) for prompt in prompts[:9]] == pytest.approx(found[:9] / 2)
-    assert abs(np.corrcoef(found, [scoring.added_shift(prompt, 3.0, 2) for prompt in prompts])[0, 1]) < 0.05
-    assert scoring.added_shift([1, 2], 0.0, 1) == 0
+    assert [stress.added_shift(tuple(prompt), 1.5, 1) for prompt in prompts[:9]] == pytest.approx(found[:9] / 2)
+    assert abs(np.corrcoef(found, [stress.added_shift(prompt, 3.0, 2) for prompt in prompts])[0, 1]) < 0.05
+    assert stress.added_shift([1, 2], 0.0, 1) == 0

@@ -10,10 +10,14 @@ import pytest
 import tiny
 import torch
 
-from pipeline import checks, manifest, scoring, stage, tokenizers
-from pipeline.config import load
-from pipeline.context import StageContext
-from pipeline.stages import online
+from pipeline import stage
+from pipeline.config.load import load
+from pipeline.data import run_tokenizer
+from pipeline.records import manifest
+from pipeline.rl import stress
+from pipeline.stages import rloo_grpo
+from pipeline.training import assertions
+from pipeline.training.context import StageContext
 
 HELD_OUT = []
 for i, topic in enumerate(tiny.TOPICS[:7]):
@@ -46,14 +50,14 @@ def run(tmp_path_factory):
     made = by_hand.make(tmp_path_factory.mktemp("training"), STAGES, rows, finish=False, varied=True)
     config = load(made.config)
     made.looked_at = []
-    look = checks.first_token
+    look = assertions.first_token
 
     def look_and_keep(trainer, prompts, tokenizer):
         made.looked_at.append([list(prompt) for prompt in prompts])
         return look(trainer, prompts, tokenizer)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checks, "first_token", look_and_keep)
+        patch.setattr(assertions, "first_token", look_and_keep)
         for name in ("sft", "reward", "dpo"):
             stage.run(config, name)
     made.records = manifest.read(made.run_dir).stages
@@ -155,17 +159,17 @@ def test_first_and_last_of_the_log(run, name):
 def test_rewards_of_online_stages(run):
     """The reward model's score of prompt and completion, with the prompt's shift; a function sees texts."""
     config = load(run.config)
-    opened = tokenizers.open_saved(config.run_path / "tokenizer")
+    opened = run_tokenizer.open_saved(config.run_path / "tokenizer")
     ctx = StageContext(config, "rloo", opened, "", stage._loader(config, opened), "")
     model = by_hand.reward(run)
-    reward = online.with_shift(ctx, online.reward_model_function(ctx, model))
+    reward = rloo_grpo.with_shift(ctx, rloo_grpo.reward_model_function(ctx, model))
     prompts = [[{"role": "user", "content": text}] for text in PROMPTS[:4]]
     completions = [[9, 8, 7], [5], [12, 1], [30, 31, 32, 33]]
     expected = []
     for prompt, ids in zip(prompts, completions, strict=True):
         given = by_hand.prompt_ids(run, prompt)
-        expected.append(by_hand.score(model, given + ids) + scoring.added_shift(given, SD, 5))
+        expected.append(by_hand.score(model, given + ids) + stress.added_shift(given, SD, 5))
     assert reward(prompts=prompts, completion_ids=completions) == pytest.approx(expected, abs=1e-5)
-    judge = online.judge_function(lambda prompt, completion: len(prompt) - 100 * len(completion), "judge:score")
+    judge = rloo_grpo.judge_function(lambda prompt, completion: len(prompt) - 100 * len(completion), "judge:score")
     said = [[{"role": "assistant", "content": "ab" * i}] for i in range(4)]
     assert judge(prompts=prompts, completions=said) == [len(PROMPTS[i]) - 200 * i for i in range(4)]

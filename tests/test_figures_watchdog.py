@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers import TrainerControl
 
-from pipeline.watch import BestPolicy
-from pipeline.watchdog import HEALTHY, Watchdog
+from pipeline.rl.watch import BestPolicy
+from pipeline.rl.watchdog import HEALTHY, Watchdog
 
 LENGTH = 8.0  # tokens, a power of two: means times it are exact
 UP, DOWN = math.inf, -math.inf

@@ -7,9 +7,11 @@ import pytest
 import tiny
 from test_equalities import run
 
-from pipeline import functions, manifest, plan
-from pipeline.config import load
-from pipeline.errors import UserError
+from pipeline.chain import staleness
+from pipeline.config import functions
+from pipeline.config.load import load
+from pipeline.records import manifest
+from pipeline.system.errors import UserError
 
 GRPO = {"data": "demonstrations", "init": "base", "reward_functions": ["judges.own:score"]}
 GRPO |= {"training": {"max_completion_length": 8, "num_generations": 4, "max_steps": 1}}
@@ -44,7 +46,7 @@ def path(tmp_path, monkeypatch):
 
 def inputs(path):
     config = load(path)
-    return plan.identify(config, "grpo", manifest.Manifest(name="tiny")).inputs["function judges.own:score"]
+    return staleness.identify(config, "grpo", manifest.Manifest(name="tiny")).inputs["function judges.own:score"]
 
 
 def test_a_function_counts_with_what_it_imports_from_beside_it(path):

@@ -14,15 +14,21 @@ import tiny
 from ruamel.yaml import YAML
 from test_chain import command
 
-from pipeline import gate, launcher, manifest, plan, schema, scoring
-from pipeline.config import load
+from pipeline import launcher
+from pipeline.chain import gate, staleness
+from pipeline.config import graph
+from pipeline.config.load import load
 from pipeline.data.encode import prompt_ids
-from pipeline.errors import UserError
-from pipeline.manifest import Manifest, digest
-from pipeline.report import snippet
-from pipeline.sampling import Sampling, identity_of
+from pipeline.models import scoring
+from pipeline.models.generation import Sampling
+from pipeline.records import manifest
+from pipeline.records.manifest import Manifest
 from pipeline.shift.advice import advice
 from pipeline.shift.measure import measure
+from pipeline.show.results import snippet
+from pipeline.system.digests import digest
+from pipeline.system.errors import UserError
+from pipeline.training.completions import identity_of
 
 ROOT = Path(__file__).parents[1]
 REWARDS = ("good", "coin", "longer")
@@ -265,8 +271,8 @@ def test_a_shift_stage_is_added_with_evaluates_data_and_settings(resolve):
     assert (stage.data, stage.reward, stage.policy) == ("prompts", "reward", "sft")
     assert (stage.num_prompts, stage.num_completions) == (200, 4)
     assert config.stages["ppo"].shift == "reward-shift"
-    assert schema.waits_for(config.stages["ppo"]) == {"sft", "reward", "reward-shift"}
-    assert schema.parents(config.stages["ppo"]) == {"init": "sft", "reward": "reward"}
+    assert graph.waits_for(config.stages["ppo"]) == {"sft", "reward", "reward-shift"}
+    assert graph.parents(config.stages["ppo"]) == {"init": "sft", "reward": "reward"}
 
 
 def test_without_an_evaluate_stage_it_takes_eval_data(resolve, write_config):
@@ -379,9 +385,9 @@ def test_a_report_on_another_reward_model_is_refused(resolve):
 
 def test_the_report_is_an_input_only_of_shrinkage(resolve):
     changes = {"stages.ppo.prompt_baseline": "sft_mean"}
-    assert plan.descendants(resolve(**changes), "reward-shift") == []
+    assert graph.descendants(resolve(**changes), "reward-shift") == []
     shrunk = resolve(**changes, **{"stages.ppo.baseline_shrinkage": True})
-    assert plan.descendants(shrunk, "reward-shift") == ["ppo", "evaluate"]
+    assert graph.descendants(shrunk, "reward-shift") == ["ppo", "evaluate"]
     with pytest.raises(UserError, match="baseline_shrinkage"):
         resolve(gate="off", **changes, **{"stages.ppo.baseline_shrinkage": True})
 
@@ -618,7 +624,7 @@ def test_a_second_run_skips_the_shift_stage_and_its_options_touch_nothing_else(s
         if shift:
             stages = YAML(typ="safe").load(path)["stages"]
             tiny.edit(path, {"stages": stages | {"reward-shift": {"type": "shift", "reward": "reward"} | shift}})
-        decisions = plan.decide(load(path, overrides), manifest.read(small.run_dir))
+        decisions = staleness.decide(load(path, overrides), manifest.read(small.run_dir))
         return {decision.stage: decision.reason for decision in decisions if decision.run}
 
     assert reruns() == {}

@@ -15,10 +15,13 @@ import tiny
 from filelock import FileLock
 from rich.console import Console
 
-from pipeline import checkpoints, launcher, manifest, plan, stage
-from pipeline.config import load
-from pipeline.errors import UserError
-from pipeline.signals import Interrupted, Stopped, stopping
+from pipeline import launcher, stage
+from pipeline.chain import run_folder, staleness
+from pipeline.config.load import load
+from pipeline.records import manifest
+from pipeline.system.errors import UserError
+from pipeline.system.signals import Interrupted, Stopped, stopping
+from pipeline.training import checkpoints
 
 ROOT = Path(__file__).parents[1]
 ENDING = [signal.SIGTERM, signal.SIGHUP, signal.SIGINT]
@@ -55,9 +58,9 @@ def test_killed_at_named_points_it_ends_as_if_it_had_not_been(tmp_path):
 def config(tmp_path, make_record):
     """A run in which sft and reward are finished: their records are current, nothing was trained."""
     loaded = load(tiny.make_run(tmp_path, {"sft": tiny.SFT, "reward": tiny.REWARD}))
-    plan.prepare_run(loaded)
+    run_folder.prepare_run(loaded)
     for name in loaded.stages:
-        identity = plan.identify(loaded, name, manifest.read(loaded.run_path))
+        identity = staleness.identify(loaded, name, manifest.read(loaded.run_path))
         output = manifest.Output(kind="adapter", path=f"{name}/output", files={})
         manifest.commit(loaded.run_path, name, make_record(**vars(identity), type=name, output=output))
     return loaded
@@ -131,7 +134,7 @@ def test_a_stage_that_is_refused_keeps_its_record_and_those_after_it(config, fau
         stage.run(load(config.source, tuple(overrides)), "sft")
     assert manifest.read(config.run_path) == before
     if fault == "rows":
-        assert not any(decision.run for decision in plan.decide(config, before))
+        assert not any(decision.run for decision in staleness.decide(config, before))
 
 
 # A stage with two processes of its own, as `accelerate launch` has them: in sessions that no terminal reaches.

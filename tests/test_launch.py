@@ -16,11 +16,13 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState, PartialState
 from test_equalities import run
 
-from pipeline import launcher, manifest, sharding, stage
-from pipeline.checks import finite
-from pipeline.config import load
-from pipeline.errors import UserError
+from pipeline import launcher, stage
+from pipeline.config.load import load
+from pipeline.launch import sharding
+from pipeline.records import manifest
 from pipeline.stages import ppo
+from pipeline.system.errors import UserError
+from pipeline.training.assertions import finite
 
 ROOT = Path(__file__).parents[1]
 STAGES = {"sft": tiny.SFT, "reward": tiny.REWARD, "ppo": tiny.PPO, "dpo": tiny.DPO}

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import tiny
 
-from pipeline import manifest, stage
-from pipeline.config import load
+from pipeline import stage
+from pipeline.config.load import load
+from pipeline.records import manifest
 
 RLHF = [sys.executable, "-m", "pipeline"]
 SFT = tiny.SFT | {"training": {"max_steps": 4, "save_steps": 2}}

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import manifest, plan
-from pipeline.config import load
-from pipeline.errors import UserError
-from pipeline.manifest import Manifest, Output
+from pipeline.chain import run_folder, staleness
+from pipeline.config.load import load
+from pipeline.records import manifest
+from pipeline.records.manifest import Manifest, Output
+from pipeline.system import digests
+from pipeline.system.errors import UserError
 
 
 @pytest.fixture
@@ -74,7 +76,7 @@ def test_verify(run_dir, make_record):
     weights = run_dir / "sft" / "output" / "weights"
     weights.parent.mkdir(parents=True)
     weights.write_bytes(b"123")
-    files = manifest.checksums(run_dir, [weights.parent])
+    files = digests.checksums(run_dir, [weights.parent])
     # The SHA-256 of "123", from sha256sum.
     assert files == {"sft/output/weights": "a665a45920422f9d417e4867efdc4fb8a04a1f3fff1fa07e998e86f7f7a27ae3"}
     record = make_record(output=Output(kind="full", path="sft/output", files=files))
@@ -88,8 +90,8 @@ def test_verify(run_dir, make_record):
 
 
 def test_digest_does_not_depend_on_the_order_of_keys():
-    assert manifest.digest({"a": 1, "b": [2]}) == manifest.digest({"b": [2], "a": 1})
-    assert manifest.digest({"a": 1}) != manifest.digest({"a": "1"})
+    assert digests.digest({"a": 1, "b": [2]}) == digests.digest({"b": [2], "a": 1})
+    assert digests.digest({"a": 1}) != digests.digest({"a": "1"})
 
 
 # Decisions. `finished` is a copy: the run folder lies elsewhere than when its stages ran.
@@ -102,7 +104,7 @@ def decide(finished, monkeypatch, tmp_path):
 
     def call(*overrides, redo=()):
         config = load(finished.config, overrides)
-        decisions = plan.decide(config, manifest.read(config.run_path), redo)
+        decisions = staleness.decide(config, manifest.read(config.run_path), redo)
         return {d.stage for d in decisions if d.run}, {d.stage: d.reason for d in decisions}
 
     return call
@@ -195,7 +197,7 @@ def test_lost_tokenizer_is_saved_again(finished, monkeypatch, tmp_path):
     for path in tokenizer.iterdir():
         path.unlink()
     tokenizer.rmdir()
-    plan.prepare_run(load(finished.config))
+    run_folder.prepare_run(load(finished.config))
     assert (tokenizer / "tokenizer.json").is_file()
 
 

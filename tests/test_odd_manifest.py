@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from pipeline import manifest
-from pipeline.manifest import Manifest, Output, TokenizerRecord
+from pipeline.records import manifest
+from pipeline.records.manifest import Manifest, Output, TokenizerRecord
 from pipeline.shift.advice import advice
 from pipeline.shift.measure import measure
 

@@ -16,12 +16,14 @@ from peft import PeftModel
 from test_equalities import run
 from test_readme import table
 
-from pipeline import context, divergence, fit, manifest, models, scoring
-from pipeline.config import load
+from pipeline.config.lineage import place_of
+from pipeline.config.load import load
 from pipeline.data.encode import prompt_ids
-from pipeline.errors import UserError
-from pipeline.lineage import place_of
-from pipeline.stages import dpo, online, ppo, pretrain, reward, sft
+from pipeline.models import loading, scoring
+from pipeline.records import manifest
+from pipeline.stages import dpo, ppo, pretrain, reward, rloo_grpo, sft
+from pipeline.system.errors import UserError
+from pipeline.training import context, divergence, fit
 
 FOUR_BIT = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"}
 # What a user writes for each precision; bf16 autocast is TRL's default.
@@ -74,7 +76,7 @@ class Kept:
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.model: Any = None
         self.before: dict[str, torch.Tensor] = {}
-        for module in (pretrain, sft, reward, online, dpo):
+        for module in (pretrain, sft, reward, rloo_grpo, dpo):
             monkeypatch.setattr(module, "fit", functools.partial(self._fit, fit.fit))
         monkeypatch.setattr(ppo, "_train", functools.partial(self._train, ppo._train))
 
@@ -124,10 +126,10 @@ def check_read_back(kept: Kept, config: Any, ctx: context.StageContext, name: st
     texts = [prompt_ids(ctx.tokenizer, [{"role": "user", "content": f"Tell me about {t}."}]) for t in tiny.TOPICS[:4]]
     kept.model.eval()
     if name == "reward":
-        read = models.load_reward(ctx.loader, weights)
+        read = loading.load_reward(ctx.loader, weights)
         assert scoring.score(read, texts, 0) == scoring.score(kept.model, texts, 0)
         return
-    read = models.load_policy(ctx.loader, weights)
+    read = loading.load_policy(ctx.loader, weights)
     with torch.no_grad():
         for ids in texts:
             assert torch.equal(divergence.log_probs(read, ids), divergence.log_probs(kept.model, ids)), name

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from test_readme import fences
 
-from pipeline import manifest
+from pipeline.records import manifest
 
 ROOT = Path(__file__).parents[1]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]

@@ -5,9 +5,9 @@ import typing
 
 import pytest
 
-from pipeline import choices, options, ranges
-from pipeline.config import load
-from pipeline.ranges import ANY, RANGES, Range
+from pipeline.config import choices, options, ranges
+from pipeline.config.load import load
+from pipeline.config.ranges import ANY, RANGES, Range
 
 KINDS = ("training", "pretrain", "sft", "reward", "dpo", "ppo", "rloo", "grpo", "lora", "quantization")
 

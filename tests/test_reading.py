@@ -9,9 +9,9 @@ import tiny
 from datasets import Dataset, DatasetDict
 from test_sources import compress, fingerprint, read
 
-from pipeline import chat_templates, tokenizers
-from pipeline.config import load
-from pipeline.errors import UserError
+from pipeline.config.load import load
+from pipeline.data import chat_templates, run_tokenizer
+from pipeline.system.errors import UserError
 
 GOOD = '{"text": "a"}\n'
 NONE = {"text": None}
@@ -166,7 +166,7 @@ def test_a_new_tokenizer_from_words_of_any_length(write_config, tmp_path):
     """The time of training grows with the square of a word's length: 64 s for 300,000 characters."""
     config = load(write_config(tmp_path))
     tiny.write_rows(tmp_path / "corpus.jsonl", [{"text": "a" * 2_000_000}, {"text": "Short words."}])
-    tokenizer = tokenizers.build(config)
+    tokenizer = run_tokenizer.build(config)
     assert tokenizer.decode(tokenizer.encode("aaaa Short")) == "aaaa Short"
 
 
@@ -174,7 +174,7 @@ def test_long_words_change_no_other_tokenizer(write_config, tmp_path):
     texts = ["b" * 999, "c d " * 300, "e" * 999 + " f"]
     tiny.write_rows(tmp_path / "corpus.jsonl", [{"text": text} for text in texts])
     config = load(write_config(tmp_path / "run", **{"data.corpus.path": str(tmp_path / "corpus.jsonl")}))
-    assert list(tokenizers._texts(config))[: len(texts)] == texts
+    assert list(run_tokenizer._texts(config))[: len(texts)] == texts
 
 
 # Chat templates
@@ -238,7 +238,7 @@ def test_damaged_tokenizer(tmp_path, content):
     """The tokenizers library raises a bare Exception for some of these."""
     write_text(tiny.make_model(tmp_path / "model") / "tokenizer.json", content)
     with pytest.raises(UserError, match=r"model: holds no tokenizer that can be read \(.+\); restore it$"):
-        tokenizers.open_saved(tmp_path / "model")
+        run_tokenizer.open_saved(tmp_path / "model")
 
 
 def test_damaged_tokenizer_of_the_model(cli, write_config, tmp_path):

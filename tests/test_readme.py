@@ -14,14 +14,15 @@ from pydantic import BaseModel
 from rich.console import Console
 from ruamel.yaml import YAML
 
-from pipeline import datacheck, options, schema, tokenizers
-from pipeline.config import load
-from pipeline.data import shapes
+from pipeline.config import options, schema, stage_types
+from pipeline.config.load import load
+from pipeline.data import formats, run_tokenizer
+from pipeline.data.formats import WANTED_BY
 from pipeline.data.prepare import Datasets
-from pipeline.data.shapes import WANTED_BY
-from pipeline.errors import UserError
+from pipeline.rl.watchdog import HEALTHY, Range
 from pipeline.shift.advice import RULES
-from pipeline.watchdog import HEALTHY, Range
+from pipeline.show import check_data
+from pipeline.system.errors import UserError
 
 REPO = Path(__file__).resolve().parent.parent
 README = (REPO / "README.md").read_text(encoding="utf-8")
@@ -96,7 +97,7 @@ def test_tables_of_keys_are_the_schema(marker):
 
 
 def test_every_section_of_the_schema_has_a_table():
-    covered = {model for parts in SECTIONS.values() for _, model in parts} | set(schema.STAGE_CLASSES.values())
+    covered = {model for parts in SECTIONS.values() for _, model in parts} | set(stage_types.STAGE_CLASSES.values())
     sections = {
         kind
         for kind in vars(schema).values()
@@ -105,15 +106,15 @@ def test_every_section_of_the_schema_has_a_table():
     assert sections and sections <= covered
 
 
-@pytest.mark.parametrize("stage_type", schema.STAGE_CLASSES)
+@pytest.mark.parametrize("stage_type", stage_types.STAGE_CLASSES)
 def test_the_table_of_stages_is_the_schema(stage_type):
-    stage_class = schema.STAGE_CLASSES[stage_type]
+    stage_class = stage_types.STAGE_CLASSES[stage_type]
     groups = {stage_type, ALL} | ({TRAINING} if issubclass(stage_class, schema.TrainingStage) else set())
     rows = table("keys by type")
-    unknown = {name for row in rows for name in row[2].split(", ")} - {ALL, TRAINING, *schema.STAGE_CLASSES}
+    unknown = {name for row in rows for name in row[2].split(", ")} - {ALL, TRAINING, *stage_types.STAGE_CLASSES}
     assert not unknown
     shown = {key_of(row[0]): row[1] for row in rows if groups & set(row[2].split(", "))}
-    expected = fields_of(schema.STAGE_CLASSES[stage_type])
+    expected = fields_of(stage_types.STAGE_CLASSES[stage_type])
     assert shown == expected | {key: default for key, default in SEEN_DEFAULTS.items() if key in expected}
 
 
@@ -130,7 +131,7 @@ def test_the_table_of_owned_options_is_the_code():
     for section, names, _ in table("owned"):
         shown.setdefault(section, []).extend(in_backticks(names))
     expected = {TRAINING: options.OWNED}
-    for kind in (*schema.STAGE_CLASSES, "lora", "quantization"):
+    for kind in (*stage_types.STAGE_CLASSES, "lora", "quantization"):
         # A stage type's own, without those that every `training:` section has.
         own = {key: reason for key, reason in options.owned_by(kind).items() if options.OWNED.get(key) != reason}
         expected |= {kind: own} if own else {}
@@ -177,7 +178,7 @@ def test_the_experiment_is_that_of_its_results(monkeypatch, capsys, tmp_path):
     assert figure.is_file() and f"({figure.relative_to(REPO).as_posix()})" in README
 
 
-WANTS = {WANTED_BY[stage] for stage in schema.STAGE_CLASSES}
+WANTS = {WANTED_BY[stage] for stage in stage_types.STAGE_CLASSES}
 
 
 def example_rows() -> list[tuple[str, dict[str, Any], set[str]]]:
@@ -196,7 +197,7 @@ def test_example_rows_show_every_format():
 @pytest.mark.parametrize(("shape", "row", "fits"), example_rows())
 def test_example_row_goes_into_the_stages_it_fits(tmp_path, shape, row, fits):
     """As a file of a run: told its format, accepted by the stages named, refused by the others."""
-    assert shapes.detect(row) == shape
+    assert formats.detect(row) == shape
     tiny.write_rows(tmp_path / "example.jsonl", [row])
     stages = {want: {"type": name, "data": "example"} for name, want in STAGE_FOR.items()}
     stages["prompts"] |= {"baseline": "demonstrations", "policies": [], "max_prompt_length": 1024}
@@ -207,9 +208,9 @@ def test_example_row_goes_into_the_stages_it_fits(tmp_path, shape, row, fits):
     accepted = set()
     for want in WANTS:
         alone = config.model_copy(update={"stages": {want: config.stages[want]}})
-        tokenizer = tokenizers.build(alone)
+        tokenizer = run_tokenizer.build(alone)
         with contextlib.suppress(UserError):
-            prepared = Datasets(alone, tokenizer, tokenizers.fingerprint(tokenizer)).prepare(want, "data")
+            prepared = Datasets(alone, tokenizer, run_tokenizer.fingerprint(tokenizer)).prepare(want, "data")
             assert (len(prepared.rows), prepared.audit.num_dropped) == (1, 0)
             accepted.add(want)
     assert accepted == fits
@@ -228,7 +229,7 @@ def test_example_data_sections_load(tmp_path):
 def test_the_sample_is_that_of_the_quickstart(monkeypatch, capsys, tmp_path):
     (shown,) = fences("output: sample")
     config = load(REPO / "configs" / "quickstart.yaml", (f"run_dir={tmp_path}",))
-    datacheck.run(config, ["sft"], 2, Console(width=160))
+    check_data.run(config, ["sft"], 2, Console(width=160))
     assert shown.strip() in capsys.readouterr().out
 
 

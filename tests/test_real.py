@@ -14,7 +14,8 @@ import pytest
 import torch
 from test_chain import rlhf
 
-from pipeline import manifest, report
+from pipeline.records import manifest
+from pipeline.show import results
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
@@ -49,7 +50,7 @@ def shown_reward_model(folder: Path) -> dict:
     """What the code that `rlhf status` prints for the reward model defines."""
     recorded = manifest.read(folder)
     shown: dict = {}
-    exec(report.snippet(folder, recorded, recorded.stages["reward"]), shown)
+    exec(results.snippet(folder, recorded, recorded.stages["reward"]), shown)
     return shown
 
 

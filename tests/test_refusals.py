@@ -5,10 +5,11 @@ import tiny
 from test_equalities import run
 from trl import GRPOConfig
 
-from pipeline import launcher, manifest
-from pipeline.config import load
-from pipeline.errors import UserError
-from pipeline.lineage import start_of
+from pipeline import launcher
+from pipeline.config.lineage import start_of
+from pipeline.config.load import load
+from pipeline.records import manifest
+from pipeline.system.errors import UserError
 
 STAGES = {"sft": tiny.SFT, "reward": tiny.REWARD, "ppo": tiny.PPO, "dpo": tiny.DPO}
 GRPO = {"data": "demonstrations", "training": {"max_completion_length": 8, "num_generations": 4, "beta": 0.04}}

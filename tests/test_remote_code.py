@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from pipeline import manifest
+from pipeline.records import manifest
 
 ROOT = Path(__file__).parents[1]
 STEPS = {"max_steps": 2}

@@ -9,9 +9,11 @@ import sys
 import pytest
 import tiny
 
-from pipeline import manifest, stage
-from pipeline.config import load
-from pipeline.errors import UserError
+from pipeline import stage
+from pipeline.config.load import load
+from pipeline.records import manifest
+from pipeline.system.cache import cache_folder
+from pipeline.system.errors import UserError
 
 FOREIGN = ["sft/output/mine.txt", "sft/checkpoints/mine.txt", "sft/merged/mine.txt", "sft/output.new/mine.txt"]
 FOREIGN += ["sft/notes.md", "tokenizer/tokenizer.json"]
@@ -100,7 +102,7 @@ def test_a_damaged_tokenizer_is_refused_before_rows_are_cached_under_its_name(fi
     saved = finished.run_dir / "tokenizer" / "tokenizer.json"
     good = saved.read_bytes()
     damage(saved)
-    cache = stage.plan.sources.cache_folder()
+    cache = cache_folder()
     before = {path for path in cache.rglob("*.arrow") if "raw" not in path.parts}
     for command in ("plan", "run", "check-data"):
         exit_code, _, err = cli(command, finished.config)

@@ -16,9 +16,10 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from pipeline import cli as commands
-from pipeline import manifest, quiet, streams
-from pipeline.manifest import Manifest, Output
-from pipeline.screen import Table, say, show
+from pipeline.records import manifest
+from pipeline.records.manifest import Manifest, Output
+from pipeline.show.screen import Table, say, show
+from pipeline.system import quiet, streams
 
 BOX = "┏┳┓┃┡╇┩│└┴┘━─"
 ODD = "A → \x1b[31m kättle [red]x[/red] [/] :smile: 漢字"
@@ -268,7 +269,7 @@ def test_an_error_of_something_else_keeps_its_traceback(cli, tmp_path, monkeypat
     def broken(*_):
         raise OSError(errno.ENOSPC, "no room", "some/file")
 
-    monkeypatch.setattr("pipeline.report.status", broken)
+    monkeypatch.setattr("pipeline.show.results.status", broken)
     with pytest.raises(OSError, match="some/file"):
         cli("status", tmp_path)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pipeline.data.convert import convert, to_messages
 from pipeline.data.faults import FAULTS, RowFault
-from pipeline.data.shapes import FIELDS, detect, serves
+from pipeline.data.formats import FIELDS, detect, serves
 
 SHAPES = ("text", "prompt", "prompt_completion", "messages", "alpaca")
 SHAPES += ("sharegpt", "unpaired", "comparison", "hh", "scored")

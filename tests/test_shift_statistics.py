@@ -17,14 +17,14 @@ from scipy.stats import binomtest
 from statsmodels.formula.api import mixedlm, ols
 from statsmodels.stats.anova import anova_lm
 
-from pipeline.manifest import Manifest
-from pipeline.report import shift_table
+from pipeline.records.manifest import Manifest
 from pipeline.shift import variance
 from pipeline.shift.advice import RULES, advice
 from pipeline.shift.calibration import calibration, wilson
 from pipeline.shift.measure import measure
 from pipeline.shift.plots import draw
-from pipeline.shift.show import table
+from pipeline.show.results import shift_table
+from pipeline.show.shift import table
 
 SIZES = {"balanced": (4,), "unbalanced": (1, 2, 4, 6)}
 NUM_DRAWS = 200  # of 100, one in twenty would fall short of 93 by chance

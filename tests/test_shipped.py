@@ -14,9 +14,10 @@ import tiny
 from test_precision import check_stage
 from test_readme import fences
 
-from pipeline import launcher, manifest, stage
-from pipeline.config import load
-from pipeline.schema import RunConfig, TrainingStage
+from pipeline import launcher, stage
+from pipeline.config.load import load
+from pipeline.config.schema import RunConfig, TrainingStage
+from pipeline.records import manifest
 
 Overrides = dict[str, str | int | bool]
 

@@ -18,12 +18,11 @@ import pytest
 import tiny
 from datasets import Dataset, DatasetDict
 
-from pipeline import config as configs
-from pipeline import tokenizers
-from pipeline.data import sources
+from pipeline.config import load as configs
+from pipeline.config.schema import Data, Model, RunConfig
+from pipeline.data import run_tokenizer, sources
 from pipeline.data.prepare import Datasets
-from pipeline.errors import UserError
-from pipeline.schema import Data, Model, RunConfig
+from pipeline.system.errors import UserError
 
 ROWS = [
     {"prompt": 'Say "yes", or no; ä 漢 🙂', "completion": "Yes.\nNo."},
@@ -291,8 +290,8 @@ def prepare(write_config, model, tmp_path):
     def call(*entries):
         changes = {"model": {"path": str(model)}, "data": {"mixed": {"sources": list(entries)}}}
         config = configs.load(write_config(tmp_path, **changes, stages={"sft": {"data": "mixed"}}))
-        tokenizer = tokenizers.build(config)
-        prepared = Datasets(config, tokenizer, tokenizers.fingerprint(tokenizer)).prepare("sft", "data")
+        tokenizer = run_tokenizer.build(config)
+        prepared = Datasets(config, tokenizer, run_tokenizer.fingerprint(tokenizer)).prepare("sft", "data")
         return [tokenizer.decode(ids) for ids in prepared.rows["input_ids"]], prepared.audit
 
     return call

@@ -14,12 +14,12 @@ import tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline import config as configs
-from pipeline import plan, tokenizers
-from pipeline.data import heldout, prepare
+from pipeline.chain import staleness
+from pipeline.config import load as configs
+from pipeline.data import heldout, prepare, run_tokenizer
 from pipeline.data.prepare import Datasets
-from pipeline.errors import UserError
-from pipeline.manifest import Manifest
+from pipeline.records.manifest import Manifest
+from pipeline.system.errors import UserError
 
 NUM_PROMPTS = 40
 PER_PROMPT = 2
@@ -67,8 +67,8 @@ def make(write_config, model):
                 lines = [json.dumps(row) + "\n" for row in rows]
                 (folder / f"{name}.rows.jsonl").write_text("".join(lines), encoding="utf-8")
         config = configs.load(path)
-        tokenizer = tokenizers.build(config)
-        return Datasets(config, tokenizer, tokenizers.fingerprint(tokenizer))
+        tokenizer = run_tokenizer.build(config)
+        return Datasets(config, tokenizer, run_tokenizer.fingerprint(tokenizer))
 
     return call
 
@@ -308,7 +308,7 @@ REMOVED = "data: held-out prompts in it"
 
 
 def identity(read, stage):
-    return plan.identify(read.config, stage, Manifest(name="tiny"))
+    return staleness.identify(read.config, stage, Manifest(name="tiny"))
 
 
 def test_removed_prompts_are_an_input(make, tmp_path):

@@ -14,11 +14,13 @@ import pytest
 import tiny
 from safetensors.torch import load_file
 
-from pipeline import manifest, stage, tokenizers
-from pipeline.config import load
+from pipeline import stage
+from pipeline.config.load import load
+from pipeline.data import run_tokenizer
 from pipeline.data.prepare import Datasets
 from pipeline.data.stream import STATE, TextStream
-from pipeline.errors import UserError
+from pipeline.records import manifest
+from pipeline.system.errors import UserError
 
 LENGTH = 16
 NUM_DOCUMENTS = 45
@@ -41,8 +43,8 @@ def make_stream(folder: Path, model: Path, corpus: dict, **top) -> TextStream:
     path = tiny.make_run(folder, {"pretrain": pretrain} | top.pop("stages", {}), **top)
     tiny.edit(path, {"data": sections, "model": {"path": str(model)}})
     config = load(path)
-    tokenizer = tokenizers.build(config)
-    return TextStream(Datasets(config, tokenizer, tokenizers.fingerprint(tokenizer)), "corpus", LENGTH, seed=3)
+    tokenizer = run_tokenizer.build(config)
+    return TextStream(Datasets(config, tokenizer, run_tokenizer.fingerprint(tokenizer)), "corpus", LENGTH, seed=3)
 
 
 @pytest.fixture
@@ -180,7 +182,7 @@ def test_resumed_after_its_last_step_it_makes_no_other(tmp_path, model, monkeypa
     path = tiny.make_run(tmp_path, {"pretrain": {"data": "corpus", "training": training}})
     tiny.edit(path, {"data": {"corpus": {"path": "corpus.jsonl", "streaming": True}}, "model": {"path": str(model)}})
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.fit._save", lambda *_: 1 / 0)
+        patch.setattr("pipeline.training.fit._save", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             stage.run(load(path), "pretrain")
     stage.run(load(path), "pretrain")

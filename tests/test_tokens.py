@@ -5,11 +5,10 @@ import tiny
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from pipeline import tokenizers
-from pipeline.config import load
-from pipeline.data import joints
+from pipeline.config.load import load
+from pipeline.data import joints, run_tokenizer
 from pipeline.data.prepare import Datasets
-from pipeline.stages.online import prompt_ids
+from pipeline.stages.rloo_grpo import prompt_ids
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>"]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -88,8 +87,8 @@ def make(folder, kind, **top):
 
 def read(path, *overrides):
     config = load(path, overrides)
-    tokenizer = tokenizers.build(config)
-    return Datasets(config, tokenizer, tokenizers.fingerprint(tokenizer))
+    tokenizer = run_tokenizer.build(config)
+    return Datasets(config, tokenizer, run_tokenizer.fingerprint(tokenizer))
 
 
 def sampled_from(tokenizer, messages):

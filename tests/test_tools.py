@@ -10,13 +10,14 @@ import tiny
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from pipeline import datacheck, tokenizers
-from pipeline.config import load
+from pipeline.config.load import load
+from pipeline.data import run_tokenizer
 from pipeline.data.convert import convert
 from pipeline.data.faults import RowFault
+from pipeline.data.formats import detect
 from pipeline.data.prepare import Datasets
-from pipeline.data.shapes import detect
 from pipeline.data.tools import tools_of
+from pipeline.show import check_data
 
 TRL = Path(importlib.util.find_spec("trl").submodule_search_locations[0]) / "chat_templates"
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
@@ -136,8 +137,8 @@ def read(tmp_path, model):
         path = tiny.make_run(tmp_path, stages, data=data, tokenizer=settings, training={"use_cpu": True, "bf16": False})
         tiny.edit(path, {"model": {"path": str(model)}} | top)
         config = load(path)
-        tokenizer = tokenizers.build(config)
-        return Datasets(config, tokenizer, tokenizers.fingerprint(tokenizer))
+        tokenizer = run_tokenizer.build(config)
+        return Datasets(config, tokenizer, run_tokenizer.fingerprint(tokenizer))
 
     return make
 
@@ -151,7 +152,7 @@ def texts(made, kind="sft"):
     """The rows of a stage as text; what is trained on in brackets."""
     found = []
     for row in made.prepare(kind, "data").rows:
-        parts = datacheck.parts_of(row, made.config.stages[kind], made.tokenizer)
+        parts = check_data.parts_of(row, made.config.stages[kind], made.tokenizer)
         found.append({label: "".join(f"[{said}]" if on else said for said, on in spans) for label, spans in parts})
     return found
 
@@ -347,7 +348,7 @@ def test_a_template_without_tools_is_told(read, template, row, what):
 
 
 def read_template(name):
-    return (tokenizers.chat_templates.TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
+    return (run_tokenizer.chat_templates.TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
 
 
 BRANCHES = f"{{% if tools %}}{read_template('hermes')}{{% else %}}{read_template('chatml')}{{% endif %}}"
@@ -360,7 +361,7 @@ def test_a_template_that_shows_calls_only_beside_tools(read, template):
     """Rows with calls but without definitions are rendered by the other template, or the other branch of it."""
     made = read([FORMS["OpenAI"], {"messages": OPENAI}, {"messages": [ASK, LAST]}])
     made.tokenizer.chat_template = template
-    made = Datasets(made.config, made.tokenizer, tokenizers.fingerprint(made.tokenizer))
+    made = Datasets(made.config, made.tokenizer, run_tokenizer.fingerprint(made.tokenizer))
     assert len(texts(made)) == 2
     assert texts(made)[0] == {"": LEARNT}
     assert fault(made).rows == (1,)
@@ -368,7 +369,7 @@ def test_a_template_that_shows_calls_only_beside_tools(read, template):
 
 
 def test_a_template_that_shows_the_first_call_alone(read, tmp_path):
-    text = (Path(tokenizers.chat_templates.TEMPLATES) / "hermes.jinja").read_text()
+    text = (Path(run_tokenizer.chat_templates.TEMPLATES) / "hermes.jinja").read_text()
     (tmp_path / "first.jinja").write_text(text.replace("message.tool_calls or []", "(message.tool_calls or [])[:1]"))
     made = read([FORMS["OpenAI"]], template="first.jinja")
     assert fault(made).why.startswith("several calls at once: the chat template does not show several calls at once; ")

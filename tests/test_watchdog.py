@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerControl, TrainingArguments
 
-from pipeline.sampling import same_random_numbers
-from pipeline.watch import BestPolicy
-from pipeline.watchdog import HEALTHY, MEASURES, Stopped, Watchdog, measures_of
+from pipeline.models.generation import same_random_numbers
+from pipeline.rl.watch import BestPolicy
+from pipeline.rl.watchdog import HEALTHY, MEASURES, Stopped, Watchdog, measures_of
 
 RANGES = {healthy.measure: healthy for healthy in HEALTHY}
 # PPO of a small model as TRL logged it, 30 updates whose score rose from -0.43 to 1.43.

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DogeConfig, Mamba2Config
 
-from pipeline import architecture
-from pipeline.errors import UserError
-from pipeline.models import Loader
+from pipeline.config import architecture
+from pipeline.models.loading import Loader
+from pipeline.system.errors import UserError
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 123\n"
 

@@ -1,7 +1,11 @@
-"""Datasets: from the files people have to the token ids every stage shares.
+"""Turn files of many formats into token ids, the same in every stage, and account for every row that is left out.
 
-places, reading and sources (files, hub) -> shapes (which format) -> convert, messages, tools and media (any format to
-one) -> heldout (one split per run) -> rendering and encode (the chat template's text, token ids) -> prepare (all of it
-over Arrow, cached, every row left out counted); stream does the same for text of any size. faults says what can be
-wrong with a row.
+In come the sources of a dataset, the run's tokenizer, and what a stage asks for: the kind of row, the side of the
+split and the greatest length. Out go a dataset of token ids and an audit: the number of rows, tokens and faults of
+each kind.
+
+places, reading and sources (files, hub) -> formats (which format) -> convert, messages, tools and media (any format
+to one) -> heldout (one split per run) -> rendering and encode (the chat template's text, token ids) -> prepare (all
+of it over Arrow, cached, every row left out counted). stream does the same for text of any size. faults says what can
+be wrong with a row.
 """

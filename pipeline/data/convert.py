@@ -12,15 +12,8 @@ from typing import Any
 
 from pipeline.data import media
 from pipeline.data.faults import Row, RowFault, shown, text_of
-from pipeline.data.messages import (
-    Messages,
-    check_order,
-    dialogue,
-    ends_with_user,
-    messages_of,
-    without_weights,
-)
-from pipeline.data.shapes import ANSWERS, LABELS, QUESTIONS, SIDES, demonstration, first, is_dialogue, label_of
+from pipeline.data.formats import ANSWERS, LABELS, QUESTIONS, SIDES, demonstration, first, is_dialogue, label_of
+from pipeline.data.messages import Messages, check_order, dialogue, ends_with_user, messages_of, without_weights
 from pipeline.data.tools import Message, answer_of, as_text, tools_of
 
 _DIALOGUE = re.compile(r"(?:^|\n\n)(Human|Assistant):")

@@ -4,15 +4,12 @@ A prompt is known by its first user message, whatever the spacing and case; a di
 on one side. The split depends on the prompt alone: not on the order of rows, nor on machine, seed or processes.
 """
 
-import hashlib
 import unicodedata
 
 import numpy as np
 
 from pipeline.data.faults import Row
-from pipeline.schema import RunConfig, TrainingStage, datasets
-
-TRAIN, HELD_OUT = "train", "held-out"
+from pipeline.system.digests import hash64
 
 
 def key(row: Row) -> int:
@@ -22,39 +19,6 @@ def key(row: Row) -> int:
     return hash64(" ".join(plain.split()))
 
 
-def hash64(*texts: str) -> int:
-    digest = hashlib.blake2b("\0".join(texts).encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big")
-
-
 def is_below(keys: np.ndarray, share: float) -> np.ndarray:
     """Whether each key (uint64) belongs to the held-out `share` of all possible keys."""
     return keys < np.uint64(int(share * 2**64))
-
-
-def role_split(role: str, trains: bool) -> str:
-    """The side of the split that a stage's dataset gives by its role: `data` of a stage that trains is trained on."""
-    return TRAIN if trains and role == "data" else HELD_OUT
-
-
-def uses(config: RunConfig, split: str) -> list[str]:
-    """The datasets of a run that are read on one side of the split, in order."""
-    found = [
-        dataset
-        for stage in config.stages.values()
-        for role, dataset in datasets(stage).items()
-        if role_split(role, isinstance(stage, TrainingStage)) == split
-    ]
-    return list(dict.fromkeys(found))
-
-
-def is_shared(config: RunConfig, dataset: str) -> bool:
-    """Whether a dataset is split: some stage trains on it and some stage evaluates on it."""
-    return dataset in uses(config, TRAIN) and dataset in uses(config, HELD_OUT)
-
-
-def evaluated_beside(config: RunConfig, dataset: str) -> list[str]:
-    """The other datasets that some stage evaluates on: for raw text those of raw text, for prompts those of prompts."""
-    texts = {name for s in config.stages.values() if s.type == "pretrain" for name in datasets(s).values()}
-    others = [other for other in uses(config, HELD_OUT) if other != dataset]
-    return [other for other in others if (other in texts) == (dataset in texts)]

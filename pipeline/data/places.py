@@ -8,9 +8,9 @@ from typing import Any
 
 from datasets import load_dataset_builder
 
-from pipeline import schema
-from pipeline.errors import UserError
-from pipeline.schema import RunConfig
+from pipeline.config import schema
+from pipeline.config.schema import RunConfig
+from pipeline.system.errors import UserError
 
 _SUFFIXES = {"json": ".json .jsonl", "csv": ".csv", "tsv": ".tsv", "parquet": ".parquet", "arrow": ".arrow"}
 _SUFFIXES |= {"text": ".txt"}

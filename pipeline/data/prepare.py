@@ -16,21 +16,22 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, IterableDataset, concatenate_datasets
 
-from pipeline import chat_templates
+from pipeline.config import graph
+from pipeline.config.graph import datasets as datasets_of
+from pipeline.config.options import effective, length_limit
+from pipeline.config.schema import RunConfig, Sampled, TrainingStage
 from pipeline.data import heldout, sources
 from pipeline.data.audit import QUANTILES, Audit, Finding
-from pipeline.data.measure import IDS, KINDS, LENGTHS, NO_KEY, Measure
-from pipeline.data.shapes import FIELDS, detect, missing, serves, wanted
+from pipeline.data.formats import FIELDS, detect, missing, serves, wanted
+from pipeline.data.rows import IDS, KINDS, LENGTHS, NO_KEY, Measure
 from pipeline.data.sources import Part
-from pipeline.errors import UserError
-from pipeline.manifest import digest, file_digest
-from pipeline.options import effective, length_limit
-from pipeline.schema import RunConfig, Sampled, TrainingStage
-from pipeline.schema import datasets as datasets_of
+from pipeline.system.cache import cache_folder
+from pipeline.system.digests import digest, file_digest
+from pipeline.system.errors import UserError
 
 # Prepared rows are cached by this too: another version of these files may prepare them otherwise.
 _LIBRARIES = [importlib.metadata.version(name) for name in ("datasets", "jinja2", "tokenizers", "transformers")]
-_FILES = [*sorted(Path(__file__).parent.glob("*.py")), Path(chat_templates.__file__)]
+_FILES = sorted(Path(__file__).parent.glob("*.py"))
 CODE = digest([_LIBRARIES, *map(file_digest, _FILES)])
 BATCH = 250  # rows; a few hundred MB of Python lists and encodings at most
 SLICE = 100_000  # rows per set of processes: what they have read stays in their memory until they end
@@ -60,10 +61,10 @@ class Datasets:
     def evaluated_elsewhere(self, dataset: str) -> np.ndarray:
         """Sorted keys of the prompts that other datasets are evaluated on; no stage may train on them."""
         found = [np.empty(0, np.uint64)]
-        for other in heldout.evaluated_beside(self.config, dataset):
+        for other in graph.evaluated_beside(self.config, dataset):
             keys = self._keys_of(other)
             below = heldout.is_below(keys, self.config.data[other].heldout)
-            found.append(keys[below] if heldout.is_shared(self.config, other) else keys)
+            found.append(keys[below] if graph.is_shared(self.config, other) else keys)
         return np.unique(np.concatenate(found))
 
     def removed(self, dataset: str) -> str | None:
@@ -108,7 +109,7 @@ class Datasets:
             measured.append(_measured(part, raw, Measure(shape, want, self.tokenizer, max_length, renders), self.key))
         rows = concatenate_datasets(measured) if len(measured) > 1 else measured[0]
         sizes = [len(part) for part in measured]
-        split = heldout.role_split(role, isinstance(stage, TrainingStage))
+        split = graph.role_split(role, isinstance(stage, TrainingStage))
         kept, dropped = self._choose(rows, dataset, want, split, limit[1])
         if isinstance(stage, Sampled):  # intervals are over prompts, so each counts once
             dropped["same_prompt"] = _repeats(_column(rows, "_digest"), kept)
@@ -127,12 +128,12 @@ class Datasets:
         """Masks of the rows that a stage gets, and of those on its side of the split that it does not, by reason."""
         keys, fault = _column(rows, "_key"), _column(rows, "_fault")
         side = np.ones(len(rows), bool)
-        if heldout.is_shared(self.config, dataset):  # rows without a prompt are accounted for with the training rows
+        if graph.is_shared(self.config, dataset):  # rows without a prompt are accounted for with the training rows
             below = heldout.is_below(keys, self.config.data[dataset].heldout) & (keys != NO_KEY)
-            side = below if split == heldout.HELD_OUT else ~below
+            side = below if split == graph.HELD_OUT else ~below
         dropped = {kind: side & (fault == number) for number, kind in enumerate(KINDS, 1)}
         kept = side & (fault == 0)
-        if split == heldout.TRAIN:
+        if split == graph.TRAIN:
             dropped["held_out"] = kept & np.isin(keys, self.evaluated_elsewhere(dataset))
             kept = kept & ~dropped["held_out"]
         if max_length is not None:
@@ -165,7 +166,7 @@ def _measured(part: Part, raw: Dataset, measure: Measure, key: str) -> Dataset:
     """All rows of a source through `measure`, from the cache if its content went through before."""
     content = [sources.fingerprint(part), measure.shape, measure.want, measure.max_length, measure.tools, key, CODE]
     name = digest(content)[:32]
-    cache = sources.cache_folder() / name
+    cache = cache_folder() / name
     cache.mkdir(parents=True, exist_ok=True)
     raw = raw.select_columns([column for column in raw.column_names if column in FIELDS])
     done, starts = [], range(0, len(raw), SLICE)

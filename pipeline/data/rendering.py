@@ -7,7 +7,7 @@ from typing import Any
 
 from jinja2 import TemplateError, UndefinedError
 
-from pipeline.chat_templates import CODE_ERRORS, code_error, described, line_of
+from pipeline.data.chat_templates import CODE_ERRORS, code_error, described, line_of
 from pipeline.data.faults import Row, RowFault
 from pipeline.data.messages import Messages, without_weights
 from pipeline.data.tools import Message

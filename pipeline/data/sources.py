@@ -28,11 +28,12 @@ from datasets.exceptions import DatasetGenerationError
 from filelock import FileLock
 from pyarrow import ArrowException
 
+from pipeline.config.schema import RunConfig
 from pipeline.data import reading
 from pipeline.data.places import Part, find, loader_of
-from pipeline.errors import UserError, nearest, reason_of
-from pipeline.manifest import digest, file_digest
-from pipeline.schema import RunConfig
+from pipeline.system.cache import cache_folder
+from pipeline.system.digests import digest, file_digest
+from pipeline.system.errors import UserError, nearest, reason_of
 
 _LARGE = 1 << 30  # bytes; larger sources are fingerprinted by samples
 _SAMPLE = 1 << 20  # bytes
@@ -134,11 +135,6 @@ def alone_in(folder: Path) -> Iterator[None]:
             for left in folder.glob("tmp*"):
                 left.unlink()
         yield
-
-
-def cache_folder() -> Path:
-    """Where prepared data is kept from run to run."""
-    return Path(datasets.config.HF_DATASETS_CACHE) / "rlhf-pipeline"
 
 
 def load(part: Part, streaming: bool = False) -> Dataset | IterableDataset:

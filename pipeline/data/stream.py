@@ -20,6 +20,7 @@ from accelerate import PartialState
 from datasets import IterableDataset, concatenate_datasets, interleave_datasets
 from transformers import TrainerCallback
 
+from pipeline.config import graph
 from pipeline.data import heldout, sources
 from pipeline.data.audit import DROPPED, Audit, Finding
 from pipeline.data.convert import convert
@@ -27,7 +28,7 @@ from pipeline.data.encode import encode_rows
 from pipeline.data.faults import RowFault
 from pipeline.data.media import MEDIA
 from pipeline.data.prepare import Datasets, check_serves, shape_of
-from pipeline.errors import UserError
+from pipeline.system.errors import UserError
 
 STATE = "stream.json"
 NUM_SHOWN = 64  # pieces that can be looked at before a run
@@ -111,7 +112,7 @@ class TextStream:
         parts = tuple((part, 0) for part in self.parts)
         counts = (after.documents, rows, tokens)
         head = tuple(pieces[:NUM_SHOWN])
-        return Audit(parts, heldout.TRAIN, *counts, dropped, {}, {}, ("", None), streamed=True, head=head)
+        return Audit(parts, graph.TRAIN, *counts, dropped, {}, {}, ("", None), streamed=True, head=head)
 
     def _reader(self, block: Block) -> IterableDataset:
         """The documents of all sources in order, or mixed by their weights; going on from a block's beginning."""
@@ -192,7 +193,7 @@ class TextStream:
     def record(self) -> dict[str, Any]:
         """What the manifest keeps of it: the documents read up to the last block, and those left out."""
         last = self._last
-        return {"split": heldout.TRAIN, "streamed": True, "read": last.documents, "dropped": last.dropped}
+        return {"split": graph.TRAIN, "streamed": True, "read": last.documents, "dropped": last.dropped}
 
 
 def _contains(sorted_keys: np.ndarray, key: int) -> bool:

@@ -1,1 +1,4 @@
-"""One module per kind of stage; each reads straight down: data, models, trainer, fit."""
+"""Hold one file for each type of stage. Each reads straight down: data, models, trainer, fit.
+
+In comes a StageContext. Out goes a Result. The process of the stage then writes the record.
+"""

@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 
-from pipeline import checks
-from pipeline.context import Result, StageContext
-from pipeline.errors import UserError
-from pipeline.fit import fit
-from pipeline.models import continue_policy, float32_logits, load_policy, precision_kept
-from pipeline.trainers import dpo_trainer_class
+from pipeline.models.loading import continue_policy, float32_logits, load_policy, precision_kept
+from pipeline.system.errors import UserError
+from pipeline.training import assertions
+from pipeline.training.context import Result, StageContext
+from pipeline.training.fit import fit
+from pipeline.training.trainers import dpo_trainer_class
 
 NUM_COMPARED = 4  # comparisons on which the policy is compared with its parent
 # Margins that rounding may leave where the reference's log-probabilities were computed earlier, in other batches: in
@@ -25,7 +25,7 @@ def run(ctx: StageContext) -> Result:
     model = continue_policy(ctx.loader, parent, lora, ctx.seed)
     float32_logits(model)
     texts = [row["prompt_ids"] + row["chosen_ids"] for row in rows.select(range(min(NUM_COMPARED, len(rows))))]
-    expected = checks.parent_log_probs(model, texts)
+    expected = assertions.parent_log_probs(model, texts)
     # With adapters TRL copies the policy's into a second one, "ref"; in full mode the parent is loaded again.
     reference = load_policy(ctx.loader, parent) if lora is None else None
     if reference is not None:
@@ -34,11 +34,11 @@ def run(ctx: StageContext) -> Result:
         trainer = dpo_trainer_class(ctx.identity)(
             model, reference, args, train_dataset=rows, eval_dataset=eval_rows, processing_class=ctx.tokenizer
         )
-    checks.policy_is_parent(model, texts, expected)
+    assertions.policy_is_parent(model, texts, expected)
 
     def first_token() -> dict[str, Any]:
-        prompts = rows.select(range(min(checks.NUM_FIRST, len(rows))))["prompt_ids"][:]
-        return {"first_token": checks.first_token(trainer, prompts, ctx.tokenizer)}
+        prompts = rows.select(range(min(assertions.NUM_FIRST, len(rows))))["prompt_ids"][:]
+        return {"first_token": assertions.first_token(trainer, prompts, ctx.tokenizer)}
 
     return fit(ctx, trainer, datasets, first_token, initial_loss=_initial_loss(ctx, trainer))
 
@@ -58,7 +58,7 @@ def _initial_loss(ctx: StageContext, trainer: Any) -> float:
     tolerance = _tolerance(ctx, trainer, batch)
     if margin > tolerance:
         seen = f"margins of {margin:.4g} before the first update, expected 0 (loss {loss:.4f}; ln 2 = 0.6931)"
-        raise checks.CheckFailed(f"the reference is not the parent: {seen}")
+        raise assertions.CheckFailed(f"the reference is not the parent: {seen}")
     if not math.isfinite(loss):
         raise UserError(
             f"{ctx.name}: the loss of the first rows is {loss}; look at the parent's weights and `model.dtype`"

@@ -10,11 +10,14 @@ from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
 from scipy import stats
 
-from pipeline import checks, divergence, functions, scoring
-from pipeline.context import Result, StageContext, write_json
-from pipeline.models import load_policy, load_reward, to_device
-from pipeline.sampling import Ids, Sampling, completions, weights_of
-from pipeline.schema import BASE
+from pipeline.config import functions
+from pipeline.config.schema import BASE
+from pipeline.models import scoring
+from pipeline.models.generation import Ids, Sampling
+from pipeline.models.loading import load_policy, load_reward, to_device
+from pipeline.training import assertions, divergence
+from pipeline.training.completions import completions, weights_of
+from pipeline.training.context import Result, StageContext, write_json
 
 Entry = dict[str, Any]  # a completion: row, ids, text, length, whether it ended, KL to the baseline in nats, scores
 CONFIDENCE = 0.95
@@ -54,7 +57,7 @@ def _entries(ctx: StageContext, policy: str, baseline: Any, sampled: dict[int, t
     distances = divergence.kl_of_completions(model, baseline, prompts, drawn, ctx.stage.temperature)
     for row, ids, kl in zip(sampled, drawn, distances, strict=True):
         entries.append({"row": row, "ids": ids, "kl": kl, "length": len(ids), "ended": eos in ids})
-    checks.finite_values(policy, f"KL to {ctx.stage.baseline}", distances)
+    assertions.finite_values(policy, f"KL to {ctx.stage.baseline}", distances)
     del model
     clear_device_cache(garbage_collection=True)
     return entries
@@ -90,7 +93,7 @@ def _scores(ctx: StageContext, sequences: list[Ids]) -> dict[tuple[int, ...], fl
     different = list(dict.fromkeys(map(tuple, sequences)))
     model = to_device(load_reward(ctx.loader, ctx.weights_of(stage.reward)))
     scores = scoring.score(model, list(map(list, different)), ctx.tokenizer.pad_token_id, stage.batch_size)
-    checks.finite_scores(stage.reward, scores)
+    assertions.finite_scores(stage.reward, scores)
     return dict(zip(different, scores, strict=True))
 
 

@@ -15,8 +15,22 @@ from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from torch import nn
 
-from pipeline import checks, scoring, sharding
-from pipeline.baselines import (
+from pipeline.config.lineage import shares_backbone
+from pipeline.launch import sharding
+from pipeline.models.generation import Ids, Sampling
+from pipeline.models.loading import (
+    Loader,
+    ScoreHead,
+    Weights,
+    continue_policy,
+    float32_logits,
+    load_policy,
+    load_reward,
+    num_parameters,
+)
+from pipeline.models.views import POLICY, REFERENCE, REWARD, VALUE, Backbone, ReferenceView, ScoreView
+from pipeline.rl import stress
+from pipeline.rl.baselines import (
     Baseline,
     CentredReward,
     LeaveOneOut,
@@ -27,25 +41,13 @@ from pipeline.baselines import (
     offline_scores,
     reliability,
 )
-from pipeline.context import Result, StageContext, write_json
-from pipeline.errors import UserError
-from pipeline.fit import first_and_last, save_adapter, should_train
-from pipeline.lineage import shares_backbone
-from pipeline.models import (
-    Loader,
-    ScoreHead,
-    Weights,
-    continue_policy,
-    float32_logits,
-    load_policy,
-    load_reward,
-    num_parameters,
-)
-from pipeline.sampling import Ids, Sampling
-from pipeline.trainers import ppo_trainer_class
-from pipeline.views import POLICY, REFERENCE, REWARD, VALUE, Backbone, ReferenceView, ScoreView
-from pipeline.watch import Watch
-from pipeline.watchdog import Stopped
+from pipeline.rl.watch import Watch
+from pipeline.rl.watchdog import Stopped
+from pipeline.system.errors import UserError
+from pipeline.training import assertions
+from pipeline.training.context import Result, StageContext, write_json
+from pipeline.training.fit import first_and_last, save_adapter, should_train
+from pipeline.training.trainers import ppo_trainer_class
 
 METRICS = {"objective/kl": "kl", "objective/raw_scores": "score", "objective/centred_scores": "centred_score"}
 METRICS |= {"objective/rlhf_reward": "reward", "value/explained_variance": "explained_variance"}
@@ -124,10 +126,10 @@ def run(ctx: StageContext) -> Result:
     parent, first = ctx.start(), prompts["input_ids"][:NUM_COMPARED]
     policy = continue_policy(ctx.loader, parent, stage.lora, ctx.seed)
     float32_logits(policy)
-    expected = checks.parent_log_probs(policy, first)
+    expected = assertions.parent_log_probs(policy, first)
     reward = ctx.weights_of(stage.reward)
     models = shared_models(policy, reward) if shared else separate_models(ctx.loader, policy, parent, reward)
-    checks.policy_is_parent(policy, first, expected)
+    assertions.policy_is_parent(policy, first, expected)
     if stage.prompt_baseline != "none":
         # The critic starts from the reward model, but foretells the score less b(x), whose mean is about 0 whatever
         # level the reward model has learnt for a prompt: with its head it would start wrong by that level.
@@ -143,7 +145,7 @@ def run(ctx: StageContext) -> Result:
         watch.hold_out(eval_rows["prompt_ids"][:], sampling(ctx, args), models.policy, models.reward)
     metrics = {"initial_kl": _train(ctx, trainer, models, first)} | watch.finish()
     trained = [p for name, p in models.policy.named_parameters() if should_train(ctx, name)]
-    checks.finite_weights(ctx.name, trained)  # of the policy that is kept, which may be an earlier one
+    assertions.finite_weights(ctx.name, trained)  # of the policy that is kept, which may be an earlier one
     state = trainer.state
     if PartialState().is_main_process:
         if stage.lora is not None:
@@ -212,7 +214,7 @@ def _baseline(ctx: StageContext, reward: Any, answers: dict[Prompt, list[Ids]], 
         return LeaveOneOut(number, weight)
     scores = offline_scores(ctx, reward, answers, batch_size)
     for prompt, values in scores.items():
-        offset = scoring.added_shift(prompt, stage.added_shift, ctx.seed)
+        offset = stress.added_shift(prompt, stage.added_shift, ctx.seed)
         scores[prompt] = [value + offset for value in values]
     return Offline(scores, weight)
 
@@ -228,20 +230,20 @@ def one_step_per_accumulation(trainer: Any) -> None:
 
 def _train(ctx: StageContext, trainer: Any, models: Models, prompts: list[list[int]]) -> float:
     """Train, with the checks before and after; returns the KL to the reference on `prompts` before any update."""
-    checks.trains_exactly([models.policy], lambda name: should_train(ctx, name) or f".{VALUE}." in name)
+    assertions.trains_exactly([models.policy], lambda name: should_train(ctx, name) or f".{VALUE}." in name)
     groups = {"policy": [], "value model": [p for p in models.value.parameters() if p.requires_grad]}
     for name, parameter in models.policy.named_parameters():
         if parameter.requires_grad:
             groups["value model" if f".{VALUE}." in name else "policy"].append(parameter)
-    before = {what: checks.fingerprint_of(parameters) for what, parameters in groups.items()}
+    before = {what: assertions.fingerprint_of(parameters) for what, parameters in groups.items()}
     if not before["value model"]:
-        raise checks.CheckFailed("the value model has no trainable parameter, so the critic would never learn")
+        raise assertions.CheckFailed("the value model has no trainable parameter, so the critic would never learn")
     models.policy.eval()
-    kl = checks.reference_is_parent(models.policy, models.reference, prompts)
+    kl = assertions.reference_is_parent(models.policy, models.reference, prompts)
     with contextlib.suppress(Stopped), _quick_collections():  # the watchdog has said why it stopped
         trainer.train()
     for what, parameters in groups.items():
-        checks.has_trained(before[what], parameters, f"{ctx.name}: {what}")
+        assertions.has_trained(before[what], parameters, f"{ctx.name}: {what}")
     return kl
 
 

@@ -2,11 +2,11 @@
 
 from trl import SFTTrainer
 
-from pipeline.context import Result, StageContext
+from pipeline.config.schema import BASE
 from pipeline.data.stream import KeepPlace, TextStream
-from pipeline.fit import fit
-from pipeline.models import continue_policy, from_scratch, precision_kept
-from pipeline.schema import BASE
+from pipeline.models.loading import continue_policy, from_scratch, precision_kept
+from pipeline.training.context import Result, StageContext
+from pipeline.training.fit import fit
 
 
 def run(ctx: StageContext) -> Result:

@@ -8,11 +8,12 @@ from accelerate.utils import gather_object
 from trl import RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
-from pipeline import checks, scoring
-from pipeline.context import Result, StageContext, write_json
-from pipeline.fit import fit
-from pipeline.models import Weights, load_reward, new_reward, precision_kept
+from pipeline.models import scoring
+from pipeline.models.loading import Weights, load_reward, new_reward, precision_kept
 from pipeline.shift.calibration import calibration
+from pipeline.training import assertions
+from pipeline.training.context import Result, StageContext, write_json
+from pipeline.training.fit import fit
 
 SIDES = ("chosen_ids", "rejected_ids")
 NUM_RELOADED = 8  # comparisons scored again after the reward model was read back from disk
@@ -41,7 +42,7 @@ def run(ctx: StageContext) -> Result:
     result = fit(ctx, trainer, datasets)
     if eval_rows is not None:
         margins = _margins(ctx, trainer, eval_rows)
-        checks.finite_scores(ctx.name, margins)
+        assertions.finite_scores(ctx.name, margins)
         if PartialState().is_main_process:
             write_json(ctx.new_output / "margins.json", margins)
         result.metrics["held_out"] = calibration(margins)
@@ -74,7 +75,7 @@ def _compare_reloaded(ctx: StageContext, trainer: Any) -> float:
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     pad_token_id = ctx.tokenizer.pad_token_id
     in_memory = scoring.score(model, sequences, pad_token_id)
-    checks.finite_scores(ctx.name, in_memory)
+    assertions.finite_scores(ctx.name, in_memory)
     PartialState().wait_for_everyone()
     if not PartialState().is_main_process:
         return 0.0
@@ -83,4 +84,4 @@ def _compare_reloaded(ctx: StageContext, trainer: Any) -> float:
     weights = Weights(saved) if ctx.stage.lora is None else Weights(ctx.weights_of(ctx.name).full, saved)
     reloaded = load_reward(ctx.loader, weights).to(trainer.accelerator.device)
     from_disk = scoring.score(reloaded, sequences, pad_token_id)
-    return checks.same_scores(in_memory, from_disk, 1e-5 * max(1.0, max(in_memory) - min(in_memory)))
+    return assertions.same_scores(in_memory, from_disk, 1e-5 * max(1.0, max(in_memory) - min(in_memory)))

@@ -4,10 +4,10 @@ from typing import Any
 
 from trl import SFTTrainer
 
-from pipeline import checks
-from pipeline.context import Result, StageContext
-from pipeline.fit import fit
-from pipeline.models import continue_policy, precision_kept
+from pipeline.models.loading import continue_policy, precision_kept
+from pipeline.training import assertions
+from pipeline.training.context import Result, StageContext
+from pipeline.training.fit import fit
 
 
 def run(ctx: StageContext) -> Result:
@@ -16,11 +16,11 @@ def run(ctx: StageContext) -> Result:
     model = continue_policy(ctx.loader, ctx.start(), ctx.stage.lora, ctx.seed)
     with precision_kept(model):
         trainer = SFTTrainer(model, args, train_dataset=rows, eval_dataset=eval_rows, processing_class=ctx.tokenizer)
-    checks.eos_in_labels(trainer.train_dataset, ctx.tokenizer.eos_token_id)
+    assertions.eos_in_labels(trainer.train_dataset, ctx.tokenizer.eos_token_id)
 
     def first_token() -> dict[str, Any]:
-        sample = rows.select(range(min(checks.NUM_FIRST, len(rows))))
+        sample = rows.select(range(min(assertions.NUM_FIRST, len(rows))))
         prompts = [row["input_ids"][: row["completion_mask"].index(1)] for row in sample]
-        return {"first_token": checks.first_token(trainer, prompts, ctx.tokenizer)}
+        return {"first_token": assertions.first_token(trainer, prompts, ctx.tokenizer)}
 
     return fit(ctx, trainer, datasets, first_token)

@@ -6,12 +6,15 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from pipeline import checks, scoring
-from pipeline.context import Result, StageContext, write_json
-from pipeline.models import load_reward, to_device
-from pipeline.sampling import Sampling, completions
-from pipeline.screen import open_console
-from pipeline.shift import advice, measure, plots, show
+from pipeline.models import scoring
+from pipeline.models.generation import Sampling
+from pipeline.models.loading import load_reward, to_device
+from pipeline.shift import advice, measure, plots
+from pipeline.show import shift
+from pipeline.show.screen import open_console
+from pipeline.training import assertions
+from pipeline.training.completions import completions
+from pipeline.training.context import Result, StageContext, write_json
 
 
 def run(ctx: StageContext) -> Result:
@@ -28,7 +31,7 @@ def run(ctx: StageContext) -> Result:
     k = stage.num_completions
     scored = [(i, scores[n * k : (n + 1) * k]) for n, i in enumerate(mine)]
     scores_of = dict(gather_object(scored))
-    checks.finite_scores(stage.reward, [score for found in scores_of.values() for score in found])
+    assertions.finite_scores(stage.reward, [score for found in scores_of.values() for score in found])
     prompts = [_prompt(rows[i], drawn[i], scores_of[i]) for i in range(len(rows))]
     margins_file = ctx.config.run_path / stage.reward / "output" / "margins.json"
     margins = json.loads(margins_file.read_text()) if margins_file.exists() else None
@@ -39,7 +42,7 @@ def run(ctx: StageContext) -> Result:
         plots.draw(report, prompts, margins, ctx.new_output)
         _write_samples(ctx, prompts, drawn)
         title = f"{stage.reward}: scores of {stage.policy}'s completions"
-        show.table(report, open_console(width=120), title)
+        shift.table(report, open_console(width=120), title)
     datasets["data"]["used"] = len(rows)
     return Result(report, datasets=datasets)
 

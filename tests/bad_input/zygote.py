@@ -25,7 +25,7 @@ def preload() -> None:
     """Import what commands import when they need it."""
     for name in IMPORTED:
         importlib.import_module(name)
-    from pipeline.options import check_section
+    from pipeline.config.options import check_section
 
     for kind in ("sft", "reward", "dpo", "ppo", "rloo", "grpo", "lora", "quantization"):
         check_section(kind, {})

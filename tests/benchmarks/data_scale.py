@@ -63,16 +63,15 @@ def generate(folder: Path, rows: int) -> None:
 
 def step(name: str, folder: Path, rows: int) -> None:
     """One step, in this process; prints its seconds and counts as JSON."""
-    from pipeline import tokenizers
-    from pipeline.config import load
-    from pipeline.data import prepare, sources
+    from pipeline.config.load import load
+    from pipeline.data import prepare, run_tokenizer, sources
 
     config = load(folder / f"{rows}.yaml")
     (part,) = sources.find(config, "comparisons")
     saved = folder / "tokenizer"
     if not saved.is_dir():
-        tokenizers.build(config).save_pretrained(saved)
-    tokenizer = tokenizers.open_saved(saved)
+        run_tokenizer.build(config).save_pretrained(saved)
+    tokenizer = run_tokenizer.open_saved(saved)
     start = time.perf_counter()
     result = {}
     if name == "load":
@@ -88,7 +87,7 @@ def step(name: str, folder: Path, rows: int) -> None:
         done = raw.map(tokenise, batched=True, num_proc=os.cpu_count(), remove_columns=raw.column_names)
         result["rows"] = len(done)
     else:
-        read = prepare.Datasets(config, tokenizer, tokenizers.fingerprint(tokenizer))
+        read = prepare.Datasets(config, tokenizer, run_tokenizer.fingerprint(tokenizer))
         for role in ("data", "eval_data"):
             audit = read.prepare("reward", role).audit
             result[role] = audit.record()

@@ -72,8 +72,8 @@ def _points() -> list[Point]:
     points = []
     for stage in ("sft", "ppo", "evaluate"):
         points += [
-            Point(f"{stage}: before the record", stage, "pipeline.manifest:commit", "before"),
-            Point(f"{stage}: after the record", stage, "pipeline.manifest:commit", "after"),
+            Point(f"{stage}: before the record", stage, "pipeline.records.manifest:commit", "before"),
+            Point(f"{stage}: after the record", stage, "pipeline.records.manifest:commit", "after"),
             Point(f"{stage}: old output gone, new one not there", stage, rename, "before", "output.new", again=True),
             Point(f"{stage}: new output there, no record", stage, rename, "after", "output.new", again=True),
         ]
@@ -95,34 +95,34 @@ def _points() -> list[Point]:
         Point("sft: weights of the output", "sft", "peft.peft_model:safe_save_file", "torn", "output.new"),
         Point("sft: log history", "sft", write, "torn", "log_history.json"),
         Point("sft: old output half removed", "sft", "shutil:rmtree", "torn", "sft/output'", again=True),
-        Point("sft: the run's tokenizer", "sft", "pipeline.manifest:update", "before"),
+        Point("sft: the run's tokenizer", "sft", "pipeline.records.manifest:update", "before"),
         Point("sft: first manifest, half written", "sft", "os:fsync", "torn"),
         Point("sft: first manifest, not in its place", "sft", replace, "before", "manifest.json"),
         Point("sft: first manifest, in its place", "sft", replace, "after", "manifest.json"),
         Point("sft: manifest with the record, half written", "sft", "os:fsync", "torn", nth=2),
         Point("sft: manifest with the record, not in its place", "sft", replace, "before", "manifest.json", 2),
-        Point("ppo: completions, not written", "ppo", "pipeline.sampling:_add", "before"),
-        Point("ppo: completions", "ppo", "pipeline.sampling:_add", "torn"),
-        Point("ppo: completions, written", "ppo", "pipeline.sampling:_add", "after"),
+        Point("ppo: completions, not written", "ppo", "pipeline.training.completions:_add", "before"),
+        Point("ppo: completions", "ppo", "pipeline.training.completions:_add", "torn"),
+        Point("ppo: completions, written", "ppo", "pipeline.training.completions:_add", "after"),
         Point("ppo: scores", "ppo", write, "torn", "/scores-"),
         Point("ppo: scores, not in their place", "ppo", replace, "before", "/scores-"),
         Point("ppo: scores, in their place", "ppo", replace, "after", "/scores-"),
         Point("ppo: in its first update", "ppo", "torch.optim.adamw:AdamW.step", "after", nth=2),
         Point("ppo: weights of the output", "ppo", "peft.peft_model:safe_save_file", "torn", "output.new"),
         Point("dpo: merged weights", "dpo", "transformers.modeling_utils:safe_save_file", "torn", "merged"),
-        Point("dpo: merged, no tokenizer", "dpo", "pipeline.models:merge", "after"),
+        Point("dpo: merged, no tokenizer", "dpo", "pipeline.models.loading:merge", "after"),
         Point("dpo: old merged weights, torn", "dpo", "transformers.modeling_utils:safe_save_file", "torn", "merged",
               again=True),
         Point("dpo: checkpoint of the new shape", "dpo", write, "after", "checkpoint-2/complete.json"),
         Point("evaluate: table", "evaluate", write, "torn", "table.json"),
-        Point("evaluate: completions", "evaluate", "pipeline.sampling:_add", "torn"),
+        Point("evaluate: completions", "evaluate", "pipeline.training.completions:_add", "torn"),
         Point("data cache: a dataset as read", "sft", finalize, "before", by="launcher", cold=True),
         Point("data cache: a dataset as prepared", "sft", finalize, "before", nth=2, by="launcher", cold=True),
         Point("data cache: not in its place", "sft", "shutil:move", "before", "rlhf-pipeline/", 1, "launcher", True),
         Point("data cache: in its place", "sft", "shutil:move", "after", "rlhf-pipeline/", 1, "launcher", True),
         Point("data cache: a digest", "sft", write, "torn", "digests", by="launcher", cold=True),
         Point("launcher: before a stage", "reward", "pipeline.launcher:command", "after", by="launcher"),
-        Point("launcher: after a stage", "reward", "pipeline.report:result_table", "before", by="launcher"),
+        Point("launcher: after a stage", "reward", "pipeline.show.results:result_table", "before", by="launcher"),
     ]  # fmt: skip
     return points
 
@@ -387,7 +387,7 @@ class Bench:
         again = point is not None and point.again
         shutil.copytree(self.folder / f"{'after' if again else 'before'}-{stage}", self.work)
         if again:
-            from pipeline import manifest
+            from pipeline.records import manifest
 
             manifest.drop(self.work / "run", [stage])
         if point is not None and point.cold:
@@ -431,7 +431,7 @@ class Bench:
 
     def _untrue(self, text: str) -> list[str]:
         """What the launcher said of the stage it was stopped in, if that is not so."""
-        from pipeline import manifest
+        from pipeline.records import manifest
 
         recorded = manifest.read(self.work / "run")
         finished = recorded.stages if recorded else {}

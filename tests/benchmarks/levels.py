@@ -21,12 +21,17 @@ from accelerate import PartialState
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from pipeline import manifest, scoring, stage, tokenizers
-from pipeline.config import load
-from pipeline.context import StageContext
+from pipeline import stage
+from pipeline.config.load import load
+from pipeline.data import run_tokenizer
 from pipeline.data.encode import prompt_ids
-from pipeline.models import load_reward
-from pipeline.sampling import Sampling, completions
+from pipeline.models import scoring
+from pipeline.models.generation import Sampling
+from pipeline.models.loading import load_reward
+from pipeline.records import manifest
+from pipeline.system import digests
+from pipeline.training.completions import completions
+from pipeline.training.context import StageContext
 
 Ids = list[int]  # token ids
 ENOUGH = 0.9  # correlation with r within prompts
@@ -115,7 +120,7 @@ def install(run_dir: Path, stage: str, model: Any) -> None:
     trained = get_peft_model_state_dict(model) if record.output.kind == "adapter" else model.state_dict()
     assert all(state[name].shape == trained[name].shape for name in state)
     save_file({name: trained[name].contiguous() for name in state}, file, {"format": "pt"})
-    files = manifest.checksums(run_dir, [folder])
+    files = digests.checksums(run_dir, [folder])
     output = record.output.model_copy(update={"files": record.output.files | files})
     manifest.commit(run_dir, stage, record.model_copy(update={"output": output}))
 
@@ -147,7 +152,7 @@ def main() -> None:
     torch.set_num_threads(1)
     PartialState(cpu=True)
     config = load(args.config, (f"run_dir={args.run_dir}", f"seed={args.seed}"))
-    tokenizer = tokenizers.open_saved(config.run_path / "tokenizer")
+    tokenizer = run_tokenizer.open_saved(config.run_path / "tokenizer")
     ctx = StageContext(config, "reward", tokenizer, "", stage._loader(config, tokenizer), "")
     data = Path(config.resolve(config.data["prompts"].path))
     texts = list(dict.fromkeys(json.loads(line)["prompt"] for line in data.read_text().splitlines()))

@@ -68,7 +68,7 @@ def measure(config_path: str, mode: str) -> None:
     import torch
 
     from pipeline import stage
-    from pipeline.config import load
+    from pipeline.config.load import load
     from pipeline.stages import ppo
 
     if mode == "separate":

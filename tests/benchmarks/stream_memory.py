@@ -106,7 +106,7 @@ def main() -> None:
 
     from safetensors.torch import load_file
 
-    from pipeline import manifest
+    from pipeline.records import manifest
 
     record = manifest.read(parts.parent / "run").stages["pretrain"]
     print(f"killed, resumed at step {record.resumed_from_step}; documents read: {record.datasets['data']['read']}")

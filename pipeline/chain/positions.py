@@ -1,0 +1,60 @@
+"""The longest sequence of a stage against the positions of the model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.base import base_model
+from pipeline.config.options import effective
+from pipeline.config.schema import RunConfig
+from pipeline.data.audit import Audit
+from pipeline.system.errors import UserError
+
+# What limits the new tokens of a completion, by type of stage.
+NEW_TOKENS = {
+    "ppo": "training.response_length",
+    "rloo": "training.max_completion_length",
+    "grpo": "training.max_completion_length",
+    "evaluate": "max_new_tokens",
+    "shift": "max_new_tokens",
+}
+
+
+def check(config: RunConfig, name: str, audits: Mapping[str, Audit]) -> None:
+    """Compare the longest sequence that stage `name` can meet with the model's positions.
+
+    A model with learnt positions ends in an index error beyond them, one with rotary positions writes nonsense without
+    a word. A model that names no limit has none.
+
+    Raises:
+        UserError: with the length, the limit and the option to lower.
+    """
+    positions = getattr(base_model.architecture(config).get_text_config(), "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions <= 0:
+        return
+    for audit in audits.values():
+        length, made_of, mend = _longest(config.stages[name], audit)
+        if length > positions:
+            seen = f"{made_of}, but the model has {positions} positions (`max_position_embeddings`)"
+            raise UserError(f"{audit.dataset}: {seen}; {mend}")
+
+
+def _longest(stage: Any, audit: Audit) -> tuple[int, str, str]:
+    """The longest sequence in tokens, what it is made of, and how to make it shorter."""
+    longest = audit.lengths["row"][-1] if audit.lengths else 0
+    if stage.type == "pretrain":
+        options = effective("pretrain", stage.training)
+        limit = options["max_length"]
+        if limit is not None and (audit.streamed or options["packing"]):
+            return limit, f"pieces have {limit} tokens", "lower `training.max_length`"
+        longest = longest if limit is None else min(longest, limit)
+    if stage.type not in NEW_TOKENS:
+        return longest, f"its longest row has {longest} tokens", "lower `training.max_length`"
+    # Rows may have an answer of their own beside the prompt that is sampled from (PPO's `prompt_baseline: reference`).
+    prompt = audit.lengths["prompt"][-1] if "prompt" in audit.lengths else longest
+    key = NEW_TOKENS[stage.type]
+    options = effective(stage.type, stage.training) if key.startswith("training.") else vars(stage)
+    new = options[key.removeprefix("training.")]
+    if longest > prompt + new:
+        return longest, f"its longest row has {longest} tokens", "lower `max_prompt_length`"
+    made_of = f"its longest prompt of {prompt} tokens and `{key}` = {new} make {prompt + new} tokens"
+    return prompt + new, made_of, f"lower `{key}` or `max_prompt_length`"

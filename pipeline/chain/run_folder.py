@@ -1,0 +1,145 @@
+"""Whether a folder may be a run's folder: what somebody else keeps there is never written over."""
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.base import base_model
+from pipeline.config.schema import RunConfig
+from pipeline.data import run_tokenizer, sources
+from pipeline.records import manifest
+from pipeline.records.manifest import Manifest, TokenizerRecord
+from pipeline.system import digests
+from pipeline.system.digests import digest
+from pipeline.system.errors import UserError
+
+LOCK = ".lock"  # in every stage folder that a run has made, as long as dotfiles are copied with it
+_SIGNS = (LOCK, "checkpoints/identity.txt", "log_history.json")
+LOG = "log.txt"  # the launcher's; it only ever grows
+
+
+def check(config: RunConfig, recorded: Manifest | None) -> None:
+    """Look at the run folder before anything is written to it; `recorded` is its manifest.
+
+    A stage begins by removing what is left of an earlier try, so its folder must be one that a run has made.
+
+    Raises:
+        UserError: if the folder lies within another run, or holds files where this run would put its own.
+    """
+    folder = config.run_path
+    for above in folder.parents if recorded is None else ():
+        if (above / manifest.FILE).is_file() and _is_manifest(above):
+            raise UserError(f"run_dir: {folder} lies within the run folder {above}; give another `run_dir`")
+    finished = {} if recorded is None else recorded.stages
+    names = [name for name in config.stages if name not in finished]
+    foreign = [folder / name for name in names if _is_foreign(folder / name)]
+    if recorded is None and _holds_files(folder / "tokenizer"):
+        foreign.append(folder / "tokenizer")
+    if foreign:
+        seen = f"{foreign[0]} holds files that no run has put there, and this run would write over them"
+        mend = "give another `run_dir`, or move those files away"
+        raise UserError(f"run_dir: {seen}; {mend}")
+
+
+def _is_manifest(folder: Path) -> bool:
+    """Whether a run wrote the file; other programs have files of that name."""
+    try:
+        return manifest.read(folder) is not None
+    except UserError:
+        return False
+
+
+def _is_foreign(folder: Path) -> bool:
+    if folder.is_dir():
+        return _holds_files(folder) and not any((folder / sign).exists() for sign in _SIGNS)
+    return folder.exists() or folder.is_symlink()
+
+
+def _holds_files(folder: Path) -> bool:
+    return folder.is_dir() and any(path.name not in (LOCK, LOG) for path in folder.iterdir())
+
+
+def open_run(config: RunConfig) -> Manifest:
+    """The manifest of the config's run folder, empty before the first run.
+
+    Raises:
+        UserError: if it is damaged or belongs to a run of another name, or the folder is no run folder.
+    """
+    found = manifest.read(config.run_path)
+    check(config, found)
+    recorded = found or Manifest(name=config.name)
+    if recorded.name != config.name:
+        seen = f"holds the run {recorded.name!r}, this config is {config.name!r}"
+        raise UserError(f"{config.run_path} {seen}; give another `run_dir`, or the name of that run")
+    if recorded.stages and recorded.tokenizer is None:
+        fault = "damaged: it has finished stages but no tokenizer. Restore it from a copy"
+        raise UserError(f"{config.run_path / manifest.FILE}: {fault}")
+    return recorded
+
+
+def _tokenizer_source(config: RunConfig) -> str:
+    """Digest of everything the run's tokenizer is made from."""
+    settings = config.tokenizer.model_dump()
+    template = config.folder / (settings["chat_template"] or "")
+    if template.is_file():
+        settings["chat_template"] = digests.file_digest(template)
+    if config.model.path:
+        return digest([settings, base_model.digest_of(config)])
+    scratch = config.model.scratch.tokenizer
+    content = [sources.fingerprint_of(config, name) for name in scratch.data]
+    return digest([settings, scratch.vocab_size, content])
+
+
+def tokenizer_of(config: RunConfig, recorded: Manifest) -> tuple[Any, TokenizerRecord]:
+    """The run's tokenizer with its record: the saved one while what it is made from is unchanged, else a new one.
+
+    Raises:
+        UserError: if a new one differs from the one that finished stages were made with.
+    """
+    source, saved, old = _tokenizer_source(config), config.run_path / "tokenizer", recorded.tokenizer
+    if old and old.source == source and saved.is_dir():
+        return _as_recorded(saved, old, config.model.trust_remote_code), old
+    tokenizer = run_tokenizer.build(config)
+    made = TokenizerRecord(
+        source=source,
+        fingerprint=run_tokenizer.fingerprint(tokenizer),
+        pad_token=tokenizer.pad_token,
+        eos_token=tokenizer.eos_token,
+        template=digest(tokenizer.chat_template),
+    )
+    if recorded.stages and old.fingerprint != made.fingerprint:
+        template = "unchanged" if old.template == made.template else "changed"
+        raise UserError(
+            f"finished with another tokenizer than the config now gives: {', '.join(recorded.stages)} (pad "
+            f"{old.pad_token!r} -> {made.pad_token!r}, eos {old.eos_token!r} -> {made.eos_token!r}, chat template "
+            f"{template}). Undo the change, give a new `run_dir`, or give `--redo` of the first stages"
+        )
+    return tokenizer, made
+
+
+def _as_recorded(saved: Path, old: TokenizerRecord, trust_remote_code: bool) -> Any:
+    """The run's saved tokenizer, which is still the one on record: cached rows are looked up by its fingerprint."""
+    tokenizer = run_tokenizer.open_saved(saved, trust_remote_code)
+    if run_tokenizer.fingerprint(tokenizer) != old.fingerprint:
+        mend = "Restore that folder, or remove it: it is made again then"
+        raise UserError(f"{saved} is not the tokenizer this run was started with. {mend}")
+    return tokenizer
+
+
+def prepare_run(config: RunConfig) -> Manifest:
+    """Make sure that the run folder has its manifest and tokenizer; the first write to a run folder."""
+    recorded = open_run(config)
+    tokenizer, made = tokenizer_of(config, recorded)
+    manifest.update(config.run_path, config.name)  # from here on what lies in the folder is the run's
+    saved = config.run_path / "tokenizer"
+    # The base's folder as it is here: whoever loads an output from the run folder does not know the config's place.
+    path = config.model.path and config.resolve(config.model.path)
+    model = config.model.model_dump(mode="json", exclude={"scratch"}) | {"path": path}
+    model["quantization"] = config.quantization
+    model["commit"] = base_model.commit_of(config, recorded)  # later stages load the same, whatever the hub has then
+    if recorded.tokenizer == made and saved.is_dir():
+        return recorded if recorded.model == model else manifest.update(config.run_path, config.name, model=model)
+    try:
+        tokenizer.save_pretrained(saved)
+    except OSError as error:
+        raise UserError(f"run_dir: cannot write to {config.run_path}: {error.strerror}") from None
+    return manifest.update(config.run_path, config.name, tokenizer=made, model=model)

@@ -1,0 +1,79 @@
+"""Options of TRL, transformers and PEFT that take one of a few words, or a pattern, where their classes take any text.
+
+A wrong word is found by the trainer, in its first step, or by no one: an unknown `scale_rewards` scales nothing.
+"""
+
+import enum
+import re
+import typing
+from typing import Any
+
+from pipeline.config.document import shown
+from pipeline.system.errors import nearest
+
+# A choice of one stage type is written as `type.option`.
+_WORDS = {
+    "pretrain.packing_strategy": "bfd bfd_split wrapped",
+    "sft.packing_strategy": "bfd bfd_split wrapped",
+    "pretrain.loss_type": "nll dft chunked_nll",
+    "sft.loss_type": "nll dft chunked_nll",
+    "dpo.loss_type": (
+        "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down discopop "
+        "sft sigmoid_norm"
+    ),
+    "dpo.f_divergence_type": "reverse_kl forward_kl js_divergence alpha_divergence",
+    "grpo.loss_type": "grpo bnpo dr_grpo dapo cispo sapo luspo vespo",
+    "grpo.scale_rewards": "group batch none",
+    "grpo.importance_sampling_level": "token sequence",
+    "grpo.multi_objective_aggregation": "sum_then_normalize normalize_then_sum",
+    "grpo.vllm_importance_sampling_mode": "token_truncate token_mask sequence_truncate sequence_mask",
+    "vllm_mode": "server colocate",
+    "vllm_model_impl": "transformers vllm",
+    "log_level": "passive debug info warning error critical detail",
+    "log_level_replica": "passive debug info warning error critical detail",
+    "train_sampling_strategy": "random sequential group_by_length batch_rebalance",
+    "bnb_4bit_quant_type": "nf4 fp4",
+    "bnb_4bit_compute_dtype": "float32 bfloat16 float16",
+}
+
+
+def fault_of(kind: str, key: str, value: Any, hint: Any) -> str | None:
+    """Why an option's text, or one of a list of them, is no word that it knows, or None; `hint` is its type."""
+    if isinstance(value, str) and key.endswith("_kwargs"):
+        return f"expected a section of options, got {shown(value)}"
+    known = _known(kind, key, hint)
+    if not known:
+        return None
+    for word in value if isinstance(value, list) else [value]:
+        if isinstance(word, str) and word not in known:
+            return f"expected one of {', '.join(sorted(known))}, got {shown(word)}; {nearest(word, known)}"
+    return None
+
+
+def _known(kind: str, key: str, hint: Any) -> set[str]:
+    """The words of an option; empty where it takes any."""
+    if key == "report_to":
+        from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+        return {"all", "none", *INTEGRATION_TO_CALLBACK}
+    words = _WORDS.get(f"{kind}.{key}", _WORDS.get(key))
+    if words is not None:
+        return set(words.split())
+    enums = [kind for kind in typing.get_args(hint) if isinstance(kind, type) and issubclass(kind, enum.Enum)]
+    return {member.value for kind in enums for member in kind}
+
+
+def pattern_fault(key: str, value: Any) -> str | None:
+    """Why a text that names modules by a regular expression is none, or None. PEFT compiles them in its loops."""
+    patterns: list[str] = []
+    if key in ("target_modules", "exclude_modules", "layers_pattern") and isinstance(value, str):
+        patterns = [value]
+    if key in ("rank_pattern", "alpha_pattern"):
+        patterns = list(value or ())
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            mend = "give a list of names, `all-linear`, or a regular expression"
+            return f"{shown(pattern)} is no regular expression ({error}); {mend}"
+    return None

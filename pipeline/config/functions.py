@@ -1,0 +1,242 @@
+"""Functions of a prompt and a completion that the config names: where they are, what they give, and a first try."""
+
+import ast
+import contextlib
+import importlib
+import importlib.util
+import inspect
+import json
+import math
+import os
+import subprocess
+import sys
+import sysconfig
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.system.errors import UserError, nearest
+
+Judge = Callable[[str, str], float]
+PACKAGE = Path(__file__).resolve().parents[1]
+FORM = "def {name}(prompt: str, completion: str) -> float"
+TRIED = ("Yes.", "")  # completions of the first prompt that a function is tried on; a policy may say nothing at all
+
+
+def _split(reference: str, folder: Path, key: str) -> tuple[str, str]:
+    module, colon, function = reference.partition(":")
+    if not colon or not function.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
+        seen = f"expected `module:function`, two names of Python, got {reference!r}"
+        raise UserError(f"{key}: {seen}; for a file judge.py beside the config write `judge:score`")
+    for path in (str(Path.cwd()), str(folder)):  # the config's folder comes first, in every process alike
+        sys.path[:] = [path, *(other for other in sys.path if other != path)]
+    return module, function
+
+
+def source_of(reference: str, folder: Path, key: str) -> Path | None:
+    """The file of a `module:function`, looked up beside the config, in the working directory and among packages.
+
+    Raises:
+        UserError: if there is no such module.
+    """
+    module, _ = _split(reference, folder, key)
+    spec = None
+    with _named(f"{key}: cannot import {reference!r}"), contextlib.suppress(ModuleNotFoundError):
+        spec = importlib.util.find_spec(module)  # imports the packages it is in
+    if spec is None:
+        places = "beside the config, in the working directory or installed"
+        raise UserError(f"{key}: there is no module {module!r} {places}")
+    return Path(spec.origin) if spec.origin and Path(spec.origin).is_file() else None
+
+
+def sources_of(reference: str, folder: Path, key: str) -> list[Path]:
+    """The file of a `module:function`, and those that it imports from beside the config or the working directory.
+
+    Only `import` statements are followed. Of an installed package it is the one file.
+
+    Raises:
+        UserError: if there is no such module.
+    """
+    first = source_of(reference, folder, key)
+    if first is None:
+        return []
+    roots = [folder.resolve(), Path.cwd().resolve()]
+    module = reference.partition(":")[0]
+    if not any(first.resolve() in _files_of(module, root) for root in roots):
+        return [first]
+    found, waiting = [], [module]
+    seen: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        files = next(filter(None, (_files_of(name, root) for root in roots)), [])
+        if name in seen or not files:
+            continue
+        seen.add(name)
+        found += [file for file in files if file not in found]
+        waiting += _imports(files[-1], name)
+    return found
+
+
+def _files_of(module: str, root: Path) -> list[Path]:
+    """The files below `root` that importing a module runs: of its packages, then its own; none if it is not there."""
+    files = []
+    place = root
+    for part in module.split("."):
+        place = place / part
+        if (place / "__init__.py").is_file():
+            files.append(place / "__init__.py")
+    own = place.with_suffix(".py")
+    if own.is_file() and place / "__init__.py" not in files:
+        files.append(own)
+    return files if files and files[-1] in (own, place / "__init__.py") else []
+
+
+def _imports(file: Path, module: str) -> list[str]:
+    """The modules that a file names in its import statements; what is imported from a package may be one too."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):
+        return []  # importing it says what is wrong
+    package = module if file.name == "__init__.py" else module.rpartition(".")[0]
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            name = ".".join(filter(None, [*above, node.module]))
+            names += [name, *(f"{name}.{alias.name}" for alias in node.names)]
+    return names
+
+
+def function(reference: str, folder: Path, key: str) -> Judge:
+    """Import a `module:function` of the form (prompt, completion) -> float.
+
+    Raises:
+        UserError: if it cannot be imported, whatever its module does instead, or cannot be called with two texts.
+    """
+    module, name = _split(reference, folder, key)
+    with _named(f"{key}: cannot import {reference!r}"):
+        imported = importlib.import_module(module)
+    if not hasattr(imported, name):
+        raise UserError(f"{key}: {module!r} has no function {name!r}; {nearest(name, dir(imported))}")
+    given = getattr(imported, name)
+    form = f"expected `{FORM.format(name=name)}`"
+    if not callable(given):
+        raise UserError(f"{key}: {reference!r} is {given!r}; {form}")
+    try:
+        inspect.signature(given).bind("prompt", "completion")
+    except TypeError as error:
+        seen = f"{reference!r} cannot be called with a prompt and a completion ({error})"
+        raise UserError(f"{key}: {seen}; {form}") from None
+    except ValueError:
+        pass  # a function of C that does not tell its arguments
+    return given
+
+
+def check(reference: str, folder: Path, key: str, prompt: str) -> None:
+    """Find, import and try a function before anything is trained, in a process that ends with it.
+
+    What a function loads, a model on the GPU for example, would stay in this process for the whole run. What it prints
+    is not shown.
+
+    Raises:
+        UserError: if there is no such function, or it gives no number to an answer to `prompt`.
+    """
+    question = json.dumps([reference, str(folder), key, prompt])
+    command = [sys.executable, "-P", "-m", "pipeline.config.functions"]
+    done = subprocess.run(command, input=question, capture_output=True, encoding="utf-8", errors="replace")
+    fault = json.loads(done.stdout or "null")
+    if not done.stdout:
+        fault = f"{key}: {reference!r} ends its process (exit code {done.returncode}) when it is tried"
+    if fault is None:
+        return
+    said = done.stderr.strip()
+    hint = f" (it printed: {said.splitlines()[-1][:200]})" if said else ""
+    where = "" if fault.startswith(key) else f"{key}: "
+    raise UserError(f"{where}{fault}{hint}")
+
+
+def _try_out() -> None:
+    """The process of `check`: question on stdin, fault or null on stdout, what is printed on stderr."""
+    reference, folder, key, prompt = json.loads(sys.stdin.buffer.read())
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as answer:
+        os.dup2(2, 1)
+        fault = None
+        try:
+            source_of(reference, Path(folder), key)
+            judge = function(reference, Path(folder), key)
+            for completion in TRIED:
+                judged(judge, reference, prompt, completion, "tried before the training")
+        except UserError as error:
+            fault = str(error)
+        sys.stdout.flush()
+        json.dump(fault, answer)
+
+
+def judged(judge: Judge, reference: str, prompt: str, completion: str, where: str) -> float:
+    """What a function gives to a completion, which must be a number.
+
+    Raises:
+        UserError: if it is none, or the function fails; a NaN would lose every comparison, from whichever side one
+            looks.
+    """
+    asked = f"the completion {completion[:200]!r} of the prompt {prompt[:200]!r} ({where})"
+    with _named(f"function {reference} fails at {asked}"):
+        value = judge(prompt, completion)
+    number = _number(value)
+    if not math.isfinite(number):
+        raise UserError(f"function {reference} gives {_shown(value)} to {asked}; expected a finite number")
+    return number
+
+
+def _number(value: Any) -> float:
+    """A number, or what a tensor or array of one element holds; NaN for anything else, a text with digits too."""
+    if isinstance(value, (str, bytes)) or not hasattr(value, "__float__"):
+        return math.nan
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
+def _shown(value: Any) -> str:
+    """A value for a message."""
+    if inspect.iscoroutine(value):
+        value.close()  # or Python warns that nobody awaited it
+        return "a coroutine (it is an `async def`)"
+    return repr(value)[:200]
+
+
+@contextlib.contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Make one message of whatever a user's code raises; `sys.exit` would end the run as if it were finished."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise UserError(f"{what}: {_reason(error)}. Make it work, then give the same command again") from None
+
+
+def _reason(error: BaseException) -> str:
+    """The kind and text of an exception, and the line of the user's code it comes from."""
+    if isinstance(error, SystemExit):
+        said = f"it ends the program with sys.exit({error.code!r})"
+    else:
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(frame.filename)]
+    if isinstance(error, SyntaxError):
+        return said  # which names the file and the line
+    return f"{said} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else said
+
+
+def _is_users(file: str) -> bool:
+    """Whether a file belongs neither to Python or its packages nor to this one."""
+    libraries = [sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")]
+    return not file.startswith(("<", *libraries)) and not Path(file).resolve().is_relative_to(PACKAGE)
+
+
+if __name__ == "__main__":
+    _try_out()

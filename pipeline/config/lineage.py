@@ -1,0 +1,71 @@
+"""How weights follow from stage to stage; decided by the config alone, so that a plan can say it before any run."""
+
+from dataclasses import dataclass
+
+from pipeline.config.schema import Options, RunConfig, TrainingStage
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where weights lie, relative to the run folder: full weights (None: the base model) and an adapter or none."""
+
+    full: str | None = None
+    adapter: str | None = None
+
+    def __str__(self) -> str:
+        full = self.full or "base model"
+        return f"{full} + adapter {self.adapter}" if self.adapter else full
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a stage starts from. With `merge` the parent's adapter becomes part of a full model first."""
+
+    parent: str
+    place: Place
+    merge: bool
+
+
+def output_folder(stage: str) -> str:
+    return f"{stage}/output"
+
+
+def start_of(config: RunConfig, name: str) -> Start:
+    """The weights a training stage starts from."""
+    stage: TrainingStage = config.stages[name]
+    parent = config.stages.get(stage.init)
+    place = Place() if parent is None else place_of(config, stage.init)
+    continues = parent is not None and stage.lora is not None and same_shape(parent.lora or {}, stage.lora)
+    return Start(stage.init, place, merge=place.adapter is not None and not continues)
+
+
+def place_of(config: RunConfig, name: str) -> Place:
+    """The weights a training stage puts out."""
+    if config.stages[name].lora is None:
+        return Place(full=output_folder(name))
+    start = start_of(config, name)
+    return Place(f"{name}/merged" if start.merge else start.place.full, output_folder(name))
+
+
+def shares_backbone(config: RunConfig, name: str) -> bool:
+    """Whether a PPO stage's four models are adapters on one base, and can be views of one backbone."""
+    stage = config.stages[name]
+    policy, reward = place_of(config, name), place_of(config, stage.reward)
+    return policy.adapter is not None and reward.adapter is not None and policy.full == reward.full
+
+
+def root(config: RunConfig) -> Place:
+    """The model before any alignment: the base model, or the first pretrain stage of a run from scratch."""
+    if config.model.path:
+        return Place()
+    return place_of(config, next(name for name, stage in config.stages.items() if stage.type == "pretrain"))
+
+
+def same_shape(a: Options, b: Options) -> bool:
+    """Whether an adapter made with options `a` can be continued under options `b`.
+
+    Dropout and initialisation do not belong to an adapter's shape; `lora_alpha` does, since it scales the weights. A
+    `bias` is the same everywhere: any but PEFT's default is refused.
+    """
+    free = ("lora_dropout", "init_lora_weights", "bias")
+    return {k: v for k, v in a.items() if k not in free} == {k: v for k, v in b.items() if k not in free}

@@ -1,0 +1,176 @@
+"""Read a run's config: one strict YAML file, all errors of all stages at once, before anything heavy happens."""
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from pipeline.config import architecture, options, ranges
+from pipeline.config.document import Document, Problems, kind_of, plain, shown
+from pipeline.config.references import wire
+from pipeline.config.schema import REPORT, RESERVED, Options, RunConfig, TrainingStage
+from pipeline.config.stage_types import STAGE_CLASSES
+from pipeline.system.errors import all_of, nearest, reason_of
+
+
+def load(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
+    """Read, check and resolve a run's config.
+
+    Raises:
+        UserError: with one line for every problem in the file and in the overrides.
+    """
+    document = Document(Path(path), overrides)
+    raw = plain(document.raw)
+    problems = Problems()
+    _check_numbers(raw, problems)
+    numbers = [loc for loc, _ in problems]
+    _coerce_options(raw, problems)
+    config = _parse(raw, document.path.resolve(), problems)
+    if config is not None and not problems:
+        config = wire(config, problems)
+    if config is not None and not problems:
+        _check_run_dir(config, problems)
+        _check_base(config, problems)
+    if problems:
+        problems = [problem for at, problem in enumerate(problems) if problem[0] not in numbers[:at]]
+        lines = sorted({document.describe(*problem) for problem in problems}, key=_by_line)
+        raise all_of(document.path, "problem", "in the config", lines)
+    return config
+
+
+def _by_line(text: str) -> tuple[int, str]:
+    line = text.split(": ")[0].rpartition(":")[2]
+    return (int(line) if line.isdigit() else 0, text)
+
+
+def _parse(raw: dict[str, Any], source: Path, problems: Problems) -> RunConfig | None:
+    """Our own schema. Stages are checked one by one, so that every stage's errors are found."""
+    stages = raw.get("stages")
+    if not isinstance(stages, dict) or not stages:
+        wanted = "is required: a mapping of stage names, e.g. `sft: {data: demos}`"
+        problems.add(f"{wanted}, got {kind_of(stages)}", "stages")
+        stages = {}
+    parsed = {}
+    for name, section in stages.items():
+        if not isinstance(section, dict):
+            problems.add(f"expected a section, got {kind_of(section)}", "stages", name)
+            continue
+        measured = name.removesuffix(REPORT)
+        if measured != name and measured in stages and "type" not in section:  # the report that is added by itself
+            section = {"type": "shift", "reward": measured} | section
+        stage_type = str(section.get("type", name))
+        if stage_type not in STAGE_CLASSES:
+            hint = f"{shown(stage_type)} is none; {nearest(stage_type, STAGE_CLASSES)}"
+            given = ("type",) if "type" in section else ()
+            problems.add(f"its type is its name unless `type:` is given, and {hint}", "stages", name, *given)
+        else:
+            stage_class = STAGE_CLASSES[stage_type]
+            inherited = {"lora": raw.get("lora")} if issubclass(stage_class, TrainingStage) else {}
+            values = inherited | {"type": stage_type} | section
+            parsed[name] = _validated(stage_class, values, problems, "stages", name)
+    config = _validated(RunConfig, raw | {"stages": parsed, "source": source}, problems)
+    if config is not None and (config.model.path is None) == (config.model.scratch is None):
+        problems.add("give either `path` (a hub id or folder) or `scratch` (a new architecture)", "model")
+    for name in stages.keys() & RESERVED:
+        problems.add("this name is taken by the base model or by the run folder; choose another", "stages", name)
+    if "source" in raw:
+        problems.add(f"unknown key; {nearest('source', RunConfig.model_fields)}", "source")
+    return config
+
+
+def _validated(model: type[BaseModel], values: dict[str, Any], problems: Problems, *loc: str) -> Any:
+    """An instance of the model, or None. pydantic's errors in our words; an unknown key gets its level's nearest."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        found = error.errors()
+    for item in found:
+        message = f"{item['msg'][0].lower()}{item['msg'][1:]}".replace("input should be", "expected")
+        if item["type"] == "value_error":  # from `values`
+            message = str(item["ctx"]["error"])
+        if item["type"] == "missing":
+            message = "is required"
+        elif item["type"] == "extra_forbidden":
+            level = model
+            for part in item["loc"][:-1]:
+                level = _model_at(level, part)
+            message = f"unknown key; {nearest(str(item['loc'][-1]), level.model_fields.keys() - {'source'})}"
+        else:
+            message += f", got {kind_of(item['input'])}"
+        problems.add(message, *loc, *item["loc"])
+    return None
+
+
+def _model_at(model: type[BaseModel], part: str | int) -> type[BaseModel]:
+    """The model behind a field, looked up through `X | None`, `dict[str, X]` and the name of a dict's entry."""
+    field = model.model_fields.get(str(part))
+    kinds = (field.annotation, *getattr(field.annotation, "__args__", ())) if field else ()
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), model)
+
+
+def _check_numbers(node: Any, problems: Problems, *loc: str | int) -> None:
+    """No number of the config is NaN, infinite or longer than 64 bits."""
+    children: Iterable[tuple[str | int, Any]] = ()
+    if isinstance(node, dict):
+        children = node.items()
+    elif isinstance(node, list):
+        children = enumerate(node)
+    elif isinstance(node, (int, float)) and (fault := ranges.not_usable(node)):
+        problems.add(fault, *loc)
+    for key, child in children:
+        _check_numbers(child, problems, *loc, key)
+
+
+def _check_run_dir(config: RunConfig, problems: Problems) -> None:
+    """The run folder is a folder that can be made, or one that is there."""
+    where = "run_dir"
+    try:
+        path = config.run_path
+        above = next(place for place in (path, *path.parents) if os.path.lexists(place))
+    except (OSError, RuntimeError) as error:  # a link that leads to itself
+        problems.add(f"cannot be a folder: {reason_of(error)}; give another path", where)
+        return
+    if above.is_relative_to("/proc") or above.is_relative_to("/sys"):
+        problems.add(f"{path} is below a folder of the system, where no file can be written; give another path", where)
+    elif not above.is_dir():
+        problems.add(f"{above} is no folder, so {path} cannot be one; give another path", where)
+
+
+def _check_base(config: RunConfig, problems: Problems) -> None:
+    """The base model's own config, where it lies in a folder here."""
+    if config.model.path is None:
+        return
+    file = Path(config.resolve(config.model.path)) / "config.json"
+    if file.is_file() and (fault := architecture.fault_of_file(file)):
+        problems.add(fault, "model", "path")
+
+
+def _sections(raw: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str, Options]]:
+    """Every section that belongs to a library: (location, kind, options)."""
+    places = {(key,): key for key in ("training", "lora", "quantization")}
+    places["model", "scratch", "architecture"] = "architecture"
+    for name in stages if isinstance(stages := raw.get("stages"), dict) else ():
+        stage_type = str(_at(raw, "stages", name, "type") or name)
+        if issubclass(STAGE_CLASSES.get(stage_type, object), TrainingStage):
+            places |= {("stages", name, "lora"): "lora", ("stages", name, "training"): stage_type}
+    for loc, kind in places.items():
+        if isinstance(section := _at(raw, *loc), dict):
+            yield loc, kind, section
+
+
+def _at(node: Any, *keys: str) -> Any:
+    for key in keys:
+        node = node.get(key) if isinstance(node, dict) else None
+    return node
+
+
+def _coerce_options(raw: dict[str, Any], problems: Problems) -> None:
+    for loc, kind, section in _sections(raw):
+        coerced, found = options.check_section(kind, section)
+        section.update(coerced)
+        for key, message in found:
+            problems.add(message, *loc, *filter(None, [key]))  # without a key it is about the whole section
+        if not found and kind in ("lora", "quantization") and (message := options.rehearse(kind, coerced)):
+            problems.add(message, *loc)

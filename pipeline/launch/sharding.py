@@ -1,0 +1,106 @@
+"""What launches that split a model over processes can carry; everything else is refused before anything is trained."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from pipeline.config.lineage import start_of
+from pipeline.config.options import effective, precision
+from pipeline.config.schema import RunConfig
+from pipeline.system.errors import UserError
+
+FSDP, ZERO_2, ZERO_3 = "FSDP", "DeepSpeed ZeRO-2", "DeepSpeed ZeRO-3"
+# The types of stage that each can carry, and why not the others.
+CARRIES: Mapping[str, tuple[str, ...]] = {
+    FSDP: (),
+    ZERO_2: ("pretrain", "sft", "reward", "ppo", "rloo", "grpo", "shift", "evaluate"),
+    ZERO_3: ("pretrain", "sft"),
+}
+REASONS: Mapping[str, str] = {
+    FSDP: "it puts other parameters in the place of those that the checks of a stage look at, and loads weights in one "
+    "process only",
+    ZERO_2: "policy and reference would be compared before it has placed them",
+    ZERO_3: "no process has the whole weights, which this type of stage needs",
+}
+DDP_FILE = "accelerate_configs/multi_gpu.yaml"
+ZERO_2_FILE = "accelerate_configs/zero2.yaml"
+
+
+def of_file(path: str | Path, where: str) -> str | None:
+    """How an accelerate config splits a model over processes, or None.
+
+    Raises:
+        UserError: if the file cannot be read; `where` is the key that names it.
+    """
+    settings = _mapping(Path(path), where, YAML(typ="safe").load)
+    kind = str(settings.get("distributed_type", "")).upper()
+    if kind == "FSDP":
+        return FSDP
+    if kind != "DEEPSPEED":
+        return None
+    options = settings.get("deepspeed_config") or {}
+    stage = options.get("zero_stage")
+    if options.get("deepspeed_config_file"):
+        # accelerate looks for it from the working directory
+        own = _mapping(Path(options["deepspeed_config_file"]), where, json.loads)
+        stage = (own.get("zero_optimization") or {}).get("stage", 0)
+    return ZERO_3 if stage == 3 else ZERO_2
+
+
+def needs_gpu_id(path: str | Path, environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether an accelerate config starts one process, which must see one GPU, and the environment says which."""
+    settings = _mapping(Path(path), "--accelerate-config", YAML(typ="safe").load)
+    if str(settings.get("distributed_type", "NO")).upper() not in ("NO", "FALSE"):
+        return False
+    return "CUDA_VISIBLE_DEVICES" in environment or settings.get("gpu_ids", "all") == "all"
+
+
+def _mapping(path: Path, where: str, read: Callable[[str], Any]) -> dict[str, Any]:
+    try:
+        settings = read(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, YAMLError) as error:
+        raise UserError(f"{where}: {path} cannot be read: {error}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{where}: {path} holds no mapping; expected a file that `accelerate config` would write")
+    return settings
+
+
+def of_process(environment: Mapping[str, str] = os.environ) -> str | None:
+    """How the `accelerate launch` that started this process splits a model, or None."""
+    if environment.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        return FSDP
+    if environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
+        return None
+    stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
+    if file := environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
+        own = _mapping(Path(file), "ACCELERATE_DEEPSPEED_CONFIG_FILE", json.loads)
+        stage = (own.get("zero_optimization") or {}).get("stage", 0)
+    return ZERO_3 if str(stage) == "3" else ZERO_2
+
+
+def refusal(config: RunConfig, name: str, sharding: str | None) -> str | None:
+    """Why stage `name` cannot run under a launch that splits the model, and what to use instead; or None."""
+    if sharding is None:
+        return None
+    stage = config.stages[name]
+    reason = None
+    if stage.type not in CARRIES[sharding]:
+        reason = REASONS[sharding]
+    elif sharding == ZERO_2 and stage.type in ("rloo", "grpo") and effective(stage.type, stage.training)["beta"]:
+        reason = REASONS[ZERO_2]
+    elif sharding == ZERO_2 and stage.type == "reward" and precision("reward", stage.training) != "no":
+        reason = (
+            "in mixed precision it rounds the score head, and the saved model scores otherwise (`bf16: false` works)"
+        )
+    elif sharding == ZERO_3 and start_of(config, name).merge:
+        reason = "the parent's adapter would be merged by one process, while the others wait for its weights"
+    if reason is None:
+        return None
+    others = ZERO_2_FILE if sharding != ZERO_2 and stage.type in CARRIES[ZERO_2] else ""
+    mend = f"use {DDP_FILE}" + (f", or {others}" if others else "")
+    return f"{stage.type} does not run under {sharding}: {reason}; {mend}"

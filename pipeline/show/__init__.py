@@ -1,0 +1,5 @@
+"""Show people a plan, data, results and reports in the terminal.
+
+In come decisions, audits and the manifest. Out go tables and lines that fit the terminal. Nothing here trains or
+writes to a run folder.
+"""

@@ -1,0 +1,175 @@
+"""`rlhf check-data`: what becomes of every dataset's rows, what is worth a look, and rows as the model sees them."""
+
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.rule import Rule
+
+from pipeline.chain import preflight, run_folder
+from pipeline.config.options import effective
+from pipeline.config.schema import RunConfig, Stage
+from pipeline.data.audit import Audit, Finding
+from pipeline.data.faults import Row
+from pipeline.data.joints import begins_with
+from pipeline.data.prepare import Datasets
+from pipeline.show.screen import Cell, Table, say, show
+from pipeline.show.tables import count
+from pipeline.system.errors import UserError, all_of, unknown
+from pipeline.system.streams import either, printable
+
+TRAINED = (("⟦", "⟧"), ("[[", "]]"))  # around tokens that are trained on; the second where the first cannot be printed
+_STYLE = "bold green"
+_SIDES = {"prompt_ids": "prompt", "chosen_ids": "chosen", "rejected_ids": "rejected"}
+
+
+def run(config: RunConfig, stages: list[str], sample: int, console: Console) -> None:
+    """Check the datasets of the stages `stages` (none given: of all), and show `sample` rows of each.
+
+    Raises:
+        UserError: with a line for each dataset that cannot be read or has more faults than `checks` allow.
+    """
+    for name in stages:
+        if name not in config.stages:
+            raise UserError(f"--stage: {unknown('stage', name, config.stages)}")
+    tokenizer, made = run_folder.tokenizer_of(config, run_folder.open_run(config))
+    read = Datasets(config, tokenizer, made.fingerprint)
+    audits: dict[str, dict[str, Audit]] = {}
+    problems = []
+    for name in stages or config.stages:
+        try:
+            audits[name] = preflight.audit(read, name)
+        except UserError as error:
+            problems.append(f"stages.{name}: {error}")
+    tables(audits, config.checks.model_dump(), console)
+    say(console, _start_of_rows(tokenizer, audits))
+    for name, roles in audits.items() if sample else ():
+        for role, audit in roles.items():
+            show_rows(read, name, role, audit, sample, console)
+    problems += [f"stages.{name}: {fault}" for name, fault in _faults(config, audits)]
+    if problems:
+        raise all_of(config.source, "dataset", "cannot be used", problems)
+
+
+def _start_of_rows(tokenizer: Any, audits: dict[str, dict[str, Audit]]) -> str:
+    """Whether rows begin with BOS, as texts did when the model was trained."""
+    if begins_with(tokenizer) is None:
+        return "Rows begin without BOS: the tokenizer puts none before a text."
+    bos = tokenizer.bos_token
+    without = [name for name, roles in audits.items() if any(_lacks_bos(audit) for audit in roles.values())]
+    if not without:
+        return f"Rows begin with BOS ({bos!r}), which the tokenizer puts before every text."
+    seen = f"Rows of {', '.join(without)} begin without BOS, but the tokenizer puts {bos!r} before every text"
+    return f"{seen}: let the chat template begin with bos_token, or set tokenizer.chat_template to a built-in one."
+
+
+def _lacks_bos(audit: Audit) -> bool:
+    return "no_bos" in audit.noticed and audit.noticed["no_bos"].count > 0
+
+
+def _faults(config: RunConfig, audits: dict[str, dict[str, Audit]]) -> Iterable[tuple[str, str]]:
+    for name, roles in audits.items():
+        for audit in roles.values():
+            for fault in audit.problems(config.checks.model_dump()):
+                yield name, fault
+
+
+def tables(audits: dict[str, dict[str, Audit]], thresholds: dict[str, float | None], console: Console) -> None:
+    """The datasets as their stages get them, then what was found in them, with the first rows."""
+    columns = (
+        "dataset",
+        "for",
+        "split",
+        "rows",
+        "left out",
+        "tokens",
+        "tokens per row: median / 90 % / 99 % / longest",
+    )
+    shown, findings = (
+        Table("data", columns),
+        Table("findings", ("dataset", "for", "split", "rows that", "rows", "share", "first (from 0)")),
+    )
+    for stages, audit in _grouped(audits):
+        lengths = "\n".join(f"{name} {_quantiles(values)}" for name, values in audit.lengths.items())
+        rows, tokens = count(audit.rows), count(audit.tokens)
+        if audit.streamed:
+            rows, tokens, lengths = "streamed", "", f"of the first {audit.read} documents: {tokens} tokens"
+        where = (audit.dataset, stages, audit.split)
+        shown.add(*where, rows, count(audit.num_dropped), tokens, lengths)
+        for kind, finding in (audit.dropped | audit.noticed).items():
+            if finding.count:
+                findings.add(*where, *_finding(audit, kind, finding, thresholds))
+    show(shown, console)
+    if findings.rows:
+        show(findings, console)
+
+
+def _grouped(audits: dict[str, dict[str, Audit]]) -> list[tuple[str, Audit]]:
+    """The audits with the names of their stages, those that are equal together."""
+    found: list[tuple[list[str], Audit]] = []
+    for name, roles in audits.items():
+        for audit in roles.values():
+            same = next((names for names, other in found if other == audit), None)
+            if same is None:
+                found.append(([name], audit))
+            else:
+                same.append(name)
+    return [(", ".join(names), audit) for names, audit in found]
+
+
+def _quantiles(values: list[int]) -> str:
+    _, *rest = values
+    return " / ".join(map(str, rest))
+
+
+def _finding(audit: Audit, kind: str, finding: Finding, thresholds: dict[str, float | None]) -> tuple[Cell, ...]:
+    dropped = kind in audit.dropped
+    share, allowed = finding.count / (audit.read if dropped else audit.rows), thresholds.get(kind)
+    limit = "" if allowed is None else f" of {allowed:.0%} allowed"
+    color = "yellow" if dropped else ""
+    if allowed is not None and share > allowed:
+        color = "red"
+    words = [(audit.what(kind), color), (" (left out)" if dropped else "", "")]
+    places = f"row {', '.join(map(str, finding.rows))}" if finding.rows and kind != "longer_wins" else ""
+    if places and len([file for part, _ in audit.parts for file in part.files]) > 1:
+        places = "\n".join(map(audit.place, finding.rows))
+    why = f": {finding.why}" if finding.why else ""
+    return words, str(finding.count), f"{share:.2%}{limit}", places + why
+
+
+def show_rows(read: Datasets, name: str, role: str, audit: Audit, number: int, console: Console) -> None:
+    """Rows of a stage's dataset as the model will see them, spread over the dataset."""
+    stage = read.config.stages[name]
+    title = printable(f"{name}: {audit.dataset} ({audit.split})", console.encoding)
+    console.print(Rule(title, align="left", style="bold cyan"))
+    rows: Any = [{"input_ids": ids} for ids in audit.head]
+    if not audit.streamed:
+        rows = read.prepare(name, role).rows
+    opening, closing = (either(*pair, console.encoding) for pair in zip(*TRAINED, strict=True))
+    for i in np.linspace(0, len(rows) - 1, min(number, len(rows))).round().astype(int).tolist():
+        say(console, f"row {i} of {len(rows)}", "dim")
+        for label, spans in parts_of(rows[i], stage, read.tokenizer):
+            shown = [(f"{label}: " if label else "", "dim")]
+            for text, trained in spans:
+                shown.append((f"{opening}{text}{closing}", _STYLE) if trained else (text, ""))
+            say(console, shown)
+
+
+def parts_of(row: Row, stage: Stage, tokenizer: Any) -> list[tuple[str, list[tuple[str, bool]]]]:
+    """A tokenised row as text, special tokens included: (label, [(text, whether it is trained on)])."""
+
+    def text(ids: list[int]) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    if "input_ids" not in row:
+        trains = stage.type == "dpo"
+        return [
+            (label, [(text(row[ids]), trains and ids != "prompt_ids")]) for ids, label in _SIDES.items() if ids in row
+        ]
+    mask = row.get("completion_mask", [1] * len(row["input_ids"]))
+    if stage.type == "sft" and not effective("sft", stage.training)["completion_only_loss"]:
+        mask = [1] * len(mask)
+    groups = itertools.groupby(zip(row["input_ids"], mask, strict=True), key=lambda pair: pair[1])
+    return [("", [(text([ids for ids, _ in group]), bool(bit)) for bit, group in groups])]

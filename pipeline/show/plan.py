@@ -1,0 +1,74 @@
+"""The plan: what each stage starts from, its reference, its data, and what happens to it."""
+
+from rich.console import Console
+
+from pipeline.chain.preflight import Facts
+from pipeline.chain.staleness import Decision
+from pipeline.config.lineage import start_of
+from pipeline.config.options import effective
+from pipeline.config.schema import BASE, RunConfig, Stage, TrainingStage
+from pipeline.data.audit import Audit
+from pipeline.show.screen import Cell, Table, show
+from pipeline.show.tables import count
+
+
+def describe_start(config: RunConfig, name: str) -> str:
+    """What a stage starts from, in words."""
+    stage: Stage = config.stages[name]
+    if stage.type == "shift":
+        return f"{stage.policy}, {stage.reward}"
+    if not isinstance(stage, TrainingStage):
+        return ", ".join([f"base, {stage.baseline}", *stage.policies])
+    if stage.init == BASE and config.model.scratch:
+        return "new weights"
+    start = start_of(config, name)
+    source = "base model" if start.parent == BASE else start.parent
+    merged = f"{source} (adapter merged)" if start.merge else source
+    if stage.lora is None:
+        return f"{merged}, all weights"
+    continues = start.place.adapter is not None and not start.merge
+    return f"adapter of {source}, continued" if continues else f"{merged} + new adapter"
+
+
+def describe_reference(config: RunConfig, name: str) -> str:
+    """What a stage's reference policy is, in words."""
+    stage = config.stages[name]
+    if stage.type == "evaluate":
+        return f"{stage.baseline} (win rate, KL)"
+    if stage.type not in ("ppo", "rloo", "grpo", "dpo"):
+        return "-"
+    if stage.type in ("rloo", "grpo") and not effective(stage.type, stage.training)["beta"]:
+        return "none (beta: 0)"
+    return "frozen copy of " + ("base model" if stage.init == BASE else stage.init)
+
+
+def plan_table(config: RunConfig, decisions: list[Decision], facts: dict[str, Facts], console: Console) -> None:
+    """The stages in order: start, reference, rows, tokens, steps, parameters, and what happens to each."""
+    columns = ("stage", "type", "starts from", "reference", "data (rows, tokens)", "steps", "trains", "will")
+    shown = Table(f"{config.name}: plan", columns)
+    for decision in decisions:
+        stage = config.stages[decision.stage]
+        fact = facts.get(decision.stage)
+        rows = stage.data
+        steps = ""
+        trains = ""
+        if fact is not None:
+            rows = "\n".join(map(_rows, fact.audits.values()))
+            steps = str(fact.steps or "")
+            if fact.parameters:
+                trains = f"{count(fact.parameters['trainable'])} of {count(fact.parameters['total'])}"
+        start = describe_start(config, decision.stage)
+        reference = describe_reference(config, decision.stage)
+        shown.add(decision.stage, stage.type, start, reference, rows, steps, trains, _will(decision))
+    show(shown, console)
+
+
+def _will(decision: Decision) -> Cell:
+    verb = ("run", "yellow") if decision.run else ("skip", "green")
+    return [verb, (f": {decision.reason}", "")]
+
+
+def _rows(audit: Audit) -> str:
+    dropped = f" ({count(audit.num_dropped)} left out)" if audit.num_dropped else ""
+    counts = "streamed" if audit.streamed else f"{count(audit.rows)}, {count(audit.tokens)}"
+    return f"{audit.dataset}: {counts}{dropped}"

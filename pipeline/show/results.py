@@ -1,0 +1,142 @@
+"""What people read of a run: the chain so far, the result, how to load an output. Nothing here imports torch."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from pipeline.records import manifest
+from pipeline.records.manifest import Manifest, Record
+from pipeline.records.metrics import HEADLINES
+from pipeline.show.screen import Table, say, show
+from pipeline.show.tables import duration, estimate, interval, number
+from pipeline.system.errors import UserError
+from pipeline.system.streams import printable
+
+MEASURES = {"judge": "judge", "score": "reward model"}
+
+
+def _headline(record: Record) -> str:
+    metrics = record.metrics
+    if record.type == "evaluate":
+        policies = metrics["policies"].items()
+        return "\n".join(f"{name}: {_wins(s)}" for name, s in policies if name not in ("base", metrics["baseline"]))
+    if record.type == "shift":
+        return ", ".join(f"{key} {estimate(metrics[key])}" for key in ("icc", "within_sd", "length_correlation"))
+    found = {key.replace("_", " "): metrics[key] for key in HEADLINES.get(record.type, ()) if key in metrics}
+    resumed = f" (resumed at step {record.resumed_from_step})" if record.resumed_from_step else ""
+    return ", ".join(f"{key} {number(value)}" for key, value in found.items()) + resumed
+
+
+def _wins(summary: dict[str, Any]) -> str:
+    measure = "judge" if "judge_win_rate" in summary else "score"
+    if f"{measure}_win_rate" not in summary:
+        return f"length {number(summary.get('length'), 1)}"
+    return f"win rate {interval(summary[f'{measure}_win_rate'])}"
+
+
+def result_table(finished: Manifest, console: Console) -> None:
+    """The policies side by side, from the run's evaluate stages."""
+    for name, record in finished.stages.items():
+        if record.type != "evaluate":
+            continue
+        baseline, policies = record.metrics["baseline"], record.metrics["policies"]
+        measures = {measure: label for measure, label in MEASURES.items() if measure in policies[baseline]}
+        prompts = f"{policies[baseline]['prompts']} held-out prompts"
+        title = f"{finished.name}: {name} on {prompts}, win rates against {baseline} with 95 % intervals"
+        scores = [column for label in measures.values() for column in (label, f"win rate ({label})")]
+        shown = Table(title, ["policy", *scores, "KL (nats)", "length", "ended"], right=True)
+        for policy, summary in policies.items():
+            cells = [policy]
+            for measure in measures:
+                wins = summary.get(f"{measure}_win_rate")
+                cells.append(number(summary.get(measure)))
+                cells.append("-" if policy == baseline or wins is None else interval(wins))
+            ended = summary.get("ended")
+            share = number(None if ended is None else 100 * ended, 0)
+            shown.add(*cells, number(summary.get("kl"), 2), number(summary.get("length"), 1), f"{share} %")
+        show(shown, console)
+
+
+def shift_table(finished: Manifest, console: Console) -> None:
+    """What the shift reports of the reward models found, in two lines each."""
+    for name, record in finished.stages.items():
+        if record.type != "shift":
+            continue
+        metrics, held_out = record.metrics, record.metrics["comparisons"] or {"accuracy": None}
+        figures = {"ICC": metrics["icc"], "within-prompt SD": metrics["within_sd"]}
+        figures |= {"score and length": metrics["length_correlation"], "accuracy": held_out["accuracy"]}
+        told = ", ".join(f"{label} {estimate(found)}" for label, found in figures.items())
+        say(console, [(name, "bold"), (f": {told}", "")])
+        where = f"(`rlhf shift` shows the report; plots are in {record.output.path})"
+        say(console, f"{metrics['advice']} {where}")
+
+
+def snippet(run_dir: Path, recorded: Manifest, record: Record) -> str:
+    """Python that loads a stage's output with transformers and peft alone."""
+    folder = run_dir / record.output.path
+    if record.output.kind == "report":
+        figures = "report.json: the figures, *.png: plots" if record.type == "shift" else "table.json: the table"
+        return f"# {folder}/samples.jsonl: all completions side by side; {folder}/{figures}"
+    scores = record.type == "reward"
+    model = recorded.model
+    dtype = model.get("dtype", "float32")
+    auto = "AutoModelForCausalLM"
+    padding = ""
+    options = ""
+    if scores:
+        auto = "AutoModelForSequenceClassification"
+        padding = ', padding_side="right"'
+        options = ", num_labels=1"
+    if model.get("trust_remote_code"):
+        options += ", trust_remote_code=True"
+    lines = [f"from transformers import AutoTokenizer, {auto}"]
+    lines.append(f"tokenizer = AutoTokenizer.from_pretrained({_quoted(folder)}{padding})")
+    if record.output.kind == "full":
+        return "\n".join([*lines, f"model = {auto}.from_pretrained({_quoted(folder)}{options})"])
+    full = record.output.full
+    base = model.get("path") if full is None else run_dir / full
+    if full is None and (revision := model.get("commit") or model.get("revision")):
+        options += f", revision={_quoted(revision)}"
+    if full is None and model.get("quantization"):
+        lines[0] += ", BitsAndBytesConfig"
+        options += f", quantization_config=BitsAndBytesConfig(**{model['quantization']})"
+    lines.insert(1, "from peft import PeftModel")
+    lines.append(f'base = {auto}.from_pretrained({_quoted(base)}, dtype="{dtype}"{options})')
+    if scores:  # a score is read at the last token that is not pad, and the base may have another pad token, or none
+        lines.append("base.config.pad_token_id = tokenizer.pad_token_id")
+    if scores and dtype != "float32":  # as the run computes it
+        lines.append("base.score.float().register_forward_pre_hook(lambda head, hidden: hidden[0].float())")
+    return "\n".join([*lines, f"model = PeftModel.from_pretrained(base, {_quoted(folder)})"])
+
+
+def _quoted(value: str | Path | None) -> str:
+    """A path or name as a Python string, whatever characters it has: JSON's strings are Python's too."""
+    return json.dumps(str(value), ensure_ascii=False)
+
+
+def recorded_in(run_dir: Path) -> Manifest:
+    """The manifest of a run folder that a user named."""
+    recorded = manifest.read(run_dir)
+    if recorded is None:
+        expected = "expected a run folder, as `rlhf run` prints it at its end"
+        raise UserError(f"{run_dir}: no {manifest.FILE} here; {expected}")
+    return recorded
+
+
+def status(run_dir: Path, console: Console) -> None:
+    """The chain so far: stage, parents, duration, headline metrics, output, and how to load it."""
+    recorded = recorded_in(run_dir)
+    shown = Table(f"{recorded.name}: {run_dir}", ("stage", "type", "from", "took", "metrics", "output"))
+    for name, record in recorded.stages.items():
+        parents = ", ".join(dict.fromkeys(record.parents.values())) or "-"
+        took = duration(record.duration)
+        shown.add(name, record.type, parents, took, _headline(record), record.output.path)
+    show(shown, console)
+    shift_table(recorded, console)
+    result_table(recorded, console)
+    for name, record in recorded.stages.items():
+        say(console, f"\n{name}", "bold")
+        code = printable(snippet(run_dir, recorded, record), console.encoding)
+        console.print(code, highlight=False, markup=False, emoji=False, soft_wrap=True)  # to be copied: never wrapped

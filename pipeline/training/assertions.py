@@ -1,0 +1,155 @@
+"""Checks at the start and end of a stage. A failed one stops the stage and names its cause."""
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather
+from torch import nn
+
+from pipeline.models.loading import to_device
+from pipeline.system.errors import UserError
+from pipeline.training import divergence
+
+NUM_FIRST = 64  # prompts whose first token is looked at
+
+
+class CheckFailed(UserError):
+    """The stage would train the wrong thing, or hand on what it did not train."""
+
+
+def trains_exactly(modules: Sequence[nn.Module], expected: Callable[[str], bool]) -> None:
+    """Every parameter whose name is `expected` trains, and no other.
+
+    Switching adapters freezes and unfreezes parameters in several releases of PEFT; a run that trains nothing, or
+    the reference too, must not start.
+    """
+    names = {name: p.requires_grad for module in modules for name, p in module.named_parameters()}
+    frozen = [name for name, trains in names.items() if expected(name) and not trains]
+    loose = [name for name, trains in names.items() if trains and not expected(name)]
+    if frozen or loose or not any(names.values()):
+        missing = f"{len(frozen)} that should are frozen ({', '.join(frozen[:3])})"
+        extra = f"{len(loose)} that should not would train ({', '.join(loose[:3])})"
+        raise CheckFailed(f"the wrong parameters would train: {missing}, {extra}")
+
+
+def fingerprint_of(parameters: Sequence[nn.Parameter]) -> list[float]:
+    """A number per parameter that changes when it trains."""
+    return [p.detach().double().abs().sum().item() for p in parameters]
+
+
+def has_trained(before: list[float], parameters: Sequence[nn.Parameter], what: str) -> None:
+    if before and before == fingerprint_of(parameters):
+        raise CheckFailed(f"{what}: no parameter changed during training, although all {len(before)} should train")
+
+
+@torch.no_grad()
+def parent_log_probs(policy: nn.Module, rows: Sequence[list[int]]) -> list[torch.Tensor]:
+    """What a stage's parent says of `rows`: the log-probability in nats of every token but the first.
+
+    `policy` is the model that will train, as it was loaded: nothing has been added to it yet. It is placed on this
+    process's device.
+    """
+    training = policy.training
+    to_device(policy)
+    found = [divergence.log_probs(policy, ids) for ids in rows]
+    policy.train(training)
+    return found
+
+
+@torch.no_grad()
+def policy_is_parent(policy: nn.Module, rows: Sequence[list[int]], expected: Sequence[torch.Tensor]) -> None:
+    """The policy still says of `rows` what `parent_log_probs` found.
+
+    An adapter that changes the weights below it when another one is added would change policy and reference alike.
+    """
+    training = policy.training
+    policy.eval()
+    moved = 0.0
+    for ids, log_probs in zip(rows, expected, strict=True):
+        moved = max(moved, (divergence.log_probs(policy, ids) - log_probs).abs().max().item())
+    policy.train(training)
+    if not moved < 1e-3:
+        seen = f"log-probabilities of tokens differ by up to {moved:.4g} nats before the first update, expected 0"
+        raise CheckFailed(f"the policy is not its parent: {seen}")
+
+
+@torch.no_grad()
+def reference_is_parent(policy: nn.Module, reference: nn.Module, rows: Sequence[list[int]]) -> float:
+    """KL of the policy to the reference on the tokens of `rows`, in nats per token; must be 0 before any update."""
+    training = policy.training
+    policy.eval()
+    largest = max(divergence.largest_kl(policy, reference, ids) for ids in rows)
+    policy.train(training)
+    if not largest < 1e-4:
+        seen = f"KL to it is {largest:.4g} nats per token before the first update, expected 0"
+        raise CheckFailed(f"the reference is not the parent: {seen}. Their weights differ")
+    return largest
+
+
+def _part_here(parameter: nn.Parameter) -> torch.Tensor:
+    """What this process holds of a parameter: FSDP2 keeps a part of each, ZeRO-3 too, in an attribute of its own."""
+    return getattr(parameter, "ds_tensor", getattr(parameter, "to_local", parameter.detach)())
+
+
+@torch.no_grad()
+def finite(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether all weights of all processes are finite numbers; of split ones each process looks at its part."""
+    parts = [part for part in map(_part_here, parameters) if part.numel() and not part.is_meta]
+    mine = all(torch.stack([part.isfinite().all() for part in parts]).tolist()) if parts else True
+    return bool(gather(torch.tensor([float(mine)], device=PartialState().device)).min())
+
+
+def finite_weights(name: str, parameters: Iterable[nn.Parameter]) -> None:
+    """What stage `name` trained can be handed on."""
+    if not finite(parameters):
+        seen = "its weights are no longer finite numbers, so training diverged; nothing is handed on"
+        raise UserError(f"{name}: {seen}. Lower its learning rate, or train it in bf16 or fp32 rather than fp16")
+
+
+def eos_in_labels(rows: Any, eos_token_id: int) -> None:
+    """The rows end with eos as a label, so that the policy learns to stop."""
+    sample = rows.select(range(min(64, len(rows))))
+    column = "labels" if "labels" in sample.column_names else "input_ids"
+    if not any(eos_token_id in labels for labels in sample[column]):
+        mend = "set tokenizer.eos_token to the token that ends an answer in the chat template"
+        raise CheckFailed(f"no eos among the labels of the first rows: the policy would never learn to stop; {mend}")
+
+
+@torch.no_grad()
+def first_token(trainer: Any, prompts: Sequence[list[int]], tokenizer: Any) -> dict[str, Any]:
+    """The likeliest first tokens of completions: the share that is special, and the most frequent of all, as text."""
+    model = trainer.model
+    training = model.training
+    model.eval()
+    found = [divergence.last_logits(model, ids).argmax().item() for ids in prompts]
+    model.train(training)
+    special = sum(token in tokenizer.all_special_ids for token in found) / len(found)
+    return {"special": special, "prompts": len(found), "likeliest": tokenizer.decode(statistics.mode(found))}
+
+
+def finite_values(name: str, what: str, values: Sequence[float]) -> None:
+    """What was measured of the policy of stage `name` are numbers."""
+    wrong = sum(not math.isfinite(value) for value in values)
+    if wrong:
+        mend = "Its weights have diverged: train it again with a lower learning rate"
+        raise UserError(f"{name}: its {what} is not finite on {wrong} of {len(values)} completions. {mend}")
+
+
+def finite_scores(name: str, scores: Sequence[float]) -> None:
+    """Scores of the reward model of stage `name` are numbers."""
+    wrong = sum(not math.isfinite(score) for score in scores)
+    if wrong:
+        mend = "lower its learning rate, or train it in bf16 or fp32 rather than fp16"
+        raise UserError(f"{name}: {wrong} of {len(scores)} scores of the reward model are not finite: {mend}")
+
+
+def same_scores(before: Sequence[float], after: Sequence[float], tolerance: float) -> float:
+    """Scores of the reward model in memory and of the one read back from disk."""
+    largest = max(abs(a - b) for a, b in zip(before, after, strict=True))
+    if not largest <= tolerance:
+        raise CheckFailed(f"the saved reward model scores differently when reloaded: by {largest:.4g}, expected 0")
+    return largest

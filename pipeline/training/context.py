@@ -1,0 +1,137 @@
+"""What a stage's module is given, and what it returns."""
+
+import functools
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from pipeline.config.graph import datasets
+from pipeline.config.lineage import Place, place_of, start_of
+from pipeline.config.options import with_defaults
+from pipeline.config.schema import RunConfig
+from pipeline.config.stage_types import config_class
+from pipeline.data.prepare import Datasets
+from pipeline.data.sources import fingerprint_of
+from pipeline.models.loading import Loader, Weights, merge
+from pipeline.records import manifest
+from pipeline.records.manifest import Record
+from pipeline.system.errors import UserError
+
+
+@dataclass
+class Result:
+    """What a stage's module returns: metrics, parameter counts, and rows used and dropped per dataset."""
+
+    metrics: dict[str, Any]
+    parameters: dict[str, int] = field(default_factory=dict)
+    datasets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    resumed_from_step: int | None = None
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """What a stage needs of its run. A stage writes below `folder`, and its output to `new_output`."""
+
+    config: RunConfig
+    name: str
+    tokenizer: Any
+    tokenizer_key: str
+    loader: Loader
+    identity: str
+
+    @property
+    def stage(self) -> Any:
+        return self.config.stages[self.name]
+
+    @property
+    def seed(self) -> int:
+        return self.config.seed_of(self.name)
+
+    @property
+    def folder(self) -> Path:
+        return self.config.run_path / self.name
+
+    @property
+    def cache(self) -> Path:
+        """What stages of the run share and can make again."""
+        return self.config.run_path / "cache"
+
+    @property
+    def new_output(self) -> Path:
+        return self.folder / "output.new"
+
+    def record_of(self, stage: str) -> Record:
+        """The record of a finished stage."""
+        return manifest.read(self.config.run_path).stages[stage]
+
+    def say(self, message: str) -> None:
+        if PartialState().is_main_process:
+            print(message, flush=True)
+
+    def weights(self, place: Place) -> Weights:
+        run_dir = self.config.run_path
+        full = self.loader.base if place.full is None else str(run_dir / place.full)
+        return Weights(full, str(run_dir / place.adapter) if place.adapter else None)
+
+    def weights_of(self, stage: str) -> Weights:
+        return self.weights(place_of(self.config, stage))
+
+    def start(self) -> Weights:
+        """The weights this stage starts from; merged first where the parent's adapter cannot be continued."""
+        start = start_of(self.config, self.name)
+        weights = self.weights(start.place)
+        if not start.merge:
+            return weights
+        merged = self.folder / "merged"
+        if PartialState().is_main_process:
+            self.say(f"{self.name}: merging the adapter of {start.parent} into its base, in {merged}")
+            merge(self.loader, weights, merged, self.tokenizer)
+        PartialState().wait_for_everyone()
+        return Weights(str(merged))
+
+    def training_args(self, **ours: Any) -> Any:
+        """TRL's config for this stage: the user's options, ours where they are silent, and what only we can know."""
+        options = with_defaults(self.stage.type, self.stage.training)
+        fixed = {"output_dir": str(self.folder / "checkpoints"), "seed": self.seed}
+        return config_class(self.stage.type)(**(options | fixed | ours))
+
+    @functools.cached_property
+    def data(self) -> Datasets:
+        return Datasets(self.config, self.tokenizer, self.tokenizer_key)
+
+    def rows(self) -> tuple[Any, Any, dict[str, dict[str, Any]]]:
+        """The stage's tokenised rows, those of `eval_data` (or None), and what to record about each dataset, by role.
+
+        The rows of a streamed dataset are the stage's to read: None.
+
+        Raises:
+            UserError: if more rows cannot be used than the config's `checks` allow, or none is left.
+        """
+        return self._rows
+
+    @functools.cached_property
+    def _rows(self) -> tuple[Any, Any, dict[str, dict[str, Any]]]:
+        rows, recorded = {}, {}
+        for role, name in datasets(self.stage).items():
+            recorded[role] = {"dataset": name, "fingerprint": fingerprint_of(self.config, name)}
+            if self.config.data[name].streaming:
+                continue
+            with PartialState().main_process_first():
+                prepared = self.data.prepare(self.name, role)
+            audit, rows[role] = prepared.audit, prepared.rows
+            if problems := audit.problems(self.config.checks.model_dump()):
+                raise UserError("\n  ".join(problems))
+            for kind, finding in audit.dropped.items():
+                if finding.count:
+                    self.say(
+                        f"{self.name}: {finding.count} of {audit.read} rows of {name} {audit.what(kind)}: left out"
+                    )
+            recorded[role] |= audit.record()
+        return rows.get("data"), rows.get("eval_data"), recorded
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")

@@ -1,0 +1,66 @@
+"""TRL's trainers, with the changes that a stage needs; the only module that imports trl.experimental.
+
+Everything is imported when asked for: importing TRL costs several seconds, and `rlhf --help` must not pay them.
+"""
+
+import contextlib
+import copy
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+from pipeline.system.digests import digest
+
+
+def ppo_trainer_class() -> type:
+    """TRL's PPOTrainer as it is, but that what `observe` says of an update is logged beside its own figures."""
+    from trl.experimental.ppo import PPOTrainer
+
+    class ObservedPPOTrainer(PPOTrainer):
+        observe: Callable[[], dict[str, float]] = dict
+
+        def log(self, logs: dict[str, float], *args: Any) -> None:
+            super().log(logs | self.observe(), *args)
+
+    return ObservedPPOTrainer
+
+
+def dpo_trainer_class(identity: str) -> type:
+    """TRL's DPOTrainer for rows that are tokenised already (`prompt_ids`, `chosen_ids`, `rejected_ids`).
+
+    SFTTrainer and RewardTrainer accept tokenised rows; DPOTrainer 1.12 has no such door.
+
+    With `precompute_ref_log_probs` TRL keeps the reference's log-probabilities in a cache by rows and weights. Options
+    change them too (`ld_alpha`), and all runs share the cache, so `identity`, the digest of all that the stage depends
+    on, becomes part of the key. And they are computed in the precision of the training, or the first margins would
+    not be 0.
+    """
+    from trl import DPOTrainer
+
+    class TokenisedDPOTrainer(DPOTrainer):
+        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+            return dataset
+
+        def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+            keyed = copy.copy(dataset)
+            keyed._fingerprint = digest([dataset._fingerprint, identity])
+            return super()._precompute_ref_logps(keyed, name, batch_size)
+
+        def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
+            with self.accelerator.autocast():
+                return super().compute_ref_log_probs(model, inputs)
+
+    return TokenisedDPOTrainer
+
+
+@contextlib.contextmanager
+def reference_given(stage_type: str, reference: Any) -> Iterator[None]:
+    """Let RLOOTrainer or GRPOTrainer, made inside, take this reference where it would load one by itself.
+
+    It would load it in float32 and without revision or attention implementation: another model than the parent is, as
+    the policy was loaded. With adapters it loads none.
+    """
+    module = importlib.import_module(f"trl.trainer.{stage_type}_trainer")
+    with mock.patch.object(module, "create_model_from_path", lambda *_, **__: reference):
+        yield
