@@ -36,6 +36,7 @@ from pipeline.config.graph import parents
 from pipeline.config.lineage import output_folder, place_of
 from pipeline.config.load import load
 from pipeline.config.schema import Options, RunConfig, Stage, TrainingStage
+from pipeline.config.stage_types import type_of
 from pipeline.data import run_tokenizer
 from pipeline.launch import sharding
 from pipeline.launcher import LAUNCHER, REDO
@@ -49,7 +50,6 @@ from pipeline.training import checkpoints
 from pipeline.training.context import Result, StageContext
 
 PACKAGES = ("rlhf-pipeline", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
-MODULES = {"rloo": "online", "grpo": "online"}
 
 
 def main() -> None:
@@ -188,7 +188,7 @@ def _execute(config: RunConfig, name: str, identity: staleness.Identity, state: 
         ctx.new_output.mkdir(parents=True)
     state.wait_for_everyone()
     transformers.set_seed(ctx.seed)
-    module = MODULES.get(ctx.stage.type, ctx.stage.type)
+    module = type_of(ctx.stage).module
     result: Result = importlib.import_module(f"pipeline.stages.{module}").run(ctx)
     state.wait_for_everyone()
     if state.is_main_process:

@@ -24,7 +24,6 @@ import pipeline
 from pipeline.config import options, schema, stage_types
 from pipeline.config.load import load
 from pipeline.data import formats, run_tokenizer
-from pipeline.data.formats import WANTED_BY
 from pipeline.data.prepare import Datasets
 from pipeline.records import manifest
 from pipeline.rl.watchdog import HEALTHY, Range
@@ -140,7 +139,9 @@ def test_tables_of_keys_are_the_schema(marker):
 
 
 def test_every_section_of_the_schema_has_a_table():
-    covered = {model for parts in SECTIONS.values() for _, model in parts} | set(stage_types.STAGE_CLASSES.values())
+    covered = {model for parts in SECTIONS.values() for _, model in parts} | {
+        row.section for row in stage_types.STAGE_TYPES.values()
+    }
     sections = {
         kind
         for kind in vars(schema).values()
@@ -149,15 +150,15 @@ def test_every_section_of_the_schema_has_a_table():
     assert sections and sections <= covered
 
 
-@pytest.mark.parametrize("stage_type", stage_types.STAGE_CLASSES)
+@pytest.mark.parametrize("stage_type", stage_types.STAGE_TYPES)
 def test_the_table_of_stages_is_the_schema(stage_type):
-    stage_class = stage_types.STAGE_CLASSES[stage_type]
+    stage_class = stage_types.STAGE_TYPES[stage_type].section
     groups = {stage_type, ALL} | ({TRAINING} if issubclass(stage_class, schema.TrainingStage) else set())
     rows = table("keys by type")
-    unknown = {name for row in rows for name in row[2].split(", ")} - {ALL, TRAINING, *stage_types.STAGE_CLASSES}
+    unknown = {name for row in rows for name in row[2].split(", ")} - {ALL, TRAINING, *stage_types.STAGE_TYPES}
     assert not unknown
     shown = {key_of(row[0]): row[1] for row in rows if groups & set(row[2].split(", "))}
-    expected = fields_of(stage_types.STAGE_CLASSES[stage_type])
+    expected = fields_of(stage_types.STAGE_TYPES[stage_type].section)
     assert shown == expected | {key: default for key, default in SEEN_DEFAULTS.items() if key in expected}
 
 
@@ -174,7 +175,7 @@ def test_the_table_of_owned_options_is_the_code():
     for section, names, _ in table("owned"):
         shown.setdefault(section, []).extend(in_backticks(names))
     expected = {TRAINING: options.OWNED}
-    for kind in (*stage_types.STAGE_CLASSES, "lora", "quantization"):
+    for kind in (*stage_types.STAGE_TYPES, "lora", "quantization"):
         # A stage type's own, without those that every `training:` section has.
         own = {key: reason for key, reason in options.owned_by(kind).items() if options.OWNED.get(key) != reason}
         expected |= {kind: own} if own else {}
@@ -222,13 +223,18 @@ def test_the_experiment_is_that_of_its_results(monkeypatch, capsys, tmp_path):
     assert f"]({figure.relative_to(REPO).as_posix()})" in READMES[FRONT]
 
 
-WANTS = {WANTED_BY[stage] for stage in stage_types.STAGE_CLASSES}
+WANTS = {row.rows for row in stage_types.STAGE_TYPES.values()}
+
+
+def rows_of(want: str) -> str:
+    """The kind of row of a stage type, or the kind of row itself."""
+    return stage_types.STAGE_TYPES[want].rows if want in stage_types.STAGE_TYPES else want
 
 
 def example_rows() -> list[tuple[str, dict[str, Any], set[str]]]:
     """(format, row, what it fits) of each row of the table."""
     return [
-        (key_of(shape), json.loads(key_of(row)), {WANTED_BY.get(want, want) for want in fits.split(", ")})
+        (key_of(shape), json.loads(key_of(row)), {rows_of(want) for want in fits.split(", ")})
         for shape, row, fits in table("rows")
     ]
 

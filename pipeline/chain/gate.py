@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config.schema import GateLimits, Reinforced, RunConfig
+from pipeline.config.stage_types import makes
 from pipeline.records.manifest import Manifest, Record
 from pipeline.system.errors import UserError
 
@@ -29,7 +30,7 @@ class Verdict:
 def verdicts(config: RunConfig, name: str, recorded: Manifest) -> list[Verdict]:
     """What the gate says of the stages that stage `name` builds on."""
     stage, limits, found = config.stages[name], config.gate_limits, []
-    if stage.type not in ("dpo", "ppo", "rloo", "grpo"):
+    if not makes(stage, "aligned policy"):
         return []
     if (parent := recorded.stages.get(stage.init)) is not None:
         found += _policy(stage.init, parent, limits)

@@ -4,19 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.base import base_model
-from pipeline.config.options import effective
+from pipeline.config.options import effective, value_at
 from pipeline.config.schema import RunConfig
+from pipeline.config.stage_types import type_of
 from pipeline.data.audit import Audit
 from pipeline.system.errors import UserError
-
-# What limits the new tokens of a completion, by type of stage.
-NEW_TOKENS = {
-    "ppo": "training.response_length",
-    "rloo": "training.max_completion_length",
-    "grpo": "training.max_completion_length",
-    "evaluate": "max_new_tokens",
-    "shift": "max_new_tokens",
-}
 
 
 def check(config: RunConfig, name: str, audits: Mapping[str, Audit]) -> None:
@@ -41,19 +33,18 @@ def check(config: RunConfig, name: str, audits: Mapping[str, Audit]) -> None:
 def _longest(stage: Any, audit: Audit) -> tuple[int, str, str]:
     """The longest sequence in tokens, what it is made of, and how to make it shorter."""
     longest = audit.lengths["row"][-1] if audit.lengths else 0
-    if stage.type == "pretrain":
-        options = effective("pretrain", stage.training)
+    if type_of(stage).rows == "text":
+        options = effective(stage.type, stage.training)
         limit = options["max_length"]
         if limit is not None and (audit.streamed or options["packing"]):
             return limit, f"pieces have {limit} tokens", "lower `training.max_length`"
         longest = longest if limit is None else min(longest, limit)
-    if stage.type not in NEW_TOKENS:
+    key = type_of(stage).new_tokens
+    if key is None:
         return longest, f"its longest row has {longest} tokens", "lower `training.max_length`"
     # Rows may have an answer of their own beside the prompt that is sampled from (PPO's `prompt_baseline: reference`).
     prompt = audit.lengths["prompt"][-1] if "prompt" in audit.lengths else longest
-    key = NEW_TOKENS[stage.type]
-    options = effective(stage.type, stage.training) if key.startswith("training.") else vars(stage)
-    new = options[key.removeprefix("training.")]
+    new = value_at(stage, key)
     if longest > prompt + new:
         return longest, f"its longest row has {longest} tokens", "lower `max_prompt_length`"
     made_of = f"its longest prompt of {prompt} tokens and `{key}` = {new} make {prompt + new} tokens"

@@ -15,7 +15,8 @@ from pipeline.chain import positions
 from pipeline.config import functions
 from pipeline.config.graph import datasets, functions_of
 from pipeline.config.options import effective
-from pipeline.config.schema import RunConfig, TrainingStage
+from pipeline.config.schema import Online, Ppo, RunConfig, TrainingStage
+from pipeline.config.stage_types import makes
 from pipeline.data.audit import Audit
 from pipeline.data.prepare import Datasets
 from pipeline.data.stream import TextStream
@@ -111,13 +112,13 @@ def _steps(stage: TrainingStage, found: Audit) -> int:
     """Optimizer steps in one process (PPO: updates of the policy); fewer under several processes."""
     options, rows, tokens = effective(stage.type, stage.training), found.sequences, found.tokens
     batch = options["per_device_train_batch_size"] * options["gradient_accumulation_steps"]
-    if stage.type == "ppo" and rows < batch:
+    if isinstance(stage, Ppo) and rows < batch:
         raise UserError(f"{rows} prompts are fewer than one batch of {batch}; lower the batch sizes")
     if options["max_steps"] > 0:
         return int(options["max_steps"])
-    if stage.type == "ppo":
+    if isinstance(stage, Ppo):
         return math.ceil((options["total_episodes"] or options["num_train_epochs"] * rows) / batch)
-    if stage.type in ("rloo", "grpo"):
+    if isinstance(stage, Online):
         rows *= options["num_generations"]
     if options.get("packing"):
         rows = math.ceil(tokens / options["max_length"])  # the last piece is shorter
@@ -128,7 +129,7 @@ def _parameters(config: RunConfig, stage: TrainingStage, tokenizer: Any) -> dict
     """Trainable and total parameters, counted on a model without memory. A reward model adds its score head."""
     with init_empty_weights(include_buffers=False):
         model = _model(config, tokenizer)
-        if stage.type == "reward":
+        if makes(stage, "reward model"):
             _has_score_head(config, model)
         model.tie_weights()
         try:

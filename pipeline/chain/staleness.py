@@ -11,6 +11,7 @@ from pipeline.base import base_model
 from pipeline.config import functions, graph
 from pipeline.config.graph import datasets, functions_of, parents
 from pipeline.config.schema import RunConfig, TrainingStage
+from pipeline.config.stage_types import type_of
 from pipeline.data import sources
 from pipeline.data.prepare import Datasets
 from pipeline.records import manifest
@@ -62,7 +63,7 @@ def _config_of(config: RunConfig, name: str) -> dict[str, Any]:
     if model["scratch"]:
         model["scratch"] = model["scratch"]["architecture"]
     shared = {"model": model, "quantization": config.quantization}
-    return _flat(own | shared | ({} if own["type"] == "pretrain" else {"too_long": config.too_long}))
+    return _flat(own | shared | ({} if type_of(stage).rows == "text" else {"too_long": config.too_long}))
 
 
 def _data_inputs(config: RunConfig, name: str, read: Datasets) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 
 from pipeline.config.schema import BASE, Ppo, RunConfig, Stage, TrainingStage
+from pipeline.config.stage_types import type_of
 
 TRAIN, HELD_OUT = "train", "held-out"
 
@@ -30,7 +31,7 @@ def is_shared(config: RunConfig, dataset: str) -> bool:
 
 def evaluated_beside(config: RunConfig, dataset: str) -> list[str]:
     """The other datasets that some stage evaluates on: for raw text those of raw text, for prompts those of prompts."""
-    texts = {name for s in config.stages.values() if s.type == "pretrain" for name in datasets(s).values()}
+    texts = {name for s in config.stages.values() if type_of(s).rows == "text" for name in datasets(s).values()}
     others = [other for other in uses(config, HELD_OUT) if other != dataset]
     return [other for other in others if (other in texts) == (dataset in texts)]
 

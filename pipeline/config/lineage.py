@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from pipeline.config.schema import Options, RunConfig, TrainingStage
+from pipeline.config.stage_types import type_of
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def root(config: RunConfig) -> Place:
     """The model before any alignment: the base model, or the first pretrain stage of a run from scratch."""
     if config.model.path:
         return Place()
-    return place_of(config, next(name for name, stage in config.stages.items() if stage.type == "pretrain"))
+    return place_of(config, next(name for name, stage in config.stages.items() if type_of(stage).rows == "text"))
 
 
 def same_shape(a: Options, b: Options) -> bool:

@@ -11,7 +11,7 @@ from pipeline.config import architecture, options, ranges
 from pipeline.config.document import Document, Problems, kind_of, plain, shown
 from pipeline.config.references import wire
 from pipeline.config.schema import REPORT, RESERVED, Options, RunConfig, TrainingStage
-from pipeline.config.stage_types import STAGE_CLASSES
+from pipeline.config.stage_types import STAGE_TYPES
 from pipeline.system.errors import all_of, nearest, reason_of
 
 
@@ -61,12 +61,12 @@ def _parse(raw: dict[str, Any], source: Path, problems: Problems) -> RunConfig |
         if measured != name and measured in stages and "type" not in section:  # the report that is added by itself
             section = {"type": "shift", "reward": measured} | section
         stage_type = str(section.get("type", name))
-        if stage_type not in STAGE_CLASSES:
-            hint = f"{shown(stage_type)} is none; {nearest(stage_type, STAGE_CLASSES)}"
+        if stage_type not in STAGE_TYPES:
+            hint = f"{shown(stage_type)} is none; {nearest(stage_type, STAGE_TYPES)}"
             given = ("type",) if "type" in section else ()
             problems.add(f"its type is its name unless `type:` is given, and {hint}", "stages", name, *given)
         else:
-            stage_class = STAGE_CLASSES[stage_type]
+            stage_class = STAGE_TYPES[stage_type].section
             inherited = {"lora": raw.get("lora")} if issubclass(stage_class, TrainingStage) else {}
             values = inherited | {"type": stage_type} | section
             parsed[name] = _validated(stage_class, values, problems, "stages", name)
@@ -153,7 +153,7 @@ def _sections(raw: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str, Optio
     places["model", "scratch", "architecture"] = "architecture"
     for name in stages if isinstance(stages := raw.get("stages"), dict) else ():
         stage_type = str(_at(raw, "stages", name, "type") or name)
-        if issubclass(STAGE_CLASSES.get(stage_type, object), TrainingStage):
+        if stage_type in STAGE_TYPES and issubclass(STAGE_TYPES[stage_type].section, TrainingStage):
             places |= {("stages", name, "lora"): "lora", ("stages", name, "training"): stage_type}
     for loc, kind in places.items():
         if isinstance(section := _at(raw, *loc), dict):

@@ -13,14 +13,15 @@ import os
 import pkgutil
 import tempfile
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
 from pipeline.config import architecture, choices, ranges
 from pipeline.config.document import shown
-from pipeline.config.stage_types import config_class
+from pipeline.config.schema import Ppo, Stage, TrainingStage
+from pipeline.config.stage_types import STAGE_TYPES, config_class, type_of
 from pipeline.system.errors import nearest
 
 _REASONS = {
@@ -48,12 +49,6 @@ _REASONS = {
         "use_liger_kernel liger_kernel_config"
     ),
 }
-_PPO_REASONS = {
-    "PPO computes in `model.dtype`: PPOTrainer samples outside autocast, its first ratio would not be 1": "bf16 fp16",
-    "PPO's length is `total_episodes`": "max_steps",
-    "PPOTrainer clips no gradients; lower the learning rate instead": "max_grad_norm",
-    "PPOTrainer cannot resume from a checkpoint; a stopped PPO stage starts anew": "save_strategy save_steps",
-}
 _LORA_REASONS = {
     "the stage's type decides it": "task_type",
     "the pipeline saves a reward model's score head, and adapters of one base share the rest": "modules_to_save",
@@ -71,37 +66,29 @@ _LORA_REASONS = {
 }
 # Where an adapter starts at exactly 0 and the weights beneath it stay as they are.
 _LORA_STARTS = (True, "gaussian")
-_ONLINE_REASONS = {"policy and reference, and old and new policy, can be compared without it only": "disable_dropout"}
-_GRPO_REASONS = _ONLINE_REASONS | {"log-probabilities are computed in float32 already": "cast_lm_head_to_fp32"}
 _CLASSES = {"training": "transformers:TrainingArguments", "quantization": "transformers:BitsAndBytesConfig"}
 _CLASSES |= {"lora": "peft:LoraConfig"}
 # Variables by which a process knows that it is one of several.
 _LAUNCHED = ("ACCELERATE_", "FSDP_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "PMI_", "OMPI_", "MV2_")
 
 
-def _by_option(reasons: dict[str, str]) -> dict[str, str]:
+def _by_option(reasons: Mapping[str, str]) -> dict[str, str]:
     return {option: reason for reason, options in reasons.items() for option in options.split()}
 
 
 OWNED = _by_option(_REASONS)
 # What the pipeline chooses where the user is silent, beside TRL's own defaults. README lists these.
-DEFAULTS = {
-    "all": {"report_to": "none", "save_total_limit": 2},
-    "pretrain": {"packing": True, "packing_strategy": "wrapped"},
-    "sft": {"completion_only_loss": True},  # TRL's default would train on prompts too when rows are token ids
-    "ppo": {"num_sample_generations": 0, "missing_eos_penalty": 1.0},
-    # The watchdog sees what is logged. TRL's default would leave dropout on in the reference and in the old policy.
-    "rloo": {"logging_steps": 1, "disable_dropout": True},
-    "grpo": {"logging_steps": 1, "disable_dropout": True},
-}
+DEFAULTS: dict[str, Mapping[str, Any]] = {"all": {"report_to": "none", "save_total_limit": 2}}
+DEFAULTS |= {name: row.defaults for name, row in STAGE_TYPES.items() if row.defaults}
 
 
 def owned_by(kind: str) -> dict[str, str]:
     """The options of a section that the pipeline sets itself, with the reasons."""
-    own = {"lora": _by_option(_LORA_REASONS), "quantization": {}, "ppo": OWNED | _by_option(_PPO_REASONS)}
-    own |= dict.fromkeys(("rloo", "dpo"), OWNED | _by_option(_ONLINE_REASONS))
-    own |= {"grpo": OWNED | _by_option(_GRPO_REASONS)}
-    return own.get(kind, OWNED)
+    if kind == "lora":
+        return _by_option(_LORA_REASONS)
+    if kind == "quantization":
+        return {}
+    return OWNED | _by_option(STAGE_TYPES[kind].refused) if kind in STAGE_TYPES else OWNED
 
 
 def _target(kind: str) -> type:
@@ -209,21 +196,30 @@ def effective(stage_type: str, training: dict[str, Any]) -> dict[str, Any]:
 
 def precision(stage_type: str, training: dict[str, Any]) -> str:
     """The autocast of a stage as accelerate names it: bf16, fp16 or no. TRL's default is bf16, and PPO has none."""
-    if stage_type == "ppo":
+    if not STAGE_TYPES[stage_type].autocast:
         return "no"
     if training.get("fp16"):
         return "fp16"
     return "no" if training.get("bf16") is False else "bf16"
 
 
-def length_limit(stage: Any) -> tuple[str, int | None]:
-    """The option that limits a row's length in tokens, and the limit. Pretraining cuts texts into pieces: None."""
-    if stage.type in ("sft", "reward", "dpo"):
-        return "training.max_length", effective(stage.type, stage.training)["max_length"]
-    if stage.type == "ppo" and stage.prompt_baseline == "reference":  # its rows are prompts with their answers
+def length_limit(stage: Stage) -> tuple[str, int | None]:
+    """The option that limits a row's length in tokens, and the limit; None where texts are cut into pieces."""
+    if isinstance(stage, Ppo) and stage.prompt_baseline == "reference":  # its rows are prompts with their answers
         longest = stage.max_prompt_length + effective(stage.type, stage.training)["response_length"]
         return "max_prompt_length + training.response_length", longest
-    return "max_prompt_length", getattr(stage, "max_prompt_length", None)
+    key = type_of(stage).length_option
+    return ("max_prompt_length", None) if key is None else (key, value_at(stage, key))
+
+
+def value_at(stage: Stage, key: str) -> Any:
+    """The value of a stage's own key, or of a `training.` option with all defaults beneath it."""
+    section, dot, option = key.rpartition(".")
+    if not dot:
+        return getattr(stage, key)
+    assert section == "training"
+    assert isinstance(stage, TrainingStage)
+    return effective(stage.type, stage.training)[option]
 
 
 @contextlib.contextmanager
@@ -268,7 +264,7 @@ def rehearse(kind: str, values: dict[str, Any]) -> str | None:
             args = config_class(kind)(**with_defaults(kind, values) | device)
     except (ValueError, TypeError, AttributeError, ImportError) as error:
         return " ".join(str(error).split())
-    return _sizes_of_ppo(args) if kind == "ppo" else None
+    return _sizes_of_ppo(args) if STAGE_TYPES[kind].section is Ppo else None
 
 
 def _sizes_of_ppo(args: Any) -> str | None:

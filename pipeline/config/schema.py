@@ -129,6 +129,7 @@ class GateLimits(Strict):
 class Stage(Strict):
     """What all stages have. A stage's name is its key in the file; its type defaults to its name."""
 
+    type: str
     data: Text
     seed: Seed | None = None
     accelerate_config: PathText | None = None
@@ -145,7 +146,6 @@ class TrainingStage(Stage):
 class Offline(TrainingStage):
     """A stage that learns from the rows alone; `eval_data` gives it a held-out loss."""
 
-    type: Literal["pretrain", "sft", "reward", "dpo"]
     eval_data: Text | None = None
 
 
@@ -169,7 +169,6 @@ class Reinforced(TrainingStage):
 class Ppo(Reinforced):
     """PPO against a reward model, with or without a baseline of each prompt that is subtracted from its scores."""
 
-    type: Literal["ppo"]
     prompt_baseline: Literal["none", "sft_mean", "greedy", "reference", "leave_one_out"] = "none"
     baseline_completions: Annotated[int, Field(ge=2)] = 4
     baseline_shrinkage: bool = False
@@ -178,7 +177,6 @@ class Ppo(Reinforced):
 class Online(Reinforced):
     """RLOO or GRPO, scored by the run's reward model and/or functions named `module:function`."""
 
-    type: Literal["rloo", "grpo"]
     reward_functions: list[Text] = []
 
 
@@ -196,7 +194,6 @@ class Sampled(Stage):
 class Evaluate(Sampled):
     """Sample base, baseline and policies on held-out prompts; score with the reward model and a judge."""
 
-    type: Literal["evaluate"]
     policies: list[Text] | None = None
     baseline: Text | None = None
     judge: Text | None = None
@@ -205,7 +202,6 @@ class Evaluate(Sampled):
 class Shift(Sampled):
     """Measure a reward model on several completions of a policy for each held-out prompt."""
 
-    type: Literal["shift"]
     data: Text | None = None
     policy: Text | None = None
     num_prompts: PositiveInt = 200

@@ -4,12 +4,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from pipeline.config.schema import Ppo, Stage
+from pipeline.config.stage_types import type_of
 from pipeline.data import media, tools
 from pipeline.data.faults import Row
 
-# What a stage takes, by its type.
-WANTED_BY = {"pretrain": "text", "sft": "demonstrations", "reward": "comparisons", "dpo": "comparisons"}
-WANTED_BY |= dict.fromkeys(("ppo", "rloo", "grpo", "evaluate", "shift"), "prompts")
 _SHP = {"history", "human_ref_A", "human_ref_B", "labels"}
 QUESTIONS, ANSWERS = ("prompt", "question", "instruction"), ("completions", "answers")
 LABELS = ("label", "kto_tag")
@@ -87,7 +85,7 @@ def is_dialogue(value: Any) -> bool:
 def wanted(stage: Stage, role: str) -> str:
     """What a stage wants of a dataset. Rows whose own answer is the baseline must have one."""
     needs_answers = isinstance(stage, Ppo) and stage.prompt_baseline == "reference" and role == "data"
-    return "demonstrations" if needs_answers else WANTED_BY[stage.type]
+    return "demonstrations" if needs_answers else type_of(stage).rows
 
 
 def serves(shape: str, columns: Iterable[str]) -> set[str]:

@@ -20,6 +20,7 @@ from pipeline.config import graph
 from pipeline.config.graph import datasets as datasets_of
 from pipeline.config.options import effective, length_limit
 from pipeline.config.schema import RunConfig, Sampled, TrainingStage
+from pipeline.config.stage_types import type_of
 from pipeline.data import heldout, sources
 from pipeline.data.audit import QUANTILES, Audit, Finding
 from pipeline.data.formats import FIELDS, detect, missing, serves, wanted
@@ -98,7 +99,7 @@ class Datasets:
         stage = self.config.stages[stage_name]
         dataset, want, limit = datasets_of(stage)[role], wanted(stage, role), length_limit(stage)
         # TRL renders the prompts of RLOO and GRPO itself, in full and without tools.
-        renders = stage.type not in ("rloo", "grpo")
+        renders = not type_of(stage).trl_tokenises
         truncates = self.config.too_long == "truncate" and renders
         max_length = limit[1] if truncates else None
         parts, measured = sources.find(self.config, dataset), []

@@ -11,16 +11,12 @@ from ruamel.yaml.error import YAMLError
 
 from pipeline.config.lineage import start_of
 from pipeline.config.options import effective, precision
-from pipeline.config.schema import RunConfig
+from pipeline.config.schema import Online, RunConfig
+from pipeline.config.stage_types import ZERO_2, ZERO_3, makes, type_of
 from pipeline.system.errors import UserError
 
-FSDP, ZERO_2, ZERO_3 = "FSDP", "DeepSpeed ZeRO-2", "DeepSpeed ZeRO-3"
-# The types of stage that each can carry, and why not the others.
-CARRIES: Mapping[str, tuple[str, ...]] = {
-    FSDP: (),
-    ZERO_2: ("pretrain", "sft", "reward", "ppo", "rloo", "grpo", "shift", "evaluate"),
-    ZERO_3: ("pretrain", "sft"),
-}
+FSDP = "FSDP"
+# Why a way to split a model cannot carry a type of stage; `sharded` of the type says which it can.
 REASONS: Mapping[str, str] = {
     FSDP: "it puts other parameters in the place of those that the checks of a stage look at, and loads weights in one "
     "process only",
@@ -88,12 +84,13 @@ def refusal(config: RunConfig, name: str, sharding: str | None) -> str | None:
     if sharding is None:
         return None
     stage = config.stages[name]
+    carried = type_of(stage).sharded
     reason = None
-    if stage.type not in CARRIES[sharding]:
+    if sharding not in carried:
         reason = REASONS[sharding]
-    elif sharding == ZERO_2 and stage.type in ("rloo", "grpo") and effective(stage.type, stage.training)["beta"]:
+    elif sharding == ZERO_2 and isinstance(stage, Online) and effective(stage.type, stage.training)["beta"]:
         reason = REASONS[ZERO_2]
-    elif sharding == ZERO_2 and stage.type == "reward" and precision("reward", stage.training) != "no":
+    elif sharding == ZERO_2 and makes(stage, "reward model") and precision(stage.type, stage.training) != "no":
         reason = (
             "in mixed precision it rounds the score head, and the saved model scores otherwise (`bf16: false` works)"
         )
@@ -101,6 +98,6 @@ def refusal(config: RunConfig, name: str, sharding: str | None) -> str | None:
         reason = "the parent's adapter would be merged by one process, while the others wait for its weights"
     if reason is None:
         return None
-    others = ZERO_2_FILE if sharding != ZERO_2 and stage.type in CARRIES[ZERO_2] else ""
+    others = ZERO_2_FILE if sharding != ZERO_2 and ZERO_2 in carried else ""
     mend = f"use {DDP_FILE}" + (f", or {others}" if others else "")
     return f"{stage.type} does not run under {sharding}: {reason}; {mend}"

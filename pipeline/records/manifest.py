@@ -15,7 +15,7 @@ from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 
 from pipeline.config.schema import Dtype
-from pipeline.config.stage_types import STAGE_CLASSES
+from pipeline.config.stage_types import STAGE_TYPES
 from pipeline.config.values import NAME
 from pipeline.records import metrics
 from pipeline.system.digests import file_digest
@@ -153,9 +153,9 @@ def _odd(manifest: Manifest) -> Fault | None:
 def _odd_record(name: str, record: Record, manifest: Manifest) -> Fault | None:
     if re.fullmatch(NAME, name) is None:
         return (), f"expected a name of letters, digits, `_`, `.` and `-`, got {metrics.shown(name)}"
-    if record.type not in STAGE_CLASSES:
-        return ("type",), f"expected one of {', '.join(sorted(STAGE_CLASSES))}, got {metrics.shown(record.type)}"
-    if record.type == "shift" and "reward" not in record.parents:
+    if record.type not in STAGE_TYPES:
+        return ("type",), f"expected one of {', '.join(sorted(STAGE_TYPES))}, got {metrics.shown(record.type)}"
+    if STAGE_TYPES[record.type].makes == "shift report" and "reward" not in record.parents:
         return ("parents", "reward"), "expected the name of the reward model's stage, got none"
     output = record.output
     for key, path in (("path", output.path), ("full", output.full), *(("files", file) for file in output.files)):

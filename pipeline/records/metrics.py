@@ -5,17 +5,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from pipeline.config.stage_types import STAGE_TYPES
+
 Number = float | None  # the manifest holds NaN as null
-# Of a training stage's metrics, those that people read first.
-HEADLINES = {
-    "pretrain": ("first_loss", "loss", "eval_loss"),
-    "sft": ("first_loss", "loss", "eval_loss", "mean_token_accuracy"),
-    "reward": ("loss", "accuracy", "eval_accuracy", "margin"),
-    "dpo": ("initial_loss", "loss", "rewards/accuracies", "rewards/margins"),
-    "ppo": ("initial_kl", "kl", "first_score", "score"),
-    "rloo": ("initial_kl", "kl", "first_reward", "reward"),
-    "grpo": ("initial_kl", "kl", "first_reward", "reward"),
-}
 
 
 class Metrics(BaseModel):
@@ -62,7 +54,7 @@ class Comparisons(Metrics):
 
 
 class Trained(Metrics):
-    """A training stage's metrics. Its HEADLINES are numbers too."""
+    """A training stage's metrics. Those of its headline are numbers too."""
 
     eval_loss: Number = None
     initial_eval_loss: Number = None
@@ -121,17 +113,18 @@ class Shifted(Metrics):
 
 def check(kind: str, metrics: dict[str, Any]) -> tuple[tuple[Any, ...], str] | None:
     """The place of the first fault in the metrics of a stage of type `kind` and the fault in words, or None."""
-    models = {"evaluate": Evaluated, "shift": Shifted}
+    stage_type = STAGE_TYPES[kind]
+    models = {"evaluation": Evaluated, "shift report": Shifted}
     try:
-        models.get(kind, Trained).model_validate(metrics)
+        models.get(stage_type.makes, Trained).model_validate(metrics)
     except ValidationError as error:
         first = error.errors()[0]
         return first["loc"], in_words(first)
-    for name in HEADLINES.get(kind, ()):
+    for name in stage_type.headline:
         value = metrics.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
             return (name,), f"expected a number or null, got {shown(value)}"
-    if kind == "evaluate" and metrics["baseline"] not in metrics["policies"]:
+    if stage_type.makes == "evaluation" and metrics["baseline"] not in metrics["policies"]:
         names = ", ".join(metrics["policies"]) or "none"
         return ("baseline",), f"expected one of the policies ({names}), got {shown(metrics['baseline'])}"
     return None

@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from transformers import TrainerCallback
 
+from pipeline.config.schema import Ppo
 from pipeline.models import scoring
 from pipeline.models.generation import Ids, Sampling, batches, generate, same_random_numbers
 from pipeline.rl.watchdog import Watchdog
@@ -77,7 +78,7 @@ class Watch:
     def __init__(self, ctx: StageContext, trainer: Any, parameters: dict[str, nn.Parameter]):
         self._ctx, self._trainer, self._parameters = ctx, trainer, parameters
         stage = ctx.stage
-        centred = stage.type == "ppo" and stage.prompt_baseline != "none"
+        centred = isinstance(stage, Ppo) and stage.prompt_baseline != "none"
         self._dog = Watchdog(stage.type, stage.on_alarm, self._say, lambda: finite(parameters.values()), centred)
         self._best: BestPolicy | None = None
         trainer.add_callback(self._dog)

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from transformers import TrainerCallback
 
+from pipeline.config.stage_types import STAGE_TYPES
+
 
 class Stopped(Exception):
     """The watchdog ended PPO at an alarm; the message is the alarm's."""
@@ -151,24 +153,9 @@ LENGTH = "completions/mean_length"
 # is summed over the completion. RLOO and GRPO log the KL per token: RLOO's is the mean log ratio, GRPO's the estimator
 # k3, which cannot be negative; they log none when `beta` is 0. A clip fraction is of tokens for PPO and GRPO, of
 # completions for RLOO. RLOO looks for equal rewards after the KL penalty: with `beta` above 0 it hardly finds any.
-_PPO = {
-    "objective/kl": ("kl", 0),
-    "objective/entropy": ("entropy", -1),
-    "policy/clipfrac_avg": ("clip_fraction", 0),
-    LENGTH: ("length", 0),
-    "completions/missing_eos": ("missing_eos", 0),
-    "value/explained_variance": ("explained_variance", 0),
-}
-_RLOO = {
-    "kl": ("kl", 1),
-    "entropy": ("entropy", 0),
-    "clip_ratio/region_mean": ("clip_fraction", 0),
-    LENGTH: ("length", 0),
-    "completions/clipped_ratio": ("missing_eos", 0),
-    "frac_reward_zero_std": ("frac_reward_zero_std", 0),
-}
-_GRPO = _RLOO | {"clip_ratio": ("clip_fraction", 0)}  # its name with Liger kernels
-MEASURES: Mapping[str, Mapping[str, tuple[str, int]]] = {"ppo": _PPO, "rloo": _RLOO, "grpo": _GRPO}
+
+
+MEASURES = {name: row.watched for name, row in STAGE_TYPES.items() if row.watched}
 
 
 def measures_of(stage_type: str, logs: Mapping[str, Any]) -> dict[str, float]:
@@ -221,7 +208,7 @@ class Watchdog(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not self._finite():
             self._compare(WEIGHTS, math.nan, state.global_step, control)
-        if self._stop is not None and self.stage_type == "ppo":
+        if self._stop is not None and not STAGE_TYPES[self.stage_type].autocast:
             raise Stopped(self._stop)
 
     def _look(self, logs: Mapping[str, Any], update: int, control: Any) -> None:

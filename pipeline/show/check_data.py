@@ -10,7 +10,8 @@ from rich.rule import Rule
 
 from pipeline.chain import preflight, run_folder
 from pipeline.config.options import effective
-from pipeline.config.schema import RunConfig, Stage
+from pipeline.config.schema import RunConfig, Stage, TrainingStage
+from pipeline.config.stage_types import type_of
 from pipeline.data.audit import Audit, Finding
 from pipeline.data.faults import Row
 from pipeline.data.joints import begins_with
@@ -164,12 +165,10 @@ def parts_of(row: Row, stage: Stage, tokenizer: Any) -> list[tuple[str, list[tup
         return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     if "input_ids" not in row:
-        trains = stage.type == "dpo"
-        return [
-            (label, [(text(row[ids]), trains and ids != "prompt_ids")]) for ids, label in _SIDES.items() if ids in row
-        ]
+        trains_on = type_of(stage).trains_on
+        return [(label, [(text(row[ids]), ids in trains_on)]) for ids, label in _SIDES.items() if ids in row]
     mask = row.get("completion_mask", [1] * len(row["input_ids"]))
-    if stage.type == "sft" and not effective("sft", stage.training)["completion_only_loss"]:
+    if isinstance(stage, TrainingStage) and not effective(stage.type, stage.training).get("completion_only_loss", True):
         mask = [1] * len(mask)
     groups = itertools.groupby(zip(row["input_ids"], mask, strict=True), key=lambda pair: pair[1])
     return [("", [(text([ids for ids, _ in group]), bool(bit)) for bit, group in groups])]

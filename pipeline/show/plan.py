@@ -6,7 +6,8 @@ from pipeline.chain.preflight import Facts
 from pipeline.chain.staleness import Decision
 from pipeline.config.lineage import start_of
 from pipeline.config.options import effective
-from pipeline.config.schema import BASE, RunConfig, Stage, TrainingStage
+from pipeline.config.schema import BASE, Evaluate, Online, RunConfig, Shift, Stage, TrainingStage
+from pipeline.config.stage_types import type_of
 from pipeline.data.audit import Audit
 from pipeline.show.screen import Cell, Table, show
 from pipeline.show.tables import count
@@ -15,7 +16,7 @@ from pipeline.show.tables import count
 def describe_start(config: RunConfig, name: str) -> str:
     """What a stage starts from, in words."""
     stage: Stage = config.stages[name]
-    if stage.type == "shift":
+    if isinstance(stage, Shift):
         return f"{stage.policy}, {stage.reward}"
     if not isinstance(stage, TrainingStage):
         return ", ".join([f"base, {stage.baseline}", *stage.policies])
@@ -33,11 +34,11 @@ def describe_start(config: RunConfig, name: str) -> str:
 def describe_reference(config: RunConfig, name: str) -> str:
     """What a stage's reference policy is, in words."""
     stage = config.stages[name]
-    if stage.type == "evaluate":
+    if isinstance(stage, Evaluate):
         return f"{stage.baseline} (win rate, KL)"
-    if stage.type not in ("ppo", "rloo", "grpo", "dpo"):
+    if not type_of(stage).has_reference:
         return "-"
-    if stage.type in ("rloo", "grpo") and not effective(stage.type, stage.training)["beta"]:
+    if isinstance(stage, Online) and not effective(stage.type, stage.training)["beta"]:
         return "none (beta: 0)"
     return "frozen copy of " + ("base model" if stage.init == BASE else stage.init)
 

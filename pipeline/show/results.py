@@ -6,9 +6,9 @@ from typing import Any
 
 from rich.console import Console
 
+from pipeline.config.stage_types import STAGE_TYPES, Makes
 from pipeline.records import manifest
 from pipeline.records.manifest import Manifest, Record
-from pipeline.records.metrics import HEADLINES
 from pipeline.show.screen import Table, say, show
 from pipeline.show.tables import duration, estimate, interval, number
 from pipeline.system.errors import UserError
@@ -17,14 +17,18 @@ from pipeline.system.streams import printable
 MEASURES = {"judge": "judge", "score": "reward model"}
 
 
+def _makes(record: Record) -> Makes:
+    return STAGE_TYPES[record.type].makes
+
+
 def _headline(record: Record) -> str:
     metrics = record.metrics
-    if record.type == "evaluate":
+    if _makes(record) == "evaluation":
         policies = metrics["policies"].items()
         return "\n".join(f"{name}: {_wins(s)}" for name, s in policies if name not in ("base", metrics["baseline"]))
-    if record.type == "shift":
+    if _makes(record) == "shift report":
         return ", ".join(f"{key} {estimate(metrics[key])}" for key in ("icc", "within_sd", "length_correlation"))
-    found = {key.replace("_", " "): metrics[key] for key in HEADLINES.get(record.type, ()) if key in metrics}
+    found = {key.replace("_", " "): metrics[key] for key in STAGE_TYPES[record.type].headline if key in metrics}
     resumed = f" (resumed at step {record.resumed_from_step})" if record.resumed_from_step else ""
     return ", ".join(f"{key} {number(value)}" for key, value in found.items()) + resumed
 
@@ -39,7 +43,7 @@ def _wins(summary: dict[str, Any]) -> str:
 def result_table(finished: Manifest, console: Console) -> None:
     """The policies side by side, from the run's evaluate stages."""
     for name, record in finished.stages.items():
-        if record.type != "evaluate":
+        if _makes(record) != "evaluation":
             continue
         baseline, policies = record.metrics["baseline"], record.metrics["policies"]
         measures = {measure: label for measure, label in MEASURES.items() if measure in policies[baseline]}
@@ -62,7 +66,7 @@ def result_table(finished: Manifest, console: Console) -> None:
 def shift_table(finished: Manifest, console: Console) -> None:
     """What the shift reports of the reward models found, in two lines each."""
     for name, record in finished.stages.items():
-        if record.type != "shift":
+        if _makes(record) != "shift report":
             continue
         metrics, held_out = record.metrics, record.metrics["comparisons"] or {"accuracy": None}
         figures = {"ICC": metrics["icc"], "within-prompt SD": metrics["within_sd"]}
@@ -77,9 +81,11 @@ def snippet(run_dir: Path, recorded: Manifest, record: Record) -> str:
     """Python that loads a stage's output with transformers and peft alone."""
     folder = run_dir / record.output.path
     if record.output.kind == "report":
-        figures = "report.json: the figures, *.png: plots" if record.type == "shift" else "table.json: the table"
+        figures = (
+            "report.json: the figures, *.png: plots" if _makes(record) == "shift report" else "table.json: the table"
+        )
         return f"# {folder}/samples.jsonl: all completions side by side; {folder}/{figures}"
-    scores = record.type == "reward"
+    scores = _makes(record) == "reward model"
     model = recorded.model
     dtype = model.get("dtype", "float32")
     auto = "AutoModelForCausalLM"

@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.console import Console
 
+from pipeline.config.stage_types import STAGE_TYPES
 from pipeline.shift.advice import advice
 from pipeline.show.results import recorded_in
 from pipeline.show.screen import Table, say, show
@@ -72,7 +73,9 @@ def table(report: dict[str, Any], console: Console, title: str) -> None:
 def reports(run_dir: Path, stage: str | None, console: Console) -> None:
     """The full shift reports of a run folder, or the one of `stage`: a stage of type shift, or a reward model."""
     recorded = recorded_in(run_dir)
-    found = {name: record for name, record in recorded.stages.items() if record.type == "shift"}
+    found = {
+        name: record for name, record in recorded.stages.items() if STAGE_TYPES[record.type].makes == "shift report"
+    }
     chosen = {name: record for name, record in found.items() if stage in (None, name, record.parents["reward"])}
     if not chosen:
         seen = f"it has {', '.join(found)}" if found else "a stage of type shift makes one"

@@ -4,14 +4,14 @@ import functools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
 
 from accelerate import PartialState
 
 from pipeline.config.graph import datasets
 from pipeline.config.lineage import Place, place_of, start_of
 from pipeline.config.options import with_defaults
-from pipeline.config.schema import RunConfig
+from pipeline.config.schema import RunConfig, Stage
 from pipeline.config.stage_types import config_class
 from pipeline.data.prepare import Datasets
 from pipeline.data.sources import fingerprint_of
@@ -31,9 +31,15 @@ class Result:
     resumed_from_step: int | None = None
 
 
+S = TypeVar("S", bound=Stage, covariant=True)
+
+
 @dataclass(frozen=True)
-class StageContext:
-    """What a stage needs of its run. A stage writes below `folder`, and its output to `new_output`."""
+class StageContext(Generic[S]):
+    """Give a stage what it needs of its run; `S` is the class of the stage's own section.
+
+    A stage writes below `folder`, and its output to `new_output`.
+    """
 
     config: RunConfig
     name: str
@@ -43,8 +49,8 @@ class StageContext:
     identity: str
 
     @property
-    def stage(self) -> Any:
-        return self.config.stages[self.name]
+    def stage(self) -> S:
+        return cast(S, self.config.stages[self.name])
 
     @property
     def seed(self) -> int:

@@ -8,7 +8,7 @@ from accelerate import PartialState
 from peft import PeftConfig
 
 from pipeline.config.lineage import place_of
-from pipeline.config.stage_types import POLICY_TYPES
+from pipeline.config.stage_types import POLICIES, makes
 from pipeline.models.loading import num_parameters
 from pipeline.training import assertions, checkpoints
 from pipeline.training.context import Result, StageContext, write_json
@@ -44,7 +44,7 @@ def fit(
     if checkpoint is not None and checkpoints.is_last(checkpoint) and hasattr(trainer.train_dataset, "__len__"):
         trainer.args.max_steps, trainer.args.num_train_epochs = -1, 0  # or it would make one step more
     # Before the first step, with the model as its launcher wraps it; a checkpoint's log has it already.
-    trainer.args.eval_on_start |= trainer.eval_dataset is not None and ctx.stage.type in POLICY_TYPES
+    trainer.args.eval_on_start |= trainer.eval_dataset is not None and makes(ctx.stage, *POLICIES)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if checkpoint is None:
         assertions.has_trained(before, trainable, ctx.name)
@@ -52,7 +52,7 @@ def fit(
     metrics |= first_and_last(trainer.state.log_history, {name: name for name in METRICS})
     if trainer.eval_dataset is not None:
         held_out = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-        if held_out and ctx.stage.type in POLICY_TYPES:
+        if held_out and makes(ctx.stage, *POLICIES):
             metrics["initial_eval_loss"] = held_out[0]
         metrics |= {k: v for k, v in trainer.evaluate().items() if not k.endswith(("_runtime", "_per_second", "epoch"))}
     metrics["steps"] = trainer.state.global_step

@@ -1,0 +1,145 @@
+"""Refuse what cannot work: combinations of keys that are each valid alone."""
+
+from typing import Any
+
+from pipeline.config import options
+from pipeline.config.document import Problems
+from pipeline.config.graph import datasets
+from pipeline.config.lineage import same_shape
+from pipeline.config.schema import BASE, Online, Ppo, Reinforced, RunConfig, Source, TrainingStage
+from pipeline.config.stage_types import type_of
+from pipeline.system.errors import unknown
+
+# The only values that these options of pretraining may have with a streamed dataset.
+_STREAMED: dict[str, Any] = {
+    "dataloader_num_workers": False,
+    "shuffle_dataset": False,
+    "padding_free": False,
+    "auto_find_batch_size": False,
+    "packing": True,
+    "packing_strategy": "wrapped",
+    "accelerator_config": None,
+}
+
+
+def check_sources(config: RunConfig, problems: Problems) -> None:
+    """A dataset has one source or a list of them; weights mix several, and all or none."""
+    for name, data in config.data.items():
+        if (data.path is None) != bool(data.sources):
+            problems.add(
+                "give either `path` (a file, folder, glob or hub id) or `sources` (a list of them)", "data", name
+            )
+        if data.sources:
+            for key in sorted((data.model_fields_set & Source.model_fields.keys()) - {"path"}):
+                problems.add("with `sources`, each of them has its own", "data", name, key)
+        elif data.weight is not None:
+            problems.add("only the entries of `sources` have weights", "data", name, "weight")
+        if len({source.weight is None for source in data.sources}) > 1:
+            problems.add("give all of them a `weight`, or none", "data", name, "sources")
+
+
+def check_training(config: RunConfig, name: str, training: dict[str, Any], problems: Problems) -> None:
+    """TRL accepts the options of a stage together, and they fit the stage's datasets."""
+    stage: TrainingStage = config.stages[name]
+    message = options.rehearse(stage.type, training)
+    if message:
+        problems.add(message, "stages", name, "training")
+    if training.get("eval_strategy", "no") != "no" and "eval_data" not in datasets(stage):
+        problems.add("`eval_strategy` needs `eval_data`", "stages", name, "training")
+    if type_of(stage).rows != "text":
+        return
+    if stage.data in config.data and config.data[stage.data].streaming:
+        _check_stream(stage.type, name, training, problems)
+    elif not message:
+        _check_packing(stage.type, name, training, problems)
+
+
+def _check_stream(stage_type: str, name: str, training: dict[str, Any], problems: Problems) -> None:
+    """What pretraining on a stream asks of its options."""
+    values = options.effective(stage_type, training)
+    where = ("stages", name, "training")
+    for key in ("max_steps", "max_length"):
+        if values[key] is None or values[key] <= 0:
+            problems.add("is required with a streamed dataset, whose length is not known", *where, key)
+    for key, only in _STREAMED.items():
+        if key in training and training[key] != only:
+            problems.add(
+                f"a streamed dataset is shuffled by its `shuffle_buffer` and packed: only {only} fits", *where, key
+            )
+
+
+def _check_packing(stage_type: str, name: str, training: dict[str, Any], problems: Problems) -> None:
+    """Packed pieces have a length."""
+    values = options.effective(stage_type, training)
+    if values["packing"] and values["max_length"] is None:
+        problems.add("is the length of packed pieces; give a number", "stages", name, "training", "max_length")
+
+
+def check_reinforced(name: str, stage: Reinforced, problems: Problems) -> None:
+    """An RL stage has what its watchdog, its held-out score and its baseline need."""
+    if stage.on_alarm == "stop" and stage.eval_data is None:
+        problems.add("`on_alarm: stop` needs `eval_data`: held-out prompts that tell the best policy", "stages", name)
+    if isinstance(stage, Online) and stage.eval_data is not None and stage.reward is None:
+        mend = "name one as `reward`, or leave it out"
+        problems.add(f"held-out prompts are scored by a reward model; {mend}", "stages", name, "eval_data")
+    if not isinstance(stage, Ppo):
+        return
+    if stage.baseline_shrinkage and (stage.shift is None or stage.prompt_baseline == "none"):
+        wrong = "needs a `prompt_baseline`, and a stage of type shift that measured the ICC of its reward model"
+        problems.add(wrong, "stages", name, "baseline_shrinkage")
+    if stage.prompt_baseline == "leave_one_out":
+        _check_groups(name, stage, problems)
+
+
+def _check_groups(name: str, stage: Ppo, problems: Problems) -> None:
+    """Every batch that is scored at once holds whole groups of completions of one prompt."""
+    values = options.effective(stage.type, stage.training)
+    number = stage.baseline_completions
+    sizes = {
+        "local_rollout_forward_batch_size": values["local_rollout_forward_batch_size"],
+        "per_device_train_batch_size": values["per_device_train_batch_size"] * values["gradient_accumulation_steps"],
+    }
+    for key, size in sizes.items():
+        if size % number:
+            wrong = f"{size} completions do not make whole groups of {number} (`baseline_completions`)"
+            problems.add(wrong, "stages", name, "training", key)
+
+
+def check_weights(config: RunConfig, problems: Problems) -> None:
+    """Refuse what the weights cannot do: training 4-bit weights, adapters on a model that does not exist yet."""
+    scratch = config.model.scratch
+    attention = config.model.attn_implementation or ""
+    if attention.startswith("flash_attention") and config.model.dtype == "float32":
+        message = "flash attention does not compute in float32, as PPO and evaluate would; set model.dtype to bfloat16"
+        problems.add(f"{message}, or attn_implementation to sdpa", "model", "attn_implementation")
+    for name, stage in config.stages.items():
+        if isinstance(stage, TrainingStage):
+            _check_start(config, name, stage, problems)
+    if scratch is None:
+        return
+    for dataset in scratch.tokenizer.data:
+        if dataset not in config.data:
+            problems.add(unknown("dataset", dataset, config.data), "model", "scratch", "tokenizer", "data")
+    if config.quantization:
+        problems.add("a model from scratch cannot be quantised", "quantization")
+
+
+def _check_start(config: RunConfig, name: str, stage: TrainingStage, problems: Problems) -> None:
+    """A stage can train what its parent hands on, as its `lora` asks."""
+    where = ("stages", name, "lora")
+    parent = None if stage.init is None else config.stages.get(stage.init)
+    if config.quantization and stage.lora is None:
+        problems.add("a quantised base cannot be trained in full; give LoRA options or drop `quantization`", *where)
+    elif stage.lora is None and config.model.dtype != "float32":
+        problems.add(
+            f"all weights would train in {config.model.dtype}, which rounds most steps of an optimizer to nothing; "
+            "set model.dtype to float32 (with `bf16: true`, TRL's default, it computes in bf16), or give LoRA",
+            *where,
+        )
+    elif config.quantization and parent is not None and not same_shape(parent.lora or {}, stage.lora or {}):
+        merged = "which would have to be merged into quantised weights; use the same LoRA options in both stages"
+        problems.add(f"differs in shape from the adapter of {stage.init!r}, {merged}", *where)
+    trains_text_in_full = type_of(stage).rows == "text" and stage.lora is None
+    if config.model.scratch and stage.init == BASE and not trains_text_in_full:
+        message = "a model from scratch has no weights yet: start with a pretrain stage that has `lora: null`"
+        problems.add(message, "stages", name)
