@@ -1,5 +1,6 @@
 """The manifest of a run folder, and what is decided from it."""
 
+import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,6 +33,16 @@ def test_commit_and_drop(run_dir, make_record):
     assert manifest.read(run_dir) == Manifest(name="tiny", stages=records)
     manifest.drop(run_dir, ["sft", "never there"])
     assert list(manifest.read(run_dir).stages) == ["pretrain", "dpo"]
+
+
+def test_a_record_without_a_reason_is_read(run_dir, make_record):
+    """As earlier versions wrote it."""
+    manifest.commit(run_dir, "sft", make_record(reason="seed: 0 -> 1"))
+    assert manifest.read(run_dir).stages["sft"].reason == "seed: 0 -> 1"
+    content = json.loads((run_dir / manifest.FILE).read_text())
+    del content["stages"]["sft"]["reason"]
+    (run_dir / manifest.FILE).write_text(json.dumps(content))
+    assert manifest.read(run_dir).stages["sft"].reason is None
 
 
 def test_drop_of_nothing_leaves_the_file(run_dir):

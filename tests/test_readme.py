@@ -24,7 +24,6 @@ import pipeline
 from pipeline.config import options, schema, stage_types
 from pipeline.config.load import load
 from pipeline.data import formats, run_tokenizer
-from pipeline.data.prepare import Datasets
 from pipeline.records import manifest
 from pipeline.rl.watchdog import HEALTHY, Range
 from pipeline.shift.advice import RULES
@@ -260,7 +259,7 @@ def test_example_row_goes_into_the_stages_it_fits(tmp_path, shape, row, fits):
         alone = config.model_copy(update={"stages": {want: config.stages[want]}})
         tokenizer = run_tokenizer.build(alone)
         with contextlib.suppress(UserError):
-            prepared = Datasets(alone, tokenizer, run_tokenizer.fingerprint(tokenizer)).prepare(want, "data")
+            prepared = tiny.StageRows(alone, tokenizer).prepare(want, "data")
             assert (len(prepared.rows), prepared.audit.num_dropped) == (1, 0)
             accepted.add(want)
     assert accepted == fits

@@ -63,6 +63,7 @@ class Record(Frozen):
     duration: FiniteFloat
     resumed_from_step: int | None = None
     git_revision: str | None = None
+    reason: str | None = None  # why the stage ran, in words; records of earlier versions lack it
 
 
 class TokenizerRecord(Frozen):
