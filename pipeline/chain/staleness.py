@@ -13,7 +13,7 @@ from pipeline.config.graph import datasets, functions_of, parents
 from pipeline.config.requests import run_data
 from pipeline.config.schema import RunConfig, TrainingStage
 from pipeline.config.stage_types import type_of
-from pipeline.data import sources
+from pipeline.data import fingerprints
 from pipeline.data.prepare import Datasets
 from pipeline.records import manifest
 from pipeline.records.manifest import Manifest
@@ -70,7 +70,7 @@ def _config_of(config: RunConfig, name: str) -> dict[str, Any]:
 def _data_inputs(config: RunConfig, name: str, read: Datasets) -> dict[str, str]:
     stage, inputs = config.stages[name], {}
     for role, dataset in datasets(stage).items():
-        inputs[role] = sources.fingerprint_of(dataset, config.data[dataset], config.folder)
+        inputs[role] = fingerprints.of_dataset(dataset, config.data[dataset], config.folder)
         if graph.is_shared(config, dataset):
             inputs[f"{role}: held-out share"] = str(config.data[dataset].heldout)
         trained_on = graph.role_split(role, isinstance(stage, TrainingStage)) == graph.TRAIN
@@ -89,7 +89,7 @@ def identify(config: RunConfig, name: str, recorded: Manifest, read: Datasets | 
     """The identity of a stage whose parents are finished; a parent that is not has an empty digest."""
     inputs = _data_inputs(config, name, read or Datasets(run_data(config)))
     if config.model.path:
-        inputs["base model"] = base_model.digest_of(config)
+        inputs["base model"] = base_model.fingerprint(config)
     for role, parent in parents(config.stages[name]).items():
         record = recorded.stages.get(parent)
         inputs[role] = digest(record.output.files) if record else ""

@@ -17,7 +17,8 @@ from pipeline.data.audit import Audit, Finding
 from pipeline.data.faults import Row
 from pipeline.data.joints import begins_with
 from pipeline.data.prepare import Datasets
-from pipeline.data.rows import ROWS, RowKind
+from pipeline.data.row_kind import RowKind
+from pipeline.data.rows import ROWS
 from pipeline.show.screen import Cell, Table, say, show
 from pipeline.show.tables import count
 from pipeline.system.errors import UserError, all_of, unknown

@@ -14,8 +14,8 @@ from pipeline.config.options import with_defaults
 from pipeline.config.requests import request, run_data
 from pipeline.config.schema import RunConfig, Stage
 from pipeline.config.stage_types import config_class
+from pipeline.data import fingerprints
 from pipeline.data.prepare import Datasets
-from pipeline.data.sources import fingerprint_of
 from pipeline.models.loading import Loader, Weights, merge
 from pipeline.records import manifest
 from pipeline.records.manifest import Record
@@ -125,7 +125,7 @@ class StageContext(Generic[S]):
         for role, name in datasets(self.stage).items():
             recorded[role] = {
                 "dataset": name,
-                "fingerprint": fingerprint_of(name, self.config.data[name], self.config.folder),
+                "fingerprint": fingerprints.of_dataset(name, self.config.data[name], self.config.folder),
             }
             if self.config.data[name].streaming:
                 continue
