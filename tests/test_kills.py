@@ -148,7 +148,7 @@ time.sleep(100)
 FINISHES = """
 import sys, time
 from pathlib import Path
-from pipeline import manifest
+from pipeline.records import manifest
 run_dir = Path(sys.argv[1])
 record = manifest.read(run_dir).stages["reward"]
 manifest.commit(run_dir, "sft", record)

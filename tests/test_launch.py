@@ -31,7 +31,7 @@ STAGES = {"sft": tiny.SFT, "reward": tiny.REWARD, "ppo": tiny.PPO, "dpo": tiny.D
 # a GPU; waiting for a second process that never comes would not end.
 LOOK = """
 import os, sys, torch
-from pipeline.config import load
+from pipeline.config.load import load
 before = dict(os.environ)
 load(sys.argv[1])
 assert dict(os.environ) == before

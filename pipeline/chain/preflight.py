@@ -15,6 +15,7 @@ from pipeline.chain import positions
 from pipeline.config import functions
 from pipeline.config.graph import datasets, functions_of
 from pipeline.config.options import effective
+from pipeline.config.requests import request, run_data
 from pipeline.config.schema import Online, Ppo, RunConfig, TrainingStage
 from pipeline.config.stage_types import makes
 from pipeline.data.audit import Audit
@@ -47,14 +48,14 @@ def check(config: RunConfig, names: list[str], tokenizer: Any, key: str) -> dict
         weights.check_base(config, tokenizer)
     problems: list[str] = []
     facts: dict[str, Facts] = {}
-    read = Datasets(config, tokenizer, key)
+    read = Datasets(run_data(config), tokenizer, key)
     for name in names:
         try:
-            audits = audit(read, name)
+            audits = audit(config, read, name)
             faults = [fault for found in audits.values() for fault in found.problems(config.checks.model_dump())]
             problems += [f"stages.{name}: {fault}" for fault in faults]
             if not faults:
-                facts[name] = _facts(read, name, audits)
+                facts[name] = _facts(config, read, name, audits)
         except UserError as error:
             problems.append(f"stages.{name}: {error}")
     if problems:
@@ -62,32 +63,31 @@ def check(config: RunConfig, names: list[str], tokenizer: Any, key: str) -> dict
     return facts
 
 
-def audit(read: Datasets, name: str) -> dict[str, Audit]:
+def audit(config: RunConfig, read: Datasets, name: str) -> dict[str, Audit]:
     """The account of the datasets of a stage, by role; of a stream that of its first documents.
 
     Raises:
         UserError: if one cannot be read or does not fit the stage.
     """
-    stage, audits = read.config.stages[name], {}
+    stage, audits = config.stages[name], {}
     for role, dataset in datasets(stage).items():
-        if read.config.data[dataset].streaming:
+        if config.data[dataset].streaming:
             length = effective(stage.type, stage.training)["max_length"]
-            audits[role] = TextStream(read, dataset, length, read.config.seed_of(name)).look()
+            audits[role] = TextStream(read, dataset, length, config.seed_of(name)).look()
         else:
-            audits[role] = read.prepare(name, role).audit
+            audits[role] = read.prepare(request(config, name, role)).audit
     return audits
 
 
-def _facts(read: Datasets, name: str, audits: dict[str, Audit]) -> Facts:
-    config, tokenizer = read.config, read.tokenizer
+def _facts(config: RunConfig, read: Datasets, name: str, audits: dict[str, Audit]) -> Facts:
     stage = config.stages[name]
     for field, reference in functions_of(stage):
-        prompt = read.prepare(name, "data").rows[0]["prompt"][-1]["content"]
+        prompt = read.prepare(request(config, name, "data")).rows[0]["prompt"][-1]["content"]
         functions.check(reference, config.folder, f"stages.{name}.{field}", prompt)
     positions.check(config, name, audits)
     if not isinstance(stage, TrainingStage):
         return Facts(audits)
-    return Facts(audits, _steps(stage, audits["data"]), _parameters(config, stage, tokenizer))
+    return Facts(audits, _steps(stage, audits["data"]), _parameters(config, stage, read.tokenizer))
 
 
 def _only_linear(model: PeftModel) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from pipeline.base import base_model
 from pipeline.config import functions, graph
 from pipeline.config.graph import datasets, functions_of, parents
+from pipeline.config.requests import run_data
 from pipeline.config.schema import RunConfig, TrainingStage
 from pipeline.config.stage_types import type_of
 from pipeline.data import sources
@@ -69,7 +70,7 @@ def _config_of(config: RunConfig, name: str) -> dict[str, Any]:
 def _data_inputs(config: RunConfig, name: str, read: Datasets) -> dict[str, str]:
     stage, inputs = config.stages[name], {}
     for role, dataset in datasets(stage).items():
-        inputs[role] = sources.fingerprint_of(config, dataset)
+        inputs[role] = sources.fingerprint_of(dataset, config.data[dataset], config.folder)
         if graph.is_shared(config, dataset):
             inputs[f"{role}: held-out share"] = str(config.data[dataset].heldout)
         trained_on = graph.role_split(role, isinstance(stage, TrainingStage)) == graph.TRAIN
@@ -86,7 +87,7 @@ def _data_inputs(config: RunConfig, name: str, read: Datasets) -> dict[str, str]
 
 def identify(config: RunConfig, name: str, recorded: Manifest, read: Datasets | None = None) -> Identity:
     """The identity of a stage whose parents are finished; a parent that is not has an empty digest."""
-    inputs = _data_inputs(config, name, read or Datasets(config))
+    inputs = _data_inputs(config, name, read or Datasets(run_data(config)))
     if config.model.path:
         inputs["base model"] = base_model.digest_of(config)
     for role, parent in parents(config.stages[name]).items():
@@ -129,7 +130,7 @@ def _stale(identity: Identity, record: manifest.Record | None) -> str | None:
 def decide(config: RunConfig, recorded: Manifest, redo: tuple[str, ...] = ()) -> list[Decision]:
     """What would happen to each stage, in order."""
     decisions: dict[str, Decision] = {}
-    read = Datasets(config)
+    read = Datasets(run_data(config))
     for name, stage in config.stages.items():
         again = [parent for parent in dict.fromkeys(parents(stage).values()) if decisions[parent].run]
         record = recorded.stages.get(name)
