@@ -1,4 +1,4 @@
-"""The architecture of a new model: fields of a transformers config class, checked before any model is built.
+"""Check the architecture of a new model, fields of a transformers config class, before any model is built.
 
 transformers looks at a field where the model is built, layer by layer. A number that is absurd would fill the memory
 first, and a wrong type is a traceback of one of a dozen kinds.
@@ -12,6 +12,7 @@ from typing import Any
 
 from pipeline.config import ranges
 from pipeline.config.document import kind_of
+from pipeline.config.schema import Options
 from pipeline.system.errors import nearest, reason_of
 
 # Fields that are a size or a number of parts, and the largest that a new model may have. No one could train a model
@@ -31,8 +32,8 @@ _DECODERS = ("bart", "mbart", "mvp")  # their language model is the decoder, wha
 _MOST_PARTS = 20_000  # layers times experts
 
 
-def problems_of(values: dict[str, Any]) -> list[tuple[str, str]]:
-    """What is wrong with the fields of `model.scratch.architecture`, as (field, message) pairs."""
+def problems_of(values: Options) -> list[tuple[str, str]]:
+    """Say what is wrong with the fields of `model.scratch.architecture`, as (field, message) pairs."""
     from transformers import CONFIG_MAPPING
 
     model_type = values.get("model_type")
@@ -52,7 +53,7 @@ def problems_of(values: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def fault_of_file(file: Path) -> str | None:
-    """Why a model's config.json describes no model that could be loaded, or None.
+    """Say why a model's config.json describes no model that could be loaded, or return None.
 
     It is looked at before transformers reads it, which makes a list as long as the model has layers.
     """
@@ -76,8 +77,8 @@ def fault_of_file(file: Path) -> str | None:
     return None if error is None else f"{file}: {_last_line(error)}; restore it from where the model came"
 
 
-def _bounds_of(key: str, value: Any) -> str | None:
-    """Why a size is none that a model can have, or None."""
+def _bounds_of(key: str, value: object) -> str | None:
+    """Say why a model cannot have this size, or return None."""
     for number in ranges.numbers_in(value):
         if isinstance(number, int) and abs(number) > ranges.LARGEST:
             return ranges.not_usable(number)
@@ -89,20 +90,20 @@ def _bounds_of(key: str, value: Any) -> str | None:
     return None
 
 
-def _fault_of(key: str, value: Any, default: Any) -> str | None:
-    """Why a field cannot have this value, or None; `default` is that of its class."""
+def _fault_of(key: str, value: object, default: object) -> str | None:
+    """Say why a field cannot have this value, or return None; `default` is that of its class."""
     for number in ranges.numbers_in(value):
         if fault := ranges.not_usable(number):
             return fault
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     wants_number = isinstance(default, (int, float)) and not isinstance(default, bool)
-    if wants_number and not is_number and value is not None:
+    number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    if wants_number and number is None and value is not None:
         return f"expected a number such as {default}, got {kind_of(value)}"
     if fault := _unknown_choice(key, value):
         return fault
     rule = _range_of(key)
-    if is_number and rule is not None and not rule.holds(value):
-        return f"must be {rule}, got {value}"
+    if number is not None and rule is not None and not rule.holds(number):
+        return f"must be {rule}, got {number}"
     if key not in _BOUNDS or value is None:
         return None
     if not isinstance(value, int) or isinstance(value, bool):
@@ -110,8 +111,8 @@ def _fault_of(key: str, value: Any, default: Any) -> str | None:
     return _bounds_of(key, value)
 
 
-def _unknown_choice(key: str, value: Any) -> str | None:
-    """Why a name is none that the model's code knows, or None; it would look it up where it is built."""
+def _unknown_choice(key: str, value: object) -> str | None:
+    """Say why the model's code does not know a name, or return None; it looks names up where the model is built."""
     if isinstance(value, str) and (key.endswith("_act") or "activation" in key):
         from transformers.activations import ACT2FN
 
@@ -128,7 +129,7 @@ def _unknown_choice(key: str, value: Any) -> str | None:
 
 
 def _range_of(key: str) -> ranges.Range | None:
-    """The range of a field, told from its name: models have a dozen names for each of these."""
+    """Find the range of a field by its name: models have a dozen names for each of these."""
     if "drop" in key:
         return ranges.Range(low=0, high=1, below=True)
     if key.endswith(("eps", "epsilon", "initializer_range")):
@@ -136,8 +137,8 @@ def _range_of(key: str) -> ranges.Range | None:
     return None
 
 
-def _refusal(config_class: type, values: dict[str, Any]) -> list[tuple[str, str]]:
-    """What the config class itself says, of single fields where they are the fault, else of all of them together."""
+def _refusal(config_class: type, values: Options) -> list[tuple[str, str]]:
+    """Collect what the config class itself refuses: single fields if they are the fault, else all of them together."""
     from huggingface_hub.errors import StrictDataclassClassValidationError
 
     fields = {key: value for key, value in values.items() if key != "model_type"}
@@ -154,8 +155,8 @@ def _refusal(config_class: type, values: dict[str, Any]) -> list[tuple[str, str]
     return problems or [("", f"{name} does not take these fields together: {_last_line(error)}")]
 
 
-def _disagreement(values: dict[str, Any]) -> str | None:
-    """Why these fields make no language model, which the class does not look at."""
+def _disagreement(values: Options) -> str | None:
+    """Say why these fields make no language model, which the class does not look at."""
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -177,8 +178,8 @@ def _disagreement(values: dict[str, Any]) -> str | None:
     return None
 
 
-def _error_of(config_class: Callable[..., Any], fields: dict[str, Any]) -> Exception | None:
-    """The error of a config class at these fields, or None."""
+def _error_of(config_class: Callable[..., Any], fields: Options) -> Exception | None:
+    """Return the error of a config class at these fields, or None."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()

@@ -1,4 +1,4 @@
-"""Options of TRL, transformers and PEFT that take one of a few words, or a pattern, where their classes take any text.
+"""Check options of TRL, transformers and PEFT whose classes take any text, and that know a few words or a pattern.
 
 A wrong word is found by the trainer, in its first step, or by no one: an unknown `scale_rewards` scales nothing.
 """
@@ -6,7 +6,6 @@ A wrong word is found by the trainer, in its first step, or by no one: an unknow
 import enum
 import re
 import typing
-from typing import Any
 
 from pipeline.config.document import shown
 from pipeline.system.errors import nearest
@@ -37,8 +36,8 @@ _WORDS = {
 }
 
 
-def fault_of(kind: str, key: str, value: Any, hint: Any) -> str | None:
-    """Why an option's text, or one of a list of them, is no word that it knows, or None; `hint` is its type."""
+def fault_of(kind: str, key: str, value: object, hint: object) -> str | None:
+    """Say why an option does not know a text, or one of a list of them, or return None; `hint` is the option's type."""
     if isinstance(value, str) and key.endswith("_kwargs"):
         return f"expected a section of options, got {shown(value)}"
     known = _known(kind, key, hint)
@@ -50,8 +49,8 @@ def fault_of(kind: str, key: str, value: Any, hint: Any) -> str | None:
     return None
 
 
-def _known(kind: str, key: str, hint: Any) -> set[str]:
-    """The words of an option; empty where it takes any."""
+def _known(kind: str, key: str, hint: object) -> set[str]:
+    """Return the words of an option; empty where it takes any."""
     if key == "report_to":
         from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
@@ -63,13 +62,13 @@ def _known(kind: str, key: str, hint: Any) -> set[str]:
     return {member.value for kind in enums for member in kind}
 
 
-def pattern_fault(key: str, value: Any) -> str | None:
-    """Why a text that names modules by a regular expression is none, or None. PEFT compiles them in its loops."""
+def pattern_fault(key: str, value: object) -> str | None:
+    """Say why a text that names modules is no regular expression, or return None. PEFT compiles it in its loops."""
     patterns: list[str] = []
     if key in ("target_modules", "exclude_modules", "layers_pattern") and isinstance(value, str):
         patterns = [value]
-    if key in ("rank_pattern", "alpha_pattern"):
-        patterns = list(value or ())
+    if key in ("rank_pattern", "alpha_pattern") and isinstance(value, dict):
+        patterns = list(value)
     for pattern in patterns:
         try:
             re.compile(pattern)

@@ -1,4 +1,4 @@
-"""The config file as it was written: every key with its line, and the command line's overrides laid over it."""
+"""Read the config file as it was written: every key with its line, the command line's overrides laid over it."""
 
 import copy
 from pathlib import Path
@@ -9,14 +9,14 @@ from pipeline.system.errors import UserError
 
 
 class Problems(list[tuple[tuple[str | int, ...], str]]):
-    """What is wrong with a config: where, as keys from the top, and a message."""
+    """Collect what is wrong with a config: where, as keys from the top, and a message."""
 
     def add(self, message: str, *loc: str | int) -> None:
         self.append((loc, message))
 
 
 class Document:
-    """The raw file, with the line of every key, and the overrides of the command line laid over it."""
+    """Hold the raw file, with the line of every key, and the overrides of the command line laid over it."""
 
     def __init__(self, path: Path, overrides: tuple[str, ...] = ()):
         self.path = path
@@ -55,8 +55,9 @@ class Document:
         self.overridden[keys] = override
 
     def _keys(self, parts: list[str]) -> tuple[str, ...]:
-        """The keys a dotted name means; a key with dots of its own is found where it exists in the file."""
-        keys, node = [], self.raw
+        """Split a dotted name into keys; a key with dots of its own is found where it exists in the file."""
+        keys: list[str] = []
+        node = self.raw
         while parts:
             node = node if isinstance(node, dict) else {}
             length = next((n for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in node), 1)
@@ -66,21 +67,23 @@ class Document:
         return tuple(keys)
 
     def where(self, loc: tuple[str | int, ...]) -> str:
-        """`FILE:LINE` of the key at `loc`, or of the nearest key above it; the override where that set it."""
+        """Name `FILE:LINE` of the key at `loc`, or of the nearest key above it; the override where that set it."""
         for keys, override in self.overridden.items():
             if loc[: len(keys)] == keys:
                 return f"override {shown(override)}"
-        node, at = self.raw, str(self.path)
+        node: Any = self.raw  # ruamel's nodes, or plain values of an override
+        at = str(self.path)
         for key in loc:
             try:
                 if isinstance(node, dict):
                     key = next(own for own in node if str(own) == key)  # a key may be a number or a date
-                line, _ = node.lc.key(key) if isinstance(node, dict) else node.lc.item(key)
+                marks = getattr(node, "lc")  # noqa: B009 - an attribute of ruamel's nodes alone
+                line, _ = marks.key(key) if isinstance(node, dict) else marks.item(key)
                 node = node[key]
             except (AttributeError, KeyError, IndexError, TypeError, StopIteration):
                 # Not in the file: a section that an override made, or a key that is missing.
-                made = [override for keys, override in self.overridden.items() if keys[: len(loc)] == loc]
-                return f"override {shown(made[0])}" if made else at
+                below = [override for keys, override in self.overridden.items() if keys[: len(loc)] == loc]
+                return f"override {shown(below[0])}" if below else at
             at = f"{self.path}:{line + 1}"
         return at
 
@@ -89,14 +92,14 @@ class Document:
         return f"{self.where(loc)}: {dotted if len(dotted) < 200 else shown(dotted)}: {message}"
 
 
-def shown(value: Any) -> str:
-    """A value as a message shows it: text in quotes, and a long one cut."""
+def shown(value: object) -> str:
+    """Show a value in a message: text in quotes, and a long one cut."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:80]}... ({len(text)} characters)"
 
 
-def kind_of(value: Any) -> str:
-    """What a value is, in a word."""
+def kind_of(value: object) -> str:
+    """Say in a word what a value is."""
     if value is None:
         return "null"
     if isinstance(value, dict):
@@ -107,7 +110,7 @@ def kind_of(value: Any) -> str:
 
 
 def plain(node: Any) -> Any:
-    """ruamel's node types as plain dicts and lists."""
+    """Turn ruamel's node types into plain dicts and lists."""
     if isinstance(node, dict):
         return {str(key): plain(value) for key, value in node.items()}
     if isinstance(node, list):

@@ -1,4 +1,4 @@
-"""Functions of a prompt and a completion that the config names: where they are, what they give, and a first try."""
+"""Find, import and try the functions of a prompt and a completion that the config names."""
 
 import ast
 import contextlib
@@ -14,7 +14,7 @@ import sysconfig
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import SupportsFloat, cast
 
 from pipeline.system.errors import UserError, nearest
 
@@ -27,15 +27,15 @@ TRIED = ("Yes.", "")  # completions of the first prompt that a function is tried
 def _split(reference: str, folder: Path, key: str) -> tuple[str, str]:
     module, colon, function = reference.partition(":")
     if not colon or not function.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
-        seen = f"expected `module:function`, two names of Python, got {reference!r}"
-        raise UserError(f"{key}: {seen}; for a file judge.py beside the config write `judge:score`")
+        wanted = f"expected `module:function`, two names of Python, got {reference!r}"
+        raise UserError(f"{key}: {wanted}; for a file judge.py beside the config write `judge:score`")
     for path in (str(Path.cwd()), str(folder)):  # the config's folder comes first, in every process alike
         sys.path[:] = [path, *(other for other in sys.path if other != path)]
     return module, function
 
 
 def source_of(reference: str, folder: Path, key: str) -> Path | None:
-    """The file of a `module:function`, looked up beside the config, in the working directory and among packages.
+    """Find the file of a `module:function`, looked up beside the config, in the working directory and among packages.
 
     Raises:
         UserError: if there is no such module.
@@ -51,7 +51,7 @@ def source_of(reference: str, folder: Path, key: str) -> Path | None:
 
 
 def sources_of(reference: str, folder: Path, key: str) -> list[Path]:
-    """The file of a `module:function`, and those that it imports from beside the config or the working directory.
+    """Find the file of a `module:function`, and those that it imports from beside the config or the working directory.
 
     Only `import` statements are followed. Of an installed package it is the one file.
 
@@ -65,21 +65,22 @@ def sources_of(reference: str, folder: Path, key: str) -> list[Path]:
     module = reference.partition(":")[0]
     if not any(first.resolve() in _files_of(module, root) for root in roots):
         return [first]
-    found, waiting = [], [module]
-    seen: set[str] = set()
+    sources: list[Path] = []
+    waiting = [module]
+    visited: set[str] = set()
     while waiting:
         name = waiting.pop()
         files = next(filter(None, (_files_of(name, root) for root in roots)), [])
-        if name in seen or not files:
+        if name in visited or not files:
             continue
-        seen.add(name)
-        found += [file for file in files if file not in found]
+        visited.add(name)
+        sources += [file for file in files if file not in sources]
         waiting += _imports(files[-1], name)
-    return found
+    return sources
 
 
 def _files_of(module: str, root: Path) -> list[Path]:
-    """The files below `root` that importing a module runs: of its packages, then its own; none if it is not there."""
+    """List the files below `root` that importing a module runs: first those of its packages, then its own."""
     files = []
     place = root
     for part in module.split("."):
@@ -93,7 +94,7 @@ def _files_of(module: str, root: Path) -> list[Path]:
 
 
 def _imports(file: Path, module: str) -> list[str]:
-    """The modules that a file names in its import statements; what is imported from a package may be one too."""
+    """List the modules that a file names in its import statements; what is imported from a package may be one too."""
     try:
         tree = ast.parse(file.read_bytes())
     except (SyntaxError, ValueError):
@@ -121,18 +122,18 @@ def function(reference: str, folder: Path, key: str) -> Judge:
         imported = importlib.import_module(module)
     if not hasattr(imported, name):
         raise UserError(f"{key}: {module!r} has no function {name!r}; {nearest(name, dir(imported))}")
-    given = getattr(imported, name)
+    judge = getattr(imported, name)
     form = f"expected `{FORM.format(name=name)}`"
-    if not callable(given):
-        raise UserError(f"{key}: {reference!r} is {given!r}; {form}")
+    if not callable(judge):
+        raise UserError(f"{key}: {reference!r} is {judge!r}; {form}")
     try:
-        inspect.signature(given).bind("prompt", "completion")
+        inspect.signature(judge).bind("prompt", "completion")
     except TypeError as error:
-        seen = f"{reference!r} cannot be called with a prompt and a completion ({error})"
-        raise UserError(f"{key}: {seen}; {form}") from None
+        fault = f"{reference!r} cannot be called with a prompt and a completion ({error})"
+        raise UserError(f"{key}: {fault}; {form}") from None
     except ValueError:
         pass  # a function of C that does not tell its arguments
-    return given
+    return cast(Judge, judge)
 
 
 def check(reference: str, folder: Path, key: str, prompt: str) -> None:
@@ -152,14 +153,14 @@ def check(reference: str, folder: Path, key: str, prompt: str) -> None:
         fault = f"{key}: {reference!r} ends its process (exit code {done.returncode}) when it is tried"
     if fault is None:
         return
-    said = done.stderr.strip()
-    hint = f" (it printed: {said.splitlines()[-1][:200]})" if said else ""
+    printed = done.stderr.strip()
+    hint = f" (it printed: {printed.splitlines()[-1][:200]})" if printed else ""
     where = "" if fault.startswith(key) else f"{key}: "
     raise UserError(f"{where}{fault}{hint}")
 
 
 def _try_out() -> None:
-    """The process of `check`: question on stdin, fault or null on stdout, what is printed on stderr."""
+    """Run the process of `check`: question on stdin, fault or null on stdout, what is printed on stderr."""
     reference, folder, key, prompt = json.loads(sys.stdin.buffer.read())
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as answer:
         os.dup2(2, 1)
@@ -176,11 +177,10 @@ def _try_out() -> None:
 
 
 def judged(judge: Judge, reference: str, prompt: str, completion: str, where: str) -> float:
-    """What a function gives to a completion, which must be a number.
+    """Return what a function gives to a completion, which must be a finite number.
 
     Raises:
-        UserError: if it is none, or the function fails; a NaN would lose every comparison, from whichever side one
-            looks.
+        UserError: if it is no number, or the function fails. A NaN would lose every comparison, on either side.
     """
     asked = f"the completion {completion[:200]!r} of the prompt {prompt[:200]!r} ({where})"
     with _named(f"function {reference} fails at {asked}"):
@@ -191,9 +191,9 @@ def judged(judge: Judge, reference: str, prompt: str, completion: str, where: st
     return number
 
 
-def _number(value: Any) -> float:
-    """A number, or what a tensor or array of one element holds; NaN for anything else, a text with digits too."""
-    if isinstance(value, (str, bytes)) or not hasattr(value, "__float__"):
+def _number(value: object) -> float:
+    """Return a number, or what a tensor of one element holds; NaN for anything else, also for text with digits."""
+    if isinstance(value, (str, bytes)) or not isinstance(value, SupportsFloat):
         return math.nan
     try:
         return float(value)
@@ -201,8 +201,8 @@ def _number(value: Any) -> float:
         return math.nan
 
 
-def _shown(value: Any) -> str:
-    """A value for a message."""
+def _shown(value: object) -> str:
+    """Show a value in a message."""
     if inspect.iscoroutine(value):
         value.close()  # or Python warns that nobody awaited it
         return "a coroutine (it is an `async def`)"
@@ -221,19 +221,19 @@ def _named(what: str) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """The kind and text of an exception, and the line of the user's code it comes from."""
+    """Name the kind and text of an exception, and the line of the user's code it comes from."""
     if isinstance(error, SystemExit):
-        said = f"it ends the program with sys.exit({error.code!r})"
+        words = f"it ends the program with sys.exit({error.code!r})"
     else:
-        said = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        words = " ".join(f"{type(error).__name__}: {error}".split())[:500]
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(frame.filename)]
     if isinstance(error, SyntaxError):
-        return said  # which names the file and the line
-    return f"{said} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else said
+        return words  # which names the file and the line
+    return f"{words} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else words
 
 
 def _is_users(file: str) -> bool:
-    """Whether a file belongs neither to Python or its packages nor to this one."""
+    """Tell whether a file belongs neither to Python or its packages nor to this one."""
     libraries = [sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")]
     return not file.startswith(("<", *libraries)) and not Path(file).resolve().is_relative_to(PACKAGE)
 

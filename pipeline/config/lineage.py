@@ -1,4 +1,4 @@
-"""How weights follow from stage to stage; decided by the config alone, so that a plan can say it before any run."""
+"""Say how weights follow from stage to stage; decided by the config alone, so that a plan can say it before any run."""
 
 from dataclasses import dataclass
 
@@ -32,16 +32,16 @@ def output_folder(stage: str) -> str:
 
 
 def start_of(config: RunConfig, name: str) -> Start:
-    """The weights a training stage starts from."""
+    """Find the weights a training stage starts from."""
     stage: TrainingStage = config.stages[name]
-    parent = config.stages.get(stage.init)
+    assert stage.init is not None, "`references` has filled it in"
+    parent: TrainingStage | None = config.stages.get(stage.init)
     place = Place() if parent is None else place_of(config, stage.init)
-    continues = parent is not None and stage.lora is not None and same_shape(parent.lora or {}, stage.lora)
-    return Start(stage.init, place, merge=place.adapter is not None and not continues)
+    return Start(stage.init, place, merge=place.adapter is not None and not continues(parent, stage))
 
 
 def place_of(config: RunConfig, name: str) -> Place:
-    """The weights a training stage puts out."""
+    """Find the weights a training stage hands on."""
     if config.stages[name].lora is None:
         return Place(full=output_folder(name))
     start = start_of(config, name)
@@ -49,24 +49,32 @@ def place_of(config: RunConfig, name: str) -> Place:
 
 
 def shares_backbone(config: RunConfig, name: str) -> bool:
-    """Whether a PPO stage's four models are adapters on one base, and can be views of one backbone."""
+    """Tell whether a PPO stage's four models are adapters on one base, and can be views of one backbone."""
     stage = config.stages[name]
-    policy, reward = place_of(config, name), place_of(config, stage.reward)
+    policy = place_of(config, name)
+    reward = place_of(config, stage.reward)
     return policy.adapter is not None and reward.adapter is not None and policy.full == reward.full
 
 
 def root(config: RunConfig) -> Place:
-    """The model before any alignment: the base model, or the first pretrain stage of a run from scratch."""
+    """Find the model before any alignment: the base model, or the first pretrain stage of a run from scratch."""
     if config.model.path:
         return Place()
     return place_of(config, next(name for name, stage in config.stages.items() if type_of(stage).rows == "text"))
 
 
+def continues(parent: TrainingStage | None, stage: TrainingStage) -> bool:
+    """Tell whether a stage can train on in the adapter of its parent."""
+    return parent is not None and stage.lora is not None and same_shape(parent.lora or {}, stage.lora)
+
+
 def same_shape(a: Options, b: Options) -> bool:
-    """Whether an adapter made with options `a` can be continued under options `b`.
+    """Tell whether an adapter made with options `a` can be continued under options `b`.
 
     Dropout and initialisation do not belong to an adapter's shape; `lora_alpha` does, since it scales the weights. A
     `bias` is the same everywhere: any but PEFT's default is refused.
     """
     free = ("lora_dropout", "init_lora_weights", "bias")
-    return {k: v for k, v in a.items() if k not in free} == {k: v for k, v in b.items() if k not in free}
+    shape_of_a = {key: value for key, value in a.items() if key not in free}
+    shape_of_b = {key: value for key, value in b.items() if key not in free}
+    return shape_of_a == shape_of_b

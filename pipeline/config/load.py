@@ -1,18 +1,21 @@
 """Read a run's config: one strict YAML file, all errors of all stages at once, before anything heavy happens."""
 
 import os
+import typing
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from pipeline.config import architecture, options, ranges
+from pipeline.config import architecture, options, ranges, rehearsal
 from pipeline.config.document import Document, Problems, kind_of, plain, shown
 from pipeline.config.references import wire
 from pipeline.config.schema import REPORT, RESERVED, Options, RunConfig, TrainingStage
 from pipeline.config.stage_types import STAGE_TYPES
 from pipeline.system.errors import all_of, nearest, reason_of
+
+M = TypeVar("M", bound=BaseModel)
 
 
 def load(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
@@ -33,20 +36,21 @@ def load(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     if config is not None and not problems:
         _check_run_dir(config, problems)
         _check_base(config, problems)
-    if problems:
-        problems = [problem for at, problem in enumerate(problems) if problem[0] not in numbers[:at]]
-        lines = sorted({document.describe(*problem) for problem in problems}, key=_by_line)
+    if config is None or problems:
+        distinct = [problem for at, problem in enumerate(problems) if problem[0] not in numbers[:at]]
+        lines = sorted({document.describe(*problem) for problem in distinct}, key=_by_line)
         raise all_of(document.path, "problem", "in the config", lines)
     return config
 
 
 def _by_line(text: str) -> tuple[int, str]:
+    """Order messages by the line of the file that they begin with, then by their text."""
     line = text.split(": ")[0].rpartition(":")[2]
     return (int(line) if line.isdigit() else 0, text)
 
 
-def _parse(raw: dict[str, Any], source: Path, problems: Problems) -> RunConfig | None:
-    """Our own schema. Stages are checked one by one, so that every stage's errors are found."""
+def _parse(raw: Options, source: Path, problems: Problems) -> RunConfig | None:
+    """Parse the file by our own schema. Stages are checked one by one, so that every stage's errors are found."""
     stages = raw.get("stages")
     if not isinstance(stages, dict) or not stages:
         wanted = "is required: a mapping of stage names, e.g. `sft: {data: demos}`"
@@ -80,20 +84,23 @@ def _parse(raw: dict[str, Any], source: Path, problems: Problems) -> RunConfig |
     return config
 
 
-def _validated(model: type[BaseModel], values: dict[str, Any], problems: Problems, *loc: str) -> Any:
-    """An instance of the model, or None. pydantic's errors in our words; an unknown key gets its level's nearest."""
+def _validated(model: type[M], values: Options, problems: Problems, *loc: str) -> M | None:
+    """Return an instance of the model, or None after its problems are added.
+
+    pydantic's errors are put in our words. An unknown key gets the nearest key of its level.
+    """
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        found = error.errors()
-    for item in found:
+        errors = error.errors()
+    for item in errors:
         message = f"{item['msg'][0].lower()}{item['msg'][1:]}".replace("input should be", "expected")
         if item["type"] == "value_error":  # from `values`
-            message = str(item["ctx"]["error"])
+            message = str(item.get("ctx", {})["error"])
         if item["type"] == "missing":
             message = "is required"
         elif item["type"] == "extra_forbidden":
-            level = model
+            level: type[BaseModel] = model
             for part in item["loc"][:-1]:
                 level = _model_at(level, part)
             message = f"unknown key; {nearest(str(item['loc'][-1]), level.model_fields.keys() - {'source'})}"
@@ -104,15 +111,17 @@ def _validated(model: type[BaseModel], values: dict[str, Any], problems: Problem
 
 
 def _model_at(model: type[BaseModel], part: str | int) -> type[BaseModel]:
-    """The model behind a field, looked up through `X | None`, `dict[str, X]` and the name of a dict's entry."""
+    """Find the model behind a field, looked up through `X | None`, `dict[str, X]` and the name of a dict's entry."""
     field = model.model_fields.get(str(part))
-    kinds = (field.annotation, *getattr(field.annotation, "__args__", ())) if field else ()
+    if field is None:
+        return model
+    kinds = (field.annotation, *typing.get_args(field.annotation))
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), model)
 
 
-def _check_numbers(node: Any, problems: Problems, *loc: str | int) -> None:
-    """No number of the config is NaN, infinite or longer than 64 bits."""
-    children: Iterable[tuple[str | int, Any]] = ()
+def _check_numbers(node: object, problems: Problems, *loc: str | int) -> None:
+    """Check that no number of the config is NaN, infinite or longer than 64 bits."""
+    children: Iterable[tuple[str | int, object]] = ()
     if isinstance(node, dict):
         children = node.items()
     elif isinstance(node, list):
@@ -124,7 +133,7 @@ def _check_numbers(node: Any, problems: Problems, *loc: str | int) -> None:
 
 
 def _check_run_dir(config: RunConfig, problems: Problems) -> None:
-    """The run folder is a folder that can be made, or one that is there."""
+    """Check that the run folder is there or can be made."""
     where = "run_dir"
     try:
         path = config.run_path
@@ -139,7 +148,7 @@ def _check_run_dir(config: RunConfig, problems: Problems) -> None:
 
 
 def _check_base(config: RunConfig, problems: Problems) -> None:
-    """The base model's own config, where it lies in a folder here."""
+    """Check the base model's own config, where it lies in a folder here."""
     if config.model.path is None:
         return
     file = Path(config.resolve(config.model.path)) / "config.json"
@@ -147,30 +156,39 @@ def _check_base(config: RunConfig, problems: Problems) -> None:
         problems.add(fault, "model", "path")
 
 
-def _sections(raw: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str, Options]]:
-    """Every section that belongs to a library: (location, kind, options)."""
-    places = {(key,): key for key in ("training", "lora", "quantization")}
+def _sections(raw: Options) -> Iterator[tuple[tuple[str, ...], str, Options]]:
+    """Go through every section that belongs to a library: (location, kind, options)."""
+    places: dict[tuple[str, ...], str] = {(key,): key for key in ("training", "lora", "quantization")}
     places["model", "scratch", "architecture"] = "architecture"
-    for name in stages if isinstance(stages := raw.get("stages"), dict) else ():
+    stages = raw.get("stages")
+    for name in stages if isinstance(stages, dict) else ():
         stage_type = str(_at(raw, "stages", name, "type") or name)
         if stage_type in STAGE_TYPES and issubclass(STAGE_TYPES[stage_type].section, TrainingStage):
-            places |= {("stages", name, "lora"): "lora", ("stages", name, "training"): stage_type}
+            places["stages", name, "lora"] = "lora"
+            places["stages", name, "training"] = stage_type
     for loc, kind in places.items():
-        if isinstance(section := _at(raw, *loc), dict):
+        section = _at(raw, *loc)
+        if isinstance(section, dict):
             yield loc, kind, section
 
 
-def _at(node: Any, *keys: str) -> Any:
+def _at(node: object, *keys: str) -> object:
+    """Return what lies below these keys, or None."""
     for key in keys:
         node = node.get(key) if isinstance(node, dict) else None
     return node
 
 
-def _coerce_options(raw: dict[str, Any], problems: Problems) -> None:
+def _coerce_options(raw: Options, problems: Problems) -> None:
+    """Check the sections of libraries, and put coerced values in their place."""
     for loc, kind, section in _sections(raw):
-        coerced, found = options.check_section(kind, section)
+        coerced, faults = options.check_section(kind, section)
         section.update(coerced)
-        for key, message in found:
-            problems.add(message, *loc, *filter(None, [key]))  # without a key it is about the whole section
-        if not found and kind in ("lora", "quantization") and (message := options.rehearse(kind, coerced)):
-            problems.add(message, *loc)
+        for key, message in faults:
+            where = (*loc, key) if key else loc  # without a key it is about the whole section
+            problems.add(message, *where)
+        if faults or kind not in ("lora", "quantization"):
+            continue
+        fault = rehearsal.rehearse(kind, coerced)
+        if fault is not None:
+            problems.add(fault, *loc)

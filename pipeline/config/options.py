@@ -1,26 +1,23 @@
-"""Sections of the config that belong to TRL, PEFT and transformers: names, types and owners of their options.
+"""Check sections of the config that belong to TRL, PEFT and transformers: names, types and owners of options.
 
 We re-declare none of them. A section is checked against the fields of the class that will take it, every value is
 coerced to its field's type (YAML's `1e-5` is a string to many parsers), and fields the pipeline sets itself are
 refused with the reason.
 """
 
-import contextlib
 import dataclasses
 import functools
 import inspect
-import os
 import pkgutil
-import tempfile
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
 from pipeline.config import architecture, choices, ranges
 from pipeline.config.document import shown
-from pipeline.config.schema import Ppo, Stage, TrainingStage
+from pipeline.config.schema import Options, Ppo, Stage, TrainingStage
 from pipeline.config.stage_types import STAGE_TYPES, config_class, type_of
 from pipeline.system.errors import nearest
 
@@ -66,10 +63,8 @@ _LORA_REASONS = {
 }
 # Where an adapter starts at exactly 0 and the weights beneath it stay as they are.
 _LORA_STARTS = (True, "gaussian")
-_CLASSES = {"training": "transformers:TrainingArguments", "quantization": "transformers:BitsAndBytesConfig"}
-_CLASSES |= {"lora": "peft:LoraConfig"}
-# Variables by which a process knows that it is one of several.
-_LAUNCHED = ("ACCELERATE_", "FSDP_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "PMI_", "OMPI_", "MV2_")
+LIBRARY_SECTIONS = {"training": "transformers:TrainingArguments", "quantization": "transformers:BitsAndBytesConfig"}
+LIBRARY_SECTIONS |= {"lora": "peft:LoraConfig"}
 
 
 def _by_option(reasons: Mapping[str, str]) -> dict[str, str]:
@@ -83,7 +78,7 @@ DEFAULTS |= {name: row.defaults for name, row in STAGE_TYPES.items() if row.defa
 
 
 def owned_by(kind: str) -> dict[str, str]:
-    """The options of a section that the pipeline sets itself, with the reasons."""
+    """Name the options of a section that the pipeline sets itself, with the reasons."""
     if kind == "lora":
         return _by_option(_LORA_REASONS)
     if kind == "quantization":
@@ -91,14 +86,14 @@ def owned_by(kind: str) -> dict[str, str]:
     return OWNED | _by_option(STAGE_TYPES[kind].refused) if kind in STAGE_TYPES else OWNED
 
 
-def _target(kind: str) -> type:
-    """The class that takes the section `kind`: a stage type, `training`, `lora` or `quantization`."""
-    return pkgutil.resolve_name(_CLASSES[kind]) if kind in _CLASSES else config_class(kind)
+def target_of(kind: str) -> type[Any]:
+    """Find the class that takes the section `kind`: a stage type, `training`, `lora` or `quantization`."""
+    return pkgutil.resolve_name(LIBRARY_SECTIONS[kind]) if kind in LIBRARY_SECTIONS else config_class(kind)
 
 
 @functools.cache
 def _field_types(kind: str) -> dict[str, Any]:
-    target = _target(kind)
+    target = target_of(kind)
     if dataclasses.is_dataclass(target) and kind != "quantization":
         hints = typing.get_type_hints(target)
         return {field.name: hints[field.name] for field in dataclasses.fields(target) if field.init}
@@ -109,27 +104,28 @@ def _field_types(kind: str) -> dict[str, Any]:
 
 
 def _default_of(kind: str, key: str) -> Any:
-    field = _target(kind).__dataclass_fields__.get(key)
+    field = target_of(kind).__dataclass_fields__.get(key)
     if field is not None and field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return dataclasses.MISSING if field is None else field.default
 
 
-def _no_bool(value: Any) -> Any:
+def _no_bool(value: object) -> object:
+    """Refuse a truth value where a number or text is expected."""
     if isinstance(value, bool):
-        raise ValueError("a truth value is none")
+        raise ValueError("expected a number or text, got true or false")
     return value
 
 
-def _takes_bool(hint: Any) -> bool:
-    """Whether `true` or `false` is among what a type allows, as itself."""
+def _takes_bool(hint: object) -> bool:
+    """Tell whether a type allows `true` or `false` as itself."""
     inner = typing.get_args(hint)
     return bool in inner or any(isinstance(value, bool) or _takes_bool(value) for value in inner)
 
 
 @functools.cache
-def _adapter(kind: str, key: str) -> TypeAdapter:
-    hint = _field_types(kind)[key]
+def _adapter(kind: str, key: str) -> TypeAdapter[Any]:
+    hint: Any = _field_types(kind)[key]
     if dataclasses.is_dataclass(hint):
         hint = Any  # pydantic would build the dataclass from a mapping; PEFT does that itself
     if hint is list or typing.get_origin(hint) is list:  # TRL takes one loss type or several
@@ -139,15 +135,17 @@ def _adapter(kind: str, key: str) -> TypeAdapter:
     return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
 
 
-def check_section(kind: str, values: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+def check_section(kind: str, values: Options) -> tuple[Options, list[tuple[str, str]]]:
     """Check and coerce one section.
 
-    Returns the coerced options and the problems found, as (key, message) pairs.
+    Returns the coerced options and the problems, as (key, message) pairs.
     """
     if kind == "architecture":
         return values, architecture.problems_of(values)
-    types, owned = _field_types(kind), owned_by(kind)
-    coerced, problems = {}, []
+    types = _field_types(kind)
+    owned = owned_by(kind)
+    coerced: Options = {}
+    problems: list[tuple[str, str]] = []
     for key, value in values.items():
         if kind == "lora" and key in owned and value == _default_of(kind, key):
             continue  # many write PEFT's own default out
@@ -155,22 +153,33 @@ def check_section(kind: str, values: dict[str, Any]) -> tuple[dict[str, Any], li
             problems.append((key, f"is set by the pipeline: {owned[key]}"))
         elif key not in types:
             hint = nearest(key, types.keys() - owned.keys())
-            problems.append((key, f"unknown option of {_target(kind).__name__}; {hint}"))
+            problems.append((key, f"unknown option of {target_of(kind).__name__}; {hint}"))
         else:
             try:
-                if (kind, key) == ("grpo", "scale_rewards") and isinstance(value, bool):
-                    value = "group" if value else "none"  # as GRPOConfig itself reads them
-                coerced[key] = _adapter(kind, key).validate_python(value)
-                if fault := _unfit(kind, key, coerced[key]):
-                    problems.append((key, fault))
+                coerced[key] = _coerced(kind, key, value)
             except ValidationError as error:
                 expected = types[key].__name__ if isinstance(types[key], type) else str(types[key])
                 problems.append((key, f"expected {expected}, got {shown(value)}: {error.errors()[0]['msg']}"))
+                continue
+            fault = _fault_of(kind, key, coerced[key])
+            if fault is not None:
+                problems.append((key, fault))
     return coerced, problems
 
 
-def _unfit(kind: str, key: str, value: Any) -> str | None:
-    """Why a value of the right type cannot work, or None."""
+def _coerced(kind: str, key: str, value: object) -> object:
+    """Return the value in the type of its field.
+
+    Raises:
+        ValidationError: if it cannot have that type.
+    """
+    if (kind, key) == ("grpo", "scale_rewards") and isinstance(value, bool):
+        value = "group" if value else "none"  # as GRPOConfig itself reads them
+    return _adapter(kind, key).validate_python(value)
+
+
+def _fault_of(kind: str, key: str, value: object) -> str | None:
+    """Say why a value of the right type cannot work, or return None."""
     if kind == "lora" and key == "init_lora_weights" and value not in _LORA_STARTS:
         why = "an adapter must start at exactly 0 and leave the base's weights alone"
         return f"{value!r} starts a stage as another model than its parent; {why}: true or gaussian"
@@ -183,19 +192,19 @@ def _unfit(kind: str, key: str, value: Any) -> str | None:
     return ranges.fault_of(kind, key, value)
 
 
-def with_defaults(stage_type: str, training: dict[str, Any]) -> dict[str, Any]:
-    """The `training:` section of a stage with the pipeline's defaults beneath it."""
-    return DEFAULTS["all"] | DEFAULTS.get(stage_type, {}) | training
+def with_defaults(stage_type: str, training: Options) -> Options:
+    """Lay the pipeline's defaults under the `training:` section of a stage."""
+    return {**DEFAULTS["all"], **DEFAULTS.get(stage_type, {}), **training}
 
 
-def effective(stage_type: str, training: dict[str, Any]) -> dict[str, Any]:
-    """All options of a stage's `training:` section: the given ones, ours, and TRL's defaults."""
+def effective(stage_type: str, training: Options) -> Options:
+    """Return all options of a stage's `training:` section: the user's, our defaults, and TRL's defaults."""
     fields = config_class(stage_type).__dataclass_fields__
     return {key: field.default for key, field in fields.items()} | with_defaults(stage_type, training)
 
 
-def precision(stage_type: str, training: dict[str, Any]) -> str:
-    """The autocast of a stage as accelerate names it: bf16, fp16 or no. TRL's default is bf16, and PPO has none."""
+def precision(stage_type: str, training: Options) -> str:
+    """Return the autocast of a stage as accelerate names it: bf16 (TRL's default), fp16 or no (always for PPO)."""
     if not STAGE_TYPES[stage_type].autocast:
         return "no"
     if training.get("fp16"):
@@ -204,7 +213,7 @@ def precision(stage_type: str, training: dict[str, Any]) -> str:
 
 
 def length_limit(stage: Stage) -> tuple[str, int | None]:
-    """The option that limits a row's length in tokens, and the limit; None where texts are cut into pieces."""
+    """Return the option that limits a row's length, and the limit in tokens; None where texts are cut into pieces."""
     if isinstance(stage, Ppo) and stage.prompt_baseline == "reference":  # its rows are prompts with their answers
         longest = stage.max_prompt_length + effective(stage.type, stage.training)["response_length"]
         return "max_prompt_length + training.response_length", longest
@@ -213,77 +222,10 @@ def length_limit(stage: Stage) -> tuple[str, int | None]:
 
 
 def value_at(stage: Stage, key: str) -> Any:
-    """The value of a stage's own key, or of a `training.` option with all defaults beneath it."""
+    """Return the value of a stage's own key, or of a `training.` option with all defaults beneath it."""
     section, dot, option = key.rpartition(".")
     if not dot:
         return getattr(stage, key)
     assert section == "training"
     assert isinstance(stage, TrainingStage)
     return effective(stage.type, stage.training)[option]
-
-
-@contextlib.contextmanager
-def _without_a_trace() -> Iterator[None]:
-    """Build TrainingArguments as a process of its own would, and forget it.
-
-    It joins the processes that the environment tells of, writes ACCELERATE_* variables that every stage's process
-    would inherit, and makes the device it found that of the whole process.
-    """
-    from accelerate.state import AcceleratorState, PartialState
-
-    environment, states = dict(os.environ), (PartialState._shared_state, AcceleratorState._shared_state)
-    before = [dict(state) for state in states]
-    try:
-        for name in environment:
-            if name.startswith(_LAUNCHED):
-                del os.environ[name]
-        for state in states:
-            state.clear()
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(environment)
-        for state, content in zip(states, before, strict=True):
-            state.clear()
-            state.update(content)
-
-
-def rehearse(kind: str, values: dict[str, Any]) -> str | None:
-    """Build the class that takes the section, to let its own cross-field checks speak before any compute.
-
-    Devices are left out of it (`use_cpu`), so that a plan can be made on another machine than the training.
-
-    Returns the error's message, or None.
-    """
-    try:
-        if kind in _CLASSES:
-            _target(kind)(**values)
-            return None
-        device = {"use_cpu": True, "tf32": None, "output_dir": tempfile.gettempdir()}
-        with _without_a_trace():
-            args = config_class(kind)(**with_defaults(kind, values) | device)
-    except (ValueError, TypeError, AttributeError, ImportError) as error:
-        return " ".join(str(error).split())
-    return _sizes_of_ppo(args) if STAGE_TYPES[kind].section is Ppo else None
-
-
-def _sizes_of_ppo(args: Any) -> str | None:
-    """What is wrong with the sizes of a PPO stage, or None.
-
-    An update's batch is cut into mini-batches, and these into micro-batches.
-    """
-    batch = args.gradient_accumulation_steps * args.per_device_train_batch_size
-    if batch % args.num_mini_batches:
-        return "gradient_accumulation_steps * per_device_train_batch_size must be a multiple of num_mini_batches"
-    mini = batch // args.num_mini_batches
-    micro = min(mini, args.per_device_train_batch_size)
-    if mini % micro:
-        seen = f"a mini-batch of {mini} is cut into micro-batches of {micro} and {mini % micro}, which weigh the same"
-        return f"{seen}; make {mini} (batch / num_mini_batches) a multiple of per_device_train_batch_size"
-    if batch // micro % args.gradient_accumulation_steps:
-        seen = f"an update has {batch // micro} micro-batches and takes a step every {args.gradient_accumulation_steps}"
-        mend = "choose gradient_accumulation_steps and num_mini_batches so that one divides the other"
-        return f"{seen}, so that gradients of one update would be applied in the next; {mend}"
-    if args.whiten_rewards and mini < 8:
-        return f"whiten_rewards needs mini-batches of at least 8, and these have {mini}; lower num_mini_batches"
-    return None

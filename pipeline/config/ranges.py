@@ -1,4 +1,4 @@
-"""Which numbers make sense for an option of TRL, PEFT and transformers; the one place that says so.
+"""Say which numbers make sense for an option of TRL, PEFT and transformers; the one place that says so.
 
 Their classes give a field a type and no range, so that a negative learning rate is found by the optimizer, hours later.
 A test asserts that every field with a number is named here.
@@ -6,7 +6,6 @@ A test asserts that every field with a number is named here.
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 LARGEST = 2**63 - 1  # an integer of 64 bits; beyond it libraries overflow
 
@@ -27,7 +26,7 @@ class Range:
     steps: bool = False
 
     def holds(self, value: float) -> bool:
-        """Whether this is one of its numbers."""
+        """Tell whether this is one of its numbers."""
         if value in self.also:
             return True
         if self.steps:
@@ -105,12 +104,12 @@ ANY = {
 
 
 def range_of(kind: str, key: str) -> Range | None:
-    """The range of an option of the section `kind` (a stage type, `training`, `lora` or `quantization`), if any."""
+    """Find the range of an option, if it has one; `kind` is a stage type, `training`, `lora` or `quantization`."""
     return RANGES.get(f"{kind}.{key}", RANGES.get(key))
 
 
-def fault_of(kind: str, key: str, value: Any) -> str | None:
-    """Why an option's number, or one of its numbers, makes no sense, or None."""
+def fault_of(kind: str, key: str, value: object) -> str | None:
+    """Say why an option's number, or one of its numbers, makes no sense, or return None."""
     rule = range_of(kind, key)
     for number in numbers_in(value):
         if fault := not_usable(number):
@@ -120,8 +119,8 @@ def fault_of(kind: str, key: str, value: Any) -> str | None:
     return None
 
 
-def numbers_in(value: Any) -> list[float]:
-    """The numbers of a value: itself, or those of a list or mapping at any depth. Truth values are none."""
+def numbers_in(value: object) -> list[float]:
+    """Return the numbers of a value: itself, or those of a list or mapping at any depth. Truth values do not count."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, (list, tuple)):
@@ -130,7 +129,7 @@ def numbers_in(value: Any) -> list[float]:
 
 
 def not_usable(number: float) -> str | None:
-    """Why a number is none that any option can use, or None."""
+    """Say why no option can use a number, or return None."""
     if isinstance(number, float) and not math.isfinite(number):
         return f"must be a finite number, got {number}"
     if isinstance(number, int) and abs(number) > LARGEST:

@@ -56,14 +56,14 @@ def wire(config: RunConfig, problems: Problems) -> RunConfig:
 
 
 def _training(config: RunConfig, stage: TrainingStage) -> dict[str, Any]:
-    """A stage's `training:` over what all stages share, as far as its type may set that (PPO takes no bf16)."""
+    """Lay a stage's `training:` over what all stages share, as far as its type may set that (PPO takes no bf16)."""
     owned = options.owned_by(stage.type)
     shared = {key: value for key, value in config.training.items() if key not in owned}
     return shared | stage.training
 
 
 def _check_datasets(config: RunConfig, name: str, problems: Problems) -> None:
-    """Every dataset that a stage names is there, and only pretraining reads a stream."""
+    """Check that every dataset of a stage is there, and that only pretraining reads a stream."""
     stage = config.stages[name]
     for role, dataset in datasets(stage).items():
         if dataset not in config.data:
@@ -74,7 +74,7 @@ def _check_datasets(config: RunConfig, name: str, problems: Problems) -> None:
 
 
 def _references(config: RunConfig, name: str, problems: Problems) -> dict[str, Any]:
-    """Updates of a stage's fields: the stages it refers to, checked, and found where a field is empty."""
+    """Return updates of a stage's fields: the stages it refers to, checked, and found where a field is empty."""
     stage = config.stages[name]
     changes: dict[str, Any] = {}
     for reference in type_of(stage).references:
@@ -95,7 +95,7 @@ def _references(config: RunConfig, name: str, problems: Problems) -> dict[str, A
 
 
 def _check_reference(config: RunConfig, name: str, reference: Reference, problems: Problems) -> None:
-    """A field names a stage that there is, and one that makes what the field needs."""
+    """Check that a field names a stage of the run, and one that makes what the field needs."""
     target = getattr(config.stages[name], reference.field)
     if target not in config.stages:
         if (target, reference.field) != (BASE, "init"):
@@ -141,7 +141,7 @@ def _fill_in_report(
 
 
 def _with_reports(stages: Stages) -> Stages:
-    """The stages, each reward stage followed by a shift stage unless it has one or nothing is held out."""
+    """Return all stages, each reward stage followed by a shift stage unless it has one or nothing is held out."""
     measured = {stages[name].reward for name in stages if _comes_before_rl(name, stages)}
     extended: Stages = {}
     for name, stage in stages.items():
@@ -156,7 +156,7 @@ def _with_reports(stages: Stages) -> Stages:
 
 
 def _comes_before_rl(name: str, stages: Stages) -> bool:
-    """Whether a stage is a shift stage that samples a policy from before RL.
+    """Tell whether a stage is a shift stage that samples a policy from before RL.
 
     Only such a report may feed the gate. A report on a policy of PPO would make a circle.
     """
@@ -167,7 +167,7 @@ def _comes_before_rl(name: str, stages: Stages) -> bool:
 
 
 def _sampling_settings(report: Shift, reward: TrainingStage, stages: Stages) -> dict[str, Any]:
-    """Sampling settings copied from the first evaluate stage into a shift stage where the user gave none.
+    """Return sampling settings copied from the first evaluate stage into a shift stage where the user gave none.
 
     Both stages then use the same stored completions.
     """
@@ -211,7 +211,7 @@ def _fit_temperatures(config: RunConfig, stages: Stages, problems: Problems) -> 
 
 
 def _order(stages: Stages) -> Iterable[str]:
-    """The stages in an order in which they can run, as near to the file's as that allows.
+    """Return the stages in an order in which they can run, as near to the file's as that allows.
 
     Raises:
         graphlib.CycleError: if some of them wait for one another.

@@ -1,17 +1,15 @@
 """Refuse what cannot work: combinations of keys that are each valid alone."""
 
-from typing import Any
-
-from pipeline.config import options
+from pipeline.config import options, rehearsal
 from pipeline.config.document import Problems
 from pipeline.config.graph import datasets
-from pipeline.config.lineage import same_shape
-from pipeline.config.schema import BASE, Online, Ppo, Reinforced, RunConfig, Source, TrainingStage
+from pipeline.config.lineage import continues
+from pipeline.config.schema import BASE, Online, Options, Ppo, Reinforced, RunConfig, Source, TrainingStage
 from pipeline.config.stage_types import type_of
 from pipeline.system.errors import unknown
 
 # The only values that these options of pretraining may have with a streamed dataset.
-_STREAMED: dict[str, Any] = {
+_STREAMED: Options = {
     "dataloader_num_workers": False,
     "shuffle_dataset": False,
     "padding_free": False,
@@ -23,7 +21,7 @@ _STREAMED: dict[str, Any] = {
 
 
 def check_sources(config: RunConfig, problems: Problems) -> None:
-    """A dataset has one source or a list of them; weights mix several, and all or none."""
+    """Check that a dataset has one source or a list of them, and that all or none of several have weights."""
     for name, data in config.data.items():
         if (data.path is None) != bool(data.sources):
             problems.add(
@@ -38,10 +36,10 @@ def check_sources(config: RunConfig, problems: Problems) -> None:
             problems.add("give all of them a `weight`, or none", "data", name, "sources")
 
 
-def check_training(config: RunConfig, name: str, training: dict[str, Any], problems: Problems) -> None:
-    """TRL accepts the options of a stage together, and they fit the stage's datasets."""
+def check_training(config: RunConfig, name: str, training: Options, problems: Problems) -> None:
+    """Check that TRL accepts the options of a stage together, and that they fit the stage's datasets."""
     stage: TrainingStage = config.stages[name]
-    message = options.rehearse(stage.type, training)
+    message = rehearsal.rehearse(stage.type, training)
     if message:
         problems.add(message, "stages", name, "training")
     if training.get("eval_strategy", "no") != "no" and "eval_data" not in datasets(stage):
@@ -54,8 +52,8 @@ def check_training(config: RunConfig, name: str, training: dict[str, Any], probl
         _check_packing(stage.type, name, training, problems)
 
 
-def _check_stream(stage_type: str, name: str, training: dict[str, Any], problems: Problems) -> None:
-    """What pretraining on a stream asks of its options."""
+def _check_stream(stage_type: str, name: str, training: Options, problems: Problems) -> None:
+    """Check what pretraining on a stream asks of its options."""
     values = options.effective(stage_type, training)
     where = ("stages", name, "training")
     for key in ("max_steps", "max_length"):
@@ -68,15 +66,15 @@ def _check_stream(stage_type: str, name: str, training: dict[str, Any], problems
             )
 
 
-def _check_packing(stage_type: str, name: str, training: dict[str, Any], problems: Problems) -> None:
-    """Packed pieces have a length."""
+def _check_packing(stage_type: str, name: str, training: Options, problems: Problems) -> None:
+    """Check that packed pieces have a length."""
     values = options.effective(stage_type, training)
     if values["packing"] and values["max_length"] is None:
         problems.add("is the length of packed pieces; give a number", "stages", name, "training", "max_length")
 
 
 def check_reinforced(name: str, stage: Reinforced, problems: Problems) -> None:
-    """An RL stage has what its watchdog, its held-out score and its baseline need."""
+    """Check that an RL stage has what its watchdog, its held-out score and its baseline need."""
     if stage.on_alarm == "stop" and stage.eval_data is None:
         problems.add("`on_alarm: stop` needs `eval_data`: held-out prompts that tell the best policy", "stages", name)
     if isinstance(stage, Online) and stage.eval_data is not None and stage.reward is None:
@@ -92,7 +90,7 @@ def check_reinforced(name: str, stage: Reinforced, problems: Problems) -> None:
 
 
 def _check_groups(name: str, stage: Ppo, problems: Problems) -> None:
-    """Every batch that is scored at once holds whole groups of completions of one prompt."""
+    """Check that every batch that is scored at once holds whole groups of completions of one prompt."""
     values = options.effective(stage.type, stage.training)
     number = stage.baseline_completions
     sizes = {
@@ -125,7 +123,7 @@ def check_weights(config: RunConfig, problems: Problems) -> None:
 
 
 def _check_start(config: RunConfig, name: str, stage: TrainingStage, problems: Problems) -> None:
-    """A stage can train what its parent hands on, as its `lora` asks."""
+    """Check that a stage can train what its parent hands on, as its `lora` asks."""
     where = ("stages", name, "lora")
     parent = None if stage.init is None else config.stages.get(stage.init)
     if config.quantization and stage.lora is None:
@@ -136,7 +134,7 @@ def _check_start(config: RunConfig, name: str, stage: TrainingStage, problems: P
             "set model.dtype to float32 (with `bf16: true`, TRL's default, it computes in bf16), or give LoRA",
             *where,
         )
-    elif config.quantization and parent is not None and not same_shape(parent.lora or {}, stage.lora or {}):
+    elif config.quantization and parent is not None and not continues(parent, stage):
         merged = "which would have to be merged into quantised weights; use the same LoRA options in both stages"
         problems.add(f"differs in shape from the adapter of {stage.init!r}, {merged}", *where)
     trains_text_in_full = type_of(stage).rows == "text" and stage.lora is None

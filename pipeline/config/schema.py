@@ -1,4 +1,4 @@
-"""The schema of a run's config: our own few keys. What belongs to TRL, PEFT and transformers is in `options`."""
+"""Define the schema of a run's config: our own few keys. What belongs to TRL, PEFT and transformers is in `options`."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -85,7 +85,7 @@ class Source(Strict):
 class Data(Source):
     """One dataset: a source, or several. `heldout` is the share of prompts kept for evaluation where both are asked."""
 
-    path: PathText | None = None
+    path: PathText | None = None  # pyright: ignore[reportIncompatibleVariableOverride]  # `sources` may stand for it
     sources: list[Source] = []
     heldout: Annotated[float, Field(gt=0, lt=1)] = 0.05
     streaming: bool = False
@@ -202,9 +202,10 @@ class Evaluate(Sampled):
 class Shift(Sampled):
     """Measure a reward model on several completions of a policy for each held-out prompt."""
 
-    data: Text | None = None
+    # Both have a default here; the models are frozen, so that nothing can write the wider type.
+    data: Text | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     policy: Text | None = None
-    num_prompts: PositiveInt = 200
+    num_prompts: PositiveInt = 200  # pyright: ignore[reportIncompatibleVariableOverride]
     num_completions: Annotated[int, Field(ge=2)] = 4
 
 
@@ -236,7 +237,7 @@ class RunConfig(Strict):
         return self.source.parent
 
     def resolve(self, path: str) -> str:
-        """A local path of the config as an absolute one; anything else (a hub id) as it is."""
+        """Make a local path of the config absolute; leave anything else (a hub id) as it is."""
         candidate = self.folder / Path(path).expanduser()
         return str(candidate.resolve()) if candidate.exists() else path
 

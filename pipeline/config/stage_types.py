@@ -248,22 +248,22 @@ STAGE_TYPES: Mapping[str, StageType] = {
 
 
 def type_of(stage: Stage) -> StageType:
-    """The row of a stage's type."""
+    """Return the row of a stage's type."""
     return STAGE_TYPES[stage.type]
 
 
 def makes(stage: Stage, *kinds: Makes) -> bool:
-    """Whether a stage hands on one of these."""
+    """Tell whether a stage hands on one of these."""
     return type_of(stage).makes in kinds
 
 
 def stages_that_make(config: RunConfig, *kinds: Makes) -> Iterator[str]:
-    """The names of the stages that hand on one of these, in order."""
+    """Return the names of the stages that hand on one of these, in order."""
     return (name for name, stage in config.stages.items() if makes(stage, *kinds))
 
 
 def config_class(stage_type: str) -> type[Any]:
-    """The TRL config class that a stage's `training:` section is passed to; the import takes seconds."""
+    """Return the TRL config class that a stage's `training:` section is passed to; the import takes seconds."""
     name = STAGE_TYPES[stage_type].trl_config
     assert name is not None, f"{stage_type} trains nothing"
     return pkgutil.resolve_name(name)

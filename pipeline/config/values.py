@@ -1,4 +1,4 @@
-"""Kinds of values that the schema's keys take, beside what pydantic has: texts, paths, names, seeds."""
+"""Define kinds of values that pydantic does not have: texts, paths, names, seeds."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,18 +10,18 @@ _LONGEST_PATH = 4095  # bytes
 
 
 def _usable(text: str) -> str:
-    """A text that can be a name, a path or a token: it is not empty, and every system call and file takes it."""
+    """Accept a text that can be a name, a path or a token: it is not empty, and every system call and file takes it."""
     if not text:
         raise ValueError("must not be empty; leave the key out, or give a value")
     if "\0" in text:
         raise ValueError("must not have a NUL character")
     if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise ValueError("must be text that UTF-8 can hold; half of a surrogate pair is none")
+        raise ValueError("must be text that UTF-8 can hold; half of a surrogate pair is not")
     return text
 
 
 def _possible_path(text: str) -> str:
-    """A path that may exist: its parts are not too long, and `~name` names a user."""
+    """Accept a path that may exist: its parts are not too long, and `~name` names a user."""
     if not text.strip():
         raise ValueError("must not be blank; leave the key out, or give a path")
     longest = max(len(part.encode()) for part in text.split("/"))

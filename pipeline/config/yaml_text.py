@@ -1,4 +1,4 @@
-"""YAML as people write it: read once, with the line of every fault, and bounded so that no file takes the machine."""
+"""Read YAML as people write it, with the line of every fault, and within bounds so that no file fills the memory."""
 
 from pathlib import Path
 from typing import Any
@@ -45,10 +45,10 @@ class _Safe(_Marked, SafeConstructor):
 
 
 def read_file(path: Path) -> Any:
-    """The content of a YAML file, its mappings with the lines of their keys.
+    """Read the content of a YAML file, its mappings with the lines of their keys.
 
     Raises:
-        UserError: if there is no such file, or it is no YAML, or larger or deeper than any config is.
+        UserError: if there is no such file, or it is not YAML, or larger or deeper than any config is.
     """
     text = _text_of(path)
     yaml = YAML()
@@ -81,12 +81,12 @@ def _text_of(path: Path) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        seen = f"byte 0x{content[error.start]:02x} is not UTF-8"
-        raise UserError(f"{path}:{line}: cannot be read as YAML: {seen}; save the file as UTF-8 text") from None
+        fault = f"byte 0x{content[error.start]:02x} is not UTF-8"
+        raise UserError(f"{path}:{line}: cannot be read as YAML: {fault}; save the file as UTF-8 text") from None
 
 
 def read_value(text: str) -> Any:
-    """One value of the command line.
+    """Read one value of the command line.
 
     Raises:
         ValueError: saying what is wrong with it.

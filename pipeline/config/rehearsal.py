@@ -1,0 +1,87 @@
+"""Build the class that takes a section of the config, to let its own checks speak before any compute."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from pipeline.config.options import LIBRARY_SECTIONS, target_of, with_defaults
+from pipeline.config.schema import Options, Ppo
+from pipeline.config.stage_types import STAGE_TYPES, config_class
+
+if TYPE_CHECKING:
+    from trl.experimental.ppo import PPOConfig  # the import takes seconds
+
+# Variables by which a process knows that it is one of several.
+_LAUNCHED = ("ACCELERATE_", "FSDP_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "PMI_", "OMPI_", "MV2_")
+
+
+@contextlib.contextmanager
+def _without_a_trace() -> Iterator[None]:
+    """Undo the side effects of creating TrainingArguments when the context ends.
+
+    There are three: it joins torch.distributed if the environment says so, it sets ACCELERATE_* variables that every
+    stage's process would inherit, and it fixes the device of this whole process.
+    """
+    from accelerate.state import AcceleratorState, PartialState
+
+    environment = dict(os.environ)
+    # upstream: accelerate has no public way to forget its state and take it back.
+    states = (PartialState._shared_state, AcceleratorState._shared_state)
+    before = [dict(state) for state in states]
+    try:
+        for name in environment:
+            if name.startswith(_LAUNCHED):
+                del os.environ[name]
+        for state in states:
+            state.clear()
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+        for state, content in zip(states, before, strict=True):
+            state.clear()
+            state.update(content)
+
+
+def rehearse(kind: str, values: Options) -> str | None:
+    """Build the class that takes the section, to let its own cross-field checks speak before any compute.
+
+    Devices are left out of it (`use_cpu`), so that a plan can be made on another machine than the training.
+
+    Returns the error's message, or None.
+    """
+    try:
+        if kind in LIBRARY_SECTIONS:
+            target_of(kind)(**values)
+            return None
+        device = {"use_cpu": True, "tf32": None, "output_dir": tempfile.gettempdir()}
+        with _without_a_trace():
+            args = config_class(kind)(**with_defaults(kind, values) | device)
+    except (ValueError, TypeError, AttributeError, ImportError) as error:
+        return " ".join(str(error).split())
+    return _sizes_of_ppo(args) if STAGE_TYPES[kind].section is Ppo else None
+
+
+def _sizes_of_ppo(args: "PPOConfig") -> str | None:
+    """Say what is wrong with the sizes of a PPO stage, or return None.
+
+    An update's batch is cut into mini-batches, and these into micro-batches.
+    """
+    batch = args.gradient_accumulation_steps * args.per_device_train_batch_size
+    if batch % args.num_mini_batches:
+        return "gradient_accumulation_steps * per_device_train_batch_size must be a multiple of num_mini_batches"
+    mini = batch // args.num_mini_batches
+    micro = min(mini, args.per_device_train_batch_size)
+    if mini % micro:
+        fault = f"a mini-batch of {mini} is cut into micro-batches of {micro} and {mini % micro}, which weigh the same"
+        return f"{fault}; make {mini} (batch / num_mini_batches) a multiple of per_device_train_batch_size"
+    every = args.gradient_accumulation_steps
+    if batch // micro % every:
+        fault = f"an update has {batch // micro} micro-batches and takes a step every {every}"
+        mend = "choose gradient_accumulation_steps and num_mini_batches so that one divides the other"
+        return f"{fault}, so that gradients of one update would be applied in the next; {mend}"
+    if args.whiten_rewards and mini < 8:
+        return f"whiten_rewards needs mini-batches of at least 8, and these have {mini}; lower num_mini_batches"
+    return None
