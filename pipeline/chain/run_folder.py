@@ -8,13 +8,12 @@ from pipeline.config.schema import RunConfig
 from pipeline.data import run_tokenizer, sources
 from pipeline.records import manifest
 from pipeline.records.manifest import Manifest, TokenizerRecord
+from pipeline.records.stage_folder import CHECKPOINTS, LOCK, LOG
 from pipeline.system import digests
 from pipeline.system.digests import digest
 from pipeline.system.errors import UserError
 
-LOCK = ".lock"  # in every stage folder that a run has made, as long as dotfiles are copied with it
-_SIGNS = (LOCK, "checkpoints/identity.txt", "log_history.json")
-LOG = "log.txt"  # the launcher's; it only ever grows
+_SIGNS = (LOCK, f"{CHECKPOINTS}/identity.txt", "log_history.json")
 
 
 def check(config: RunConfig, recorded: Manifest | None) -> None:
