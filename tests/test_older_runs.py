@@ -151,12 +151,14 @@ def test_an_adapter_with_peft_s_defaults_is_not_no_adapter(older):
 
 
 def test_a_stage_asks_only_for_those_it_builds_on(older):
-    """The functions of others need not be there."""
+    """The data of others need not be there."""
     config = load(older / "config.yaml", (f"run_dir={older / 'runs' / 'before'}",))
     recorded = manifest.read(config.run_path)
-    (older / "judge.py").unlink()
-    decisions = staleness.decide(config, recorded, names=["pretrain", "sft", "dpo"])
-    assert [(d.stage, d.run) for d in decisions] == [("pretrain", False), ("sft", False), ("dpo", False)]
-    assert decisions[2].identity == staleness.identify(config, "dpo", recorded)
-    [_, _, unread] = staleness.decide(config, recorded, names=["pretrain", "sft", "grpo"])
-    assert unread.run and unread.identity is None and "judge" in str(unread.fault)
+    (older / "demos.jsonl").unlink()
+    [pretrain] = staleness.decide(config, recorded, names=["pretrain"])
+    assert not pretrain.run
+    assert pretrain.identity == staleness.identify(config, "pretrain", recorded)
+    [pretrain, sft, grpo] = staleness.decide(config, recorded, names=["pretrain", "sft", "grpo"])
+    assert not pretrain.run
+    assert sft.run and sft.identity is None and "demos.jsonl" in str(sft.fault)
+    assert grpo.run and grpo.identity is None and grpo.fault is None and grpo.reason == "sft runs again"
