@@ -15,6 +15,7 @@ from pipeline.chain import run_folder, staleness
 from pipeline.config.load import load
 from pipeline.records import manifest
 from pipeline.records.manifest import Output, Record
+from pipeline.shift.calibration import calibration
 from pipeline.system import digests
 
 COMMON = 0.05  # what all embeddings have in common, so that eos can be likely after every token
@@ -88,8 +89,10 @@ def _finish(config: Any, name: str, seed: int, margins: Sequence[float]) -> None
                 parameter.normal_()
     model.save_pretrained(folder)
     tokenizer(base).save_pretrained(folder)
+    metrics: dict[str, Any] = {"loss": 1.0}
     if stage.type == "reward" and margins:
         (folder / "margins.json").write_text(json.dumps(margins))
+        metrics["held_out"] = calibration(margins)
     recorded = manifest.read(config.run_path)
     identity = staleness.identify(config, name, recorded)
     record = Record(
@@ -101,7 +104,7 @@ def _finish(config: Any, name: str, seed: int, margins: Sequence[float]) -> None
         datasets={},
         output=Output(kind="adapter", path=f"{name}/output", files=digests.checksums(config.run_path, [folder])),
         tokenizer=recorded.tokenizer.fingerprint,
-        metrics={"loss": 1.0},
+        metrics=metrics,
         parameters={"trainable": 1, "total": 2},
         seed=0,
         versions={},

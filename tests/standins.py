@@ -250,11 +250,33 @@ def _smoltalk(prompt: str) -> Row:
     return {"messages": [system, *dialogue(prompt, good(prompt))], "source": "smol-magpie-ultra"}
 
 
-# By hub id: the row of a prompt, and the splits for training and for evaluation.
-DATASETS: dict[str, tuple[Callable[[str], Row], str, str]] = {
+def _no_robots(prompt: str) -> Row:
+    return {"prompt": prompt, "prompt_id": "0", "messages": dialogue(prompt, good(prompt)), "category": "Open QA"}
+
+
+def _document(prompt: str) -> str:
+    return " ".join([prompt, good(prompt)] * 4)
+
+
+def _fineweb(prompt: str) -> Row:
+    return {"text": _document(prompt), "id": "<urn:uuid:0>", "metadata": {"language": "en", "token_count": 60}}
+
+
+def _cosmopedia(prompt: str) -> Row:
+    """The prompt of the model that wrote the text stands beside it."""
+    about = {"token_length": 60, "audience": "general", "format": "textbook", "seed_data": "auto_math_text"}
+    return {"prompt": prompt, "text": _document(prompt), **about}
+
+
+# By hub id: the row of a prompt, and the splits for training and, where there is one, for evaluation. A configuration
+# of a dataset has its name behind the id, and a folder of this name in a clone.
+DATASETS: dict[str, tuple[Callable[[str], Row], str, str | None]] = {
+    "HuggingFaceH4/no_robots": (_no_robots, "train", "test"),
     "HuggingFaceH4/ultrachat_200k": (_ultrachat, "train_sft", "test_sft"),
     "HuggingFaceH4/ultrafeedback_binarized": (_ultrafeedback, "train_prefs", "test_prefs"),
     "HuggingFaceTB/smol-smoltalk": (_smoltalk, "train", "test"),
+    "HuggingFaceTB/smollm-corpus/cosmopedia-v2": (_cosmopedia, "train", None),
+    "HuggingFaceTB/smollm-corpus/fineweb-edu-dedup": (_fineweb, "train", None),
     "trl-lib/Capybara": (_capybara, "train", "test"),
     "trl-lib/ultrafeedback-prompt": (_ultrafeedback_prompt, "train", "test"),
     "trl-lib/ultrafeedback_binarized": (_ultrafeedback_of_trl, "train", "test"),
@@ -272,6 +294,9 @@ def make_dataset(hub_id: str, folder: Path, num_rows: int) -> None:
     (folder / "data").mkdir(parents=True)
     row_of, train, test = DATASETS[hub_id]
     held_out, trained = prompts()[:NUM_HELD_OUT], prompts()[NUM_HELD_OUT:][:num_rows]
-    for split, chosen in {train: trained, test: held_out}.items():
+    splits = {train: trained}
+    if test is not None:
+        splits[test] = held_out
+    for split, chosen in splits.items():
         rows = Dataset.from_list([row_of(prompt) for prompt in chosen])
         rows.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")

@@ -5,6 +5,7 @@ import re
 import subprocess
 
 import pytest
+import tiny
 
 QUANTIZATION = {"load_in_4bit": True}
 OTHER_SHAPE = {"r": 8, "lora_alpha": 8, "target_modules": "all-linear"}
@@ -259,13 +260,13 @@ def test_run_that_cannot_be(refused_config, changes, words):
     refused_config(*words, **changes)
 
 
-def test_ppo_without_reward_model(refused_config, write_config):
-    refused_config("stages.ppo.reward", "add a stage of type reward", **{"stages.reward": write_config.REMOVED})
+def test_ppo_without_reward_model(refused_config):
+    refused_config("stages.ppo.reward", "add a stage of type reward", **{"stages.reward": tiny.REMOVED})
 
 
 @pytest.mark.parametrize("kind", ["rloo", "grpo"])
-def test_online_stage_without_reward(refused_config, write_config, kind):
-    changes = {"stages.reward": write_config.REMOVED, "stages.ppo": MORE_STAGES[kind] | {"type": kind}}
+def test_online_stage_without_reward(refused_config, kind):
+    changes = {"stages.reward": tiny.REMOVED, "stages.ppo": MORE_STAGES[kind] | {"type": kind}}
     refused_config("stages.ppo.reward", f"{kind} needs a reward", **changes)
 
 
@@ -276,8 +277,8 @@ def test_online_stage_without_reward(refused_config, write_config, kind):
         ({"stages.dpo.lora": OTHER_SHAPE}, "differs in shape from the adapter of 'sft'"),
     ],
 )
-def test_weights_of_a_quantised_base(refused_config, write_config, changes, word):
-    base = {"model": {"path": "some/model"}, "quantization": QUANTIZATION, "stages.pretrain": write_config.REMOVED}
+def test_weights_of_a_quantised_base(refused_config, changes, word):
+    base = {"model": {"path": "some/model"}, "quantization": QUANTIZATION, "stages.pretrain": tiny.REMOVED}
     refused_config("1 problem ", "stages.dpo.lora: ", word, **base, **changes)
 
 
@@ -395,7 +396,7 @@ def test_what_cannot_be_made(refused_config, changes, words):
     refused_config(*words, **changes)
 
 
-def test_pad_equal_to_eos_without_alternative(refused_config, write_config, tmp_path):
+def test_pad_equal_to_eos_without_alternative(refused_config, tmp_path):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, PreTrainedTokenizerFast
 
@@ -406,7 +407,7 @@ def test_pad_equal_to_eos_without_alternative(refused_config, write_config, tmp_
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="</s>")
     tokenizer.save_pretrained(tmp_path / "base")
     LlamaConfig(vocab_size=len(vocabulary), hidden_size=32).save_pretrained(tmp_path / "base")
-    changes = {"model": {"path": "base"}, "stages.pretrain": write_config.REMOVED}
+    changes = {"model": {"path": "base"}, "stages.pretrain": tiny.REMOVED}
     refused_config("tokenizer.pad_token", "never learn to stop", "'</s>'", **changes)
 
 

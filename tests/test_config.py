@@ -1,6 +1,7 @@
 """How a config is resolved: numbers, defaults, references, order, and how weights follow from stage to stage."""
 
 import pytest
+import tiny
 from accelerate.commands.config.config_args import load_config_from_file
 
 from pipeline.config.lineage import Place, place_of, root, shares_backbone, start_of
@@ -66,13 +67,13 @@ def test_default_references(resolve):
     assert stages["evaluate"].policies == ["ppo", "dpo"]
 
 
-def test_sft_starts_from_the_base_without_pretraining(resolve, write_config):
-    config = resolve(model={"path": "some/model"}, **{"stages.pretrain": write_config.REMOVED})
+def test_sft_starts_from_the_base_without_pretraining(resolve):
+    config = resolve(model={"path": "some/model"}, **{"stages.pretrain": tiny.REMOVED})
     assert config.stages["sft"].init == "base"
     assert root(config) == Place()
 
 
-def test_stages_are_ordered_by_what_they_need(resolve, write_config, tmp_path):
+def test_stages_are_ordered_by_what_they_need(resolve, tmp_path):
     assert list(resolve().stages) == ["pretrain", "sft", "reward", "ppo", "dpo", "evaluate"]
     moved = {"evaluate": {"data": "prompts"}, "dpo": {"data": "comparisons"}, "ppo": {"data": "prompts"}}
     moved |= {"reward": {"data": "comparisons"}, "sft": {"data": "demos"}}
@@ -169,8 +170,8 @@ def test_weights_on_a_merged_parent(resolve):
     assert describe_reference(config, "further") == "frozen copy of dpo"
 
 
-def test_weights_on_a_pretrained_base(resolve, write_config):
-    config = resolve(model={"path": "some/model"}, **{"stages.pretrain": write_config.REMOVED})
+def test_weights_on_a_pretrained_base(resolve):
+    config = resolve(model={"path": "some/model"}, **{"stages.pretrain": tiny.REMOVED})
     assert place_of(config, "sft") == Place(None, "sft/output")
     assert place_of(config, "ppo") == Place(None, "ppo/output")
     assert describe_start(config, "sft") == "base model + new adapter"
@@ -178,8 +179,8 @@ def test_weights_on_a_pretrained_base(resolve, write_config):
     assert describe_reference(config, "evaluate").startswith("sft ")
 
 
-def test_reference_of_a_stage_that_starts_from_the_base(resolve, write_config):
-    changes = {"stages.pretrain": write_config.REMOVED, "stages.dpo.init": "base"}
+def test_reference_of_a_stage_that_starts_from_the_base(resolve):
+    changes = {"stages.pretrain": tiny.REMOVED, "stages.dpo.init": "base"}
     config = resolve(model={"path": "some/model"}, **changes)
     assert describe_reference(config, "dpo") == "frozen copy of base model"
 

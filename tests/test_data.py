@@ -12,7 +12,6 @@ from pipeline.config.load import load
 from pipeline.config.schema import Source
 from pipeline.data import joints, prepare, run_tokenizer, sources
 from pipeline.data.audit import Finding
-from pipeline.data.prepare import Datasets
 from pipeline.show import check_data
 from pipeline.system.errors import UserError
 
@@ -33,7 +32,7 @@ def read(tmp_path, model):
     `rows` are written to rows.jsonl, unless they are a path.
     """
 
-    def make(rows, kind: str, training=None, section=None, max_prompt_length=None, **top) -> Datasets:
+    def make(rows, kind: str, training=None, section=None, max_prompt_length=None, **top) -> tiny.StageRows:
         path = rows if isinstance(rows, Path) else tmp_path / "rows.jsonl"
         if path is not rows:
             tiny.write_rows(path, rows)
@@ -53,17 +52,17 @@ def read(tmp_path, model):
         tiny.edit(made, {"model": {"path": str(model)}})
         config = load(made)
         tokenizer = run_tokenizer.build(config)
-        return Datasets(config, tokenizer, run_tokenizer.fingerprint(tokenizer))
+        return tiny.StageRows(config, tokenizer)
 
     return make
 
 
-def texts(read: Datasets, kind: str) -> list[dict[str, str]]:
+def texts(read: tiny.StageRows, kind: str) -> list[dict[str, str]]:
     """The rows of a stage, every column of ids as text; what is trained on in brackets."""
     found = []
     stage = read.config.stages[kind]
     for row in read.prepare(kind, "data").rows:
-        parts = check_data.parts_of(row, stage, read.tokenizer)
+        parts = check_data.parts_of(row, read.kind(kind), stage, read.tokenizer)
         found.append({label: "".join(f"[{said}]" if on else said for said, on in spans) for label, spans in parts})
     return found
 
@@ -383,7 +382,7 @@ def test_a_second_time_rows_come_from_the_cache(read, monkeypatch, tmp_path):
     def never(*_):
         raise AssertionError("rows were prepared again")
 
-    monkeypatch.setattr(prepare.Measure, "__call__", never)
+    monkeypatch.setattr(prepare.TokenIds, "__call__", never)
     again = read(rows, "reward").prepare("reward", "data")
     assert again.rows.to_list() == first.rows.to_list()
     moved = tmp_path / "elsewhere"

@@ -176,8 +176,8 @@ def test_intervals_of_the_shift_report_are_bca_over_prompts(noise, tolerance):
 
     found = variance.bootstrap(variance.within_sd, *variance.summaries(scores.tolist()))
     low, high = bca(sd, [squares], level)
-    assert found["value"] == pytest.approx(sd(squares))
-    assert [found["low"], found["high"]] == pytest.approx([low, high], abs=tolerance * (high - low))
+    assert found.value == pytest.approx(sd(squares))
+    assert [found.low, found.high] == pytest.approx([low, high], abs=tolerance * (high - low))
 
 
 def test_wilson_with_halves_is_the_solution_of_its_equation():
@@ -185,4 +185,4 @@ def test_wilson_with_halves_is_the_solution_of_its_equation():
     for successes, count in ((3.5, 5), (0.5, 9), (12, 40), (61.5, 200)):
         z, seen = stats.norm.ppf(0.975), successes / count
         roots = np.roots([1 + z**2 / count, -(2 * seen + z**2 / count), seen**2])
-        assert wilson(successes, count) == pytest.approx({"value": seen, "low": min(roots), "high": max(roots)})
+        assert wilson(successes, count) == pytest.approx((seen, min(roots), max(roots)))

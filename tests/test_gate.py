@@ -24,6 +24,7 @@ from pipeline.models.generation import Sampling
 from pipeline.records import manifest
 from pipeline.records.manifest import Manifest
 from pipeline.shift.advice import advice
+from pipeline.shift.calibration import calibration
 from pipeline.shift.measure import measure
 from pipeline.show.results import snippet
 from pipeline.system.digests import digest
@@ -275,8 +276,8 @@ def test_a_shift_stage_is_added_with_evaluates_data_and_settings(resolve):
     assert graph.parents(config.stages["ppo"]) == {"init": "sft", "reward": "reward"}
 
 
-def test_without_an_evaluate_stage_it_takes_eval_data(resolve, write_config):
-    nothing = {"stages.evaluate": write_config.REMOVED}
+def test_without_an_evaluate_stage_it_takes_eval_data(resolve):
+    nothing = {"stages.evaluate": tiny.REMOVED}
     assert added(resolve(**nothing)) == {}
     config = resolve(**nothing, **{"stages.reward.eval_data": "comparisons"})
     assert config.stages["reward-shift"].data == "comparisons"
@@ -321,8 +322,8 @@ def test_the_added_one_is_changed_by_its_name_on_the_command_line(write_config, 
         load(path, ("stages.rewart-shift.num_prompts=7",))
 
 
-def test_a_declared_one_needs_prompts_from_somewhere(resolve, write_config):
-    nothing = {"stages.evaluate": write_config.REMOVED, "stages.shift": {}}
+def test_a_declared_one_needs_prompts_from_somewhere(resolve):
+    nothing = {"stages.evaluate": tiny.REMOVED, "stages.shift": {}}
     with pytest.raises(UserError, match=r"stages.shift.data: is required"):
         resolve(**nothing)
     assert resolve(**nothing, **{"stages.reward.eval_data": "prompts"}).stages["shift"].data == "prompts"
@@ -337,7 +338,7 @@ def test_a_declared_one_with_another_name_is_found(resolve, mode):
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_a_report_on_what_rl_has_made_is_not_what_it_waits_for(resolve, write_config, first):
+def test_a_report_on_what_rl_has_made_is_not_what_it_waits_for(resolve, first):
     late, own = {"type": "shift", "policy": "ppo"}, {"type": "shift", "policy": "base"}
     config = resolve(**{"stages.late": late})
     assert config.stages["ppo"].shift == "reward-shift"
@@ -512,7 +513,7 @@ def test_the_report_is_that_of_its_samples(small):
     assert len(samples) == report["prompts"] == len(tiny.TOPICS) and report["completions"] == 4 * len(samples)
     margins = json.loads((small.run_dir / "reward" / "output" / "margins.json").read_text())
     assert len(margins) == len(TOPICS)
-    again = measure(samples, margins)
+    again = measure(samples, calibration(margins))
     assert report == again | {"advice": advice(again)}
     record = manifest.read(small.run_dir).stages["reward-shift"]
     assert record.metrics == report and record.output.kind == "report"

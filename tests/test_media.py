@@ -6,9 +6,9 @@ import pytest
 import tiny
 from datasets import Audio, Dataset, Features, Image, List, Value
 
-from pipeline.data.convert import convert
 from pipeline.data.faults import RowFault, shown
 from pipeline.data.media import MEDIA
+from pipeline.data.rows import convert
 
 HI = [{"role": "user", "content": "What is this?"}, {"role": "assistant", "content": "A cat."}]
 ROWS = {

@@ -7,6 +7,7 @@ import pytest
 from pipeline.records import manifest
 from pipeline.records.manifest import Manifest, Output, TokenizerRecord
 from pipeline.shift.advice import advice
+from pipeline.shift.calibration import calibration
 from pipeline.shift.measure import measure
 
 SUMMARY = {"prompts": 4, "kl": 0.1, "length": 3.0, "ended": 0.5, "score": 0.5, "score_win_rate": [0.5, 0.4, 0.6]}
@@ -18,7 +19,7 @@ def run_dir(tmp_path, make_record):
     """A run folder whose manifest has a stage of each kind; what it says of files is not looked at here."""
     texts = ("Tell me about [red]tea[/red].", "Tell me about rain.")
     prompts = [{"prompt": text, "tokens": 3, "scores": [0.0, 1.0, 0.5], "lengths": [2, 3, 4]} for text in texts]
-    shifted = measure(prompts, [1.0, 2.0, -1.0, 0.5])
+    shifted = measure(prompts, calibration([1.0, 2.0, -1.0, 0.5]))
     shifted["advice"] = advice(shifted)
     policies = {"base": SUMMARY, "sft": SUMMARY, "dpo": SUMMARY}
     report = Output(kind="report", path="report/output", files={})

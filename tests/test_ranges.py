@@ -8,6 +8,7 @@ import pytest
 from pipeline.config import choices, options, ranges
 from pipeline.config.load import load
 from pipeline.config.ranges import ANY, RANGES, Range
+from pipeline.config.stage_types import STAGE_TYPES
 
 KINDS = ("training", "pretrain", "sft", "reward", "dpo", "ppo", "rloo", "grpo", "lora", "quantization")
 
@@ -28,12 +29,13 @@ def numeric(kind):
 def test_every_number_has_a_range(kind):
     found = numeric(kind)
     assert found
-    assert {key for key in found if ranges.range_of(kind, key) is None} <= ANY
+    assert {key for key in found if options.range_of(kind, key) is None} <= ANY
 
 
 def test_every_range_belongs_to_an_option():
     known = {key for kind in KINDS for key in options._field_types(kind)}
-    known |= {f"{kind}.{key}" for kind in KINDS for key in options._field_types(kind)}
+    for kind, row in STAGE_TYPES.items():
+        assert not row.trl_config or not (row.words.keys() | row.bounds.keys()) - options._field_types(kind).keys()
     assert not (RANGES.keys() | ANY) - known
     assert not {name for name in choices._WORDS if name not in known}
     assert not RANGES.keys() & ANY
@@ -45,7 +47,7 @@ def test_defaults_are_in_their_ranges(kind):
     for key in numeric(kind):
         default = options._default_of(kind, key) if kind != "quantization" else None
         if isinstance(default, (int, float)) and not isinstance(default, bool):
-            assert ranges.fault_of(kind, key, default) is None, key
+            assert ranges.fault_of(default, options.range_of(kind, key)) is None, key
             looked_at += 1
     assert looked_at or kind == "quantization"
 
@@ -82,8 +84,8 @@ def test_range(rule, inside, outside, words):
 )
 def test_numbers_that_nothing_can_use(value):
     for kind, key in (("sft", "learning_rate"), ("rloo", "reward_clip_range"), ("sft", "lr_scheduler_kwargs")):
-        assert ranges.fault_of(kind, key, value) is not None
-    assert ranges.fault_of("rloo", "reward_clip_range", [-(2.0**62), 2**63 - 1]) is None
+        assert ranges.fault_of(value, options.range_of(kind, key)) is not None
+    assert ranges.fault_of([-(2.0**62), 2**63 - 1], options.range_of("rloo", "reward_clip_range")) is None
 
 
 @pytest.mark.parametrize(

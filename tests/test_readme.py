@@ -17,7 +17,6 @@ from ruamel.yaml import YAML
 from pipeline.config import options, schema, stage_types
 from pipeline.config.load import load
 from pipeline.data import formats, run_tokenizer
-from pipeline.data.prepare import Datasets
 from pipeline.rl.watchdog import HEALTHY, Range
 from pipeline.shift.advice import RULES
 from pipeline.show import check_data
@@ -216,7 +215,7 @@ def test_example_row_goes_into_the_stages_it_fits(tmp_path, shape, row, fits):
         alone = config.model_copy(update={"stages": {want: config.stages[want]}})
         tokenizer = run_tokenizer.build(alone)
         with contextlib.suppress(UserError):
-            prepared = Datasets(alone, tokenizer, run_tokenizer.fingerprint(tokenizer)).prepare(want, "data")
+            prepared = tiny.StageRows(alone, tokenizer).prepare(want, "data")
             assert (len(prepared.rows), prepared.audit.num_dropped) == (1, 0)
             accepted.add(want)
     assert accepted == fits

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.convert import convert, to_messages
+from pipeline.data.convert import to_messages
 from pipeline.data.faults import FAULTS, RowFault
-from pipeline.data.formats import FIELDS, detect, serves
+from pipeline.data.formats import FIELDS, detect
+from pipeline.data.rows import convert, serves
 
 SHAPES = ("text", "prompt", "prompt_completion", "messages", "alpaca")
 SHAPES += ("sharegpt", "unpaired", "comparison", "hh", "scored")

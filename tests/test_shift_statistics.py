@@ -55,18 +55,29 @@ def simulated(num=40, seed=0):
     return scored(scores, [rng.integers(3, 60, len(g)).tolist() for g in scores])
 
 
+def components(data):
+    """The statistics that `bootstrap` resamples, of the groups as they are."""
+    return {name: float(getattr(variance, name)(*variance.summaries(data))) for name in SDS}
+
+
+def measured(prompts, margins=None):
+    """The report on prompts and on a reward model with these margins."""
+    return measure(prompts, calibration(margins) if margins else None)
+
+
 def certain(value):
     return {"value": value, "low": value, "high": value}
 
 
 def test_components_by_hand():
     # Means 2 and 6, MSA = 2 * (4 + 4) = 16, MSW = (2 + 2) / 2 = 2; between (16 - 2) / 2 = 7.
-    found = variance.components([[1, 3], [5, 7]])
-    assert found == variance.Components(pytest.approx(math.sqrt(7)), pytest.approx(math.sqrt(2)), pytest.approx(7 / 9))
+    assert components([[1, 3], [5, 7]]) == pytest.approx(
+        {"between_sd": math.sqrt(7), "within_sd": math.sqrt(2), "icc": 7 / 9}
+    )
     # Sizes 1 and 3, means 0 and 4, grand mean 3: MSA = 9 + 3 = 12, MSW = 8 / 2 = 4, n0 = 4 - 10 / 4 = 1.5.
-    found = variance.components([[0], [2, 4, 6]])
-    assert (found.between_sd**2, found.within_sd**2) == (pytest.approx(8 / 1.5), pytest.approx(4))
-    assert variance.components([[1, 5], [2, 4]]).between_sd == 0  # clipped
+    found = components([[0], [2, 4, 6]])
+    assert (found["between_sd"] ** 2, found["within_sd"] ** 2) == (pytest.approx(8 / 1.5), pytest.approx(4))
+    assert components([[1, 5], [2, 4]])["between_sd"] == 0  # clipped
 
 
 @pytest.mark.parametrize("kind", SIZES)
@@ -77,14 +88,14 @@ def test_components_are_those_of_statsmodels(kind):
     among, within = anova_lm(ols("score ~ C(prompt)", frame).fit())["mean_sq"]
     size = (sizes.sum() - (sizes**2).sum() / sizes.sum()) / (len(data) - 1)
     between = (among - within) / size
-    expected = variance.Components(math.sqrt(between), math.sqrt(within), between / (between + within))
-    found = variance.components(data)
+    expected = {"between_sd": math.sqrt(between), "within_sd": math.sqrt(within), "icc": between / (between + within)}
+    found = components(data)
     for name in SDS:
-        assert getattr(found, name) == pytest.approx(getattr(expected, name), abs=1e-6)
+        assert found[name] == pytest.approx(expected[name], abs=1e-6)
     if kind == "balanced":  # then REML has the same solution
         fitted = mixedlm("score ~ 1", frame, groups="prompt").fit(reml=True)
-        assert found.between_sd**2 == pytest.approx(fitted.cov_re.iloc[0, 0], rel=1e-3)
-        assert found.within_sd**2 == pytest.approx(fitted.scale, rel=1e-3)
+        assert found["between_sd"] ** 2 == pytest.approx(fitted.cov_re.iloc[0, 0], rel=1e-3)
+        assert found["within_sd"] ** 2 == pytest.approx(fitted.scale, rel=1e-3)
 
 
 @pytest.mark.parametrize("num, between", [(60, 1.0), (100, 0.5)])
@@ -96,8 +107,8 @@ def test_intervals_cover_the_truth(kind, num, between):
         found = variance.summaries(groups(rng, num, SIZES[kind], between))
         for name, value in truth.items():
             interval = variance.bootstrap(getattr(variance, name), *found)
-            assert interval["low"] <= interval["value"] <= interval["high"]
-            covered[name] += interval["low"] <= value <= interval["high"]
+            assert interval.low <= interval.value <= interval.high
+            covered[name] += interval.low <= value <= interval.high
     assert min(covered.values()) >= 0.93 * NUM_DRAWS, covered
 
 
@@ -106,11 +117,11 @@ def test_bootstrap_covers_a_correlation_and_is_fast():
     for _ in range(100):
         first, noise = rng.normal(size=(2, 60))
         interval = variance.bootstrap(variance.pearson, first, first + noise)
-        assert interval["value"] == pytest.approx(np.corrcoef(first, first + noise)[0, 1])
-        covered += interval["low"] <= math.sqrt(0.5) <= interval["high"]
+        assert interval.value == pytest.approx(np.corrcoef(first, first + noise)[0, 1])
+        covered += interval.low <= math.sqrt(0.5) <= interval.high
     assert covered >= 93
     started = time.perf_counter()
-    measure(simulated(300), rng.normal(size=500).tolist())
+    measured(simulated(300), rng.normal(size=500).tolist())
     assert time.perf_counter() - started < 2
 
 
@@ -118,7 +129,7 @@ def test_length_correlation_is_within_prompts():
     # Deviations: scores -1, 1, -2, 0, 2; lengths 1, -1, -4, -2, 6. Sxy = -2 + 20, Sxx = 10, Syy = 2 + 56.
     found = measure(scored([[0, 2], [10, 12, 14]], [[3, 1], [5, 7, 15]]))
     assert found["length_correlation"]["value"] == pytest.approx(18 / math.sqrt(10 * 58))
-    assert found["flat_prompts"] == wilson(0, 2)
+    assert found["flat_prompts"] == wilson(0, 2).as_json()
     assert measure(scored([[0, 2], [1, 1.1]]))["flat_prompts"]["value"] == 0.5
 
 
@@ -137,7 +148,7 @@ def test_a_constant_per_prompt_changes_nothing_within():
     moved = copy.deepcopy(prompts)
     for prompt, constant in zip(moved, np.random.default_rng(2).integers(-99, 99, len(moved)), strict=True):
         prompt["scores"] = [score + constant for score in prompt["scores"]]
-    before, after = measure(prompts, margins), measure(moved, margins)
+    before, after = measured(prompts, margins), measured(moved, margins)
     for figure in ("within_sd", "length_correlation", "flat_prompts", "comparisons"):
         assert before[figure] == after[figure]
     assert after["icc"]["low"] > before["icc"]["high"]
@@ -157,11 +168,11 @@ def test_calibration_by_hand():
         (0.9, 1, 1),
     ]
     assert (tie["observed"]["value"], middle["predicted"]) == (0.5, pytest.approx(0.75))
-    assert middle["observed"] == wilson(2, 3)
+    assert middle["observed"] == wilson(2, 3).as_json()
     assert found["ece"] == pytest.approx((0 + 3 * (0.75 - 2 / 3) + 0.1) / 5)
     assert [part["count"] for part in found["accuracy_by_margin"]] == [2, 1, 1, 1]
     assert found["accuracy_by_margin"][-1] == {
-        "low": pytest.approx(nine), "high": pytest.approx(nine), "count": 1, "accuracy": wilson(1, 1)
+        "low": pytest.approx(nine), "high": pytest.approx(nine), "count": 1, "accuracy": wilson(1, 1).as_json()
     }  # fmt: skip
 
 
@@ -169,7 +180,7 @@ def test_calibration_by_hand():
 def test_wilson_is_that_of_scipy(successes, count):
     expected = binomtest(successes, count).proportion_ci(method="wilson")
     found = wilson(successes, count)
-    assert (found["low"], found["high"]) == (pytest.approx(expected.low), pytest.approx(expected.high))
+    assert (found.low, found.high) == (pytest.approx(expected.low), pytest.approx(expected.high))
 
 
 def test_a_calibrated_model_has_a_small_calibration_error():
@@ -197,14 +208,14 @@ def test_a_calibrated_model_has_a_small_calibration_error():
 def test_degenerate_scores(scores, known, tmp_path):
     prompts = scored(scores)
     for margins in (None, [], [0.0, 0.0], [2.0]):
-        report = measure(prompts, margins)
+        report = measured(prompts, margins)
         stored = json.loads(json.dumps(report, allow_nan=False))
         assert stored == report
         assert {name: report[name] for name in known} == known
         assert (report["comparisons"] is None) == (not margins)
         table(stored, Console(), "reward")
         assert advice(stored)
-    draw(report, prompts, margins, tmp_path)
+    draw(report, prompts, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +230,7 @@ def test_degenerate_scores(scores, known, tmp_path):
 )
 def test_what_cannot_be_measured_is_refused(prompts, margins):
     with pytest.raises(ValueError, match=r"prompt|margins"):
-        measure(prompts, margins)
+        measured(prompts, margins)
 
 
 def made(icc=0.3, **changes):
@@ -277,7 +288,7 @@ def test_each_rule_of_the_advice_fires():
 
 
 def test_report_survives_json_and_is_shown():
-    report = json.loads(json.dumps(measure(simulated(), [1.0, 2.0, -1.0, 3.0] * 20), allow_nan=False))
+    report = json.loads(json.dumps(measured(simulated(), [1.0, 2.0, -1.0, 3.0] * 20), allow_nan=False))
     console = Console(record=True, width=120)
     table(report, console, "reward")
     shown = console.export_text()
@@ -292,7 +303,7 @@ def test_report_survives_json_and_is_shown():
     for text in expected:
         assert text in shown
     banned = "{'torch', 'scipy', 'matplotlib', 'numpy'}"
-    code = f"import sys, pipeline.shift.show; assert not {banned} & set(sys.modules), {banned} & set(sys.modules)"
+    code = f"import sys, pipeline.show.shift; assert not {banned} & set(sys.modules), {banned} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -310,9 +321,9 @@ def test_what_was_not_measured_is_no_number(make_record):
 
 def test_pictures(tmp_path):
     prompts, margins = simulated(), [1.0, 2.0, -1.0, 0.1] * 20
-    without = draw(measure(prompts), prompts, None, tmp_path / "new")
+    without = draw(measure(prompts), prompts, tmp_path / "new")
     assert [path.name for path in without] == ["offsets.png", "length.png"]
-    drawn = draw(measure(prompts, margins), prompts, margins, tmp_path)
+    drawn = draw(measured(prompts, margins), prompts, tmp_path)
     assert [path.name for path in drawn] == ["offsets.png", "length.png", "reliability.png"]
     for path in drawn:
         pixels = imread(path)

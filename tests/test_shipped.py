@@ -5,6 +5,9 @@ that changes, and that all others are as shipped: precision, quantisation, adapt
 schedules and the gate, which stops a run on a reward model that is not good enough.
 """
 
+import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from test_readme import fences
 
 from pipeline import stage
 from pipeline.config.load import load
-from pipeline.config.schema import RunConfig, TrainingStage
+from pipeline.config.schema import Ppo, RunConfig, Source, TrainingStage
 from pipeline.launch import process
 from pipeline.records import manifest
 
@@ -28,9 +31,10 @@ MULTI_GPU = "qwen2.5-7b-multi-gpu.yaml"
 # What a test may change, by the last part of its key, and why.
 REASONS = {
     "path": "there is no hub: a folder holds a stand-in of the same kind",
+    "sources": "the same for each of them; a folder has no `name` of a configuration",
     "use_cpu": "transformers takes bf16 on a machine without a GPU only if it is told to use the CPU",
     "total_episodes": "two updates are enough to see PPO train",
-    "max_steps": "two steps are enough to see RLOO and GRPO train",
+    "max_steps": "two steps are enough to see pretraining, RLOO and GRPO train",
     "response_length": "a random model does not stop by itself",
     "max_completion_length": "a random model does not stop by itself",
     "max_new_tokens": "a random model does not stop by itself",
@@ -40,6 +44,7 @@ REASONS = {
 SHORT: dict[str, Overrides] = {
     "smollm2-135m.yaml": {
         "training.use_cpu": True,
+        "stages.pretrain.training.max_steps": 2,
         "stages.ppo.training.total_episodes": 64,
         "stages.ppo.training.response_length": 8,
         "stages.evaluate.max_new_tokens": 8,
@@ -82,18 +87,31 @@ NUM_ROWS = 64  # of a dataset to train on
 MORE_COMPARISONS = {"smollm2-135m.yaml": 128}
 
 
+def stand_in(source: Source, folder: Path, num_rows: int) -> str:
+    """Make the stand-in of a source in `folder`, unless it is there; returns its path."""
+    hub_id = source.path if source.name is None else f"{source.path}/{source.name}"
+    place = folder / hub_id.replace("/", "--")
+    if not place.exists():
+        standins.make_dataset(hub_id, place, num_rows)
+    return str(place)
+
+
 def stand_ins(config: RunConfig, folder: Path) -> Overrides:
     """Make a config's model and datasets in `folder`; returns what puts them in the place of its own."""
     standins.MODELS[config.model.path](folder / "model")
     paths: Overrides = {"model.path": str(folder / "model")}
     for name, dataset in config.data.items():
-        place = folder / dataset.path.replace("/", "--")
-        if not place.exists():
-            num_rows = NUM_ROWS
-            if "preferences" in name:
-                num_rows = MORE_COMPARISONS.get(config.source.name, NUM_ROWS)
-            standins.make_dataset(dataset.path, place, num_rows)
-        paths[f"data.{name}.path"] = str(place)
+        num_rows = NUM_ROWS
+        if "preferences" in name:
+            num_rows = MORE_COMPARISONS.get(config.source.name, NUM_ROWS)
+        if dataset.sources:
+            sources = []
+            for source in dataset.sources:
+                own = source.model_dump(exclude_unset=True, exclude={"name"})
+                sources.append(own | {"path": stand_in(source, folder, num_rows)})
+            paths[f"data.{name}.sources"] = json.dumps(sources)
+        else:
+            paths[f"data.{name}.path"] = stand_in(dataset, folder, num_rows)
     return paths
 
 
@@ -103,9 +121,11 @@ def arguments(overrides: Overrides) -> tuple[str, ...]:
 
 
 def flat(section: dict[str, Any], above: str = "") -> dict[str, Any]:
-    """{dotted key: value} of nested sections."""
+    """{dotted key: value} of nested sections, and of lists of them."""
     values: dict[str, Any] = {}
     for key, value in section.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            value = {str(number): item for number, item in enumerate(value)}
         if isinstance(value, dict):
             values |= flat(value, f"{above}{key}.")
         else:
@@ -123,6 +143,12 @@ def reached(config: RunConfig, key: str) -> set[str]:
         keys |= {f"stages.{name}.{key}" for name, its in config.stages.items() if isinstance(its, TrainingStage)}
     if key.startswith("stages.evaluate."):
         keys.add(key.replace("evaluate", "reward-shift"))
+    if key.endswith(".sources"):
+        keys = set()
+        for number, source in enumerate(config.data[key.split(".")[1]].sources):
+            keys.add(f"{key}.{number}.path")
+            if source.name is not None:
+                keys.add(f"{key}.{number}.name")
     return keys
 
 
@@ -144,6 +170,39 @@ def check_records(config: RunConfig, run_dir: Path) -> None:
     for name, record in recorded.items():
         manifest.verify(run_dir, name, record)
         check_stage(record)
+        if isinstance(config.stages[name], TrainingStage):
+            check_data(config, config.stages[name], record)
+        if isinstance(config.stages[name], Ppo):
+            check_ppo(config.stages[name], record)
+
+
+def check_data(config: RunConfig, stage: TrainingStage, record: manifest.Record) -> None:
+    """A stream was read while it trained, and sources with weights were mixed by them."""
+    dataset, account = config.data[stage.data], record.datasets["data"]
+    assert account.get("streamed", False) == dataset.streaming
+    if dataset.streaming:
+        assert account["dropped"] == {}
+        assert account["read"] > len(dataset.sources) * NUM_ROWS  # it has begun another pass
+    elif dataset.sources:
+        weights = [source.weight for source in dataset.sources]
+        assert None not in weights and len(set(weights)) > 1
+        # All have as many rows, so the one with the largest weight runs out first.
+        taken = [NUM_ROWS * weight // max(weights) for weight in weights]
+        assert account["rows"] == sum(taken)
+        assert account["dropped"] == {"weight": len(weights) * NUM_ROWS - sum(taken)}
+
+
+def check_ppo(stage: Ppo, record: manifest.Record) -> None:
+    """With held-out prompts it looked at them before and after; with a baseline of the batch, that cancels its mean."""
+    metrics = record.metrics
+    assert metrics["alarms"] == []
+    assert ("held_out_scores" in metrics) == (stage.eval_data is not None)
+    if stage.eval_data is not None:
+        assert [look["update"] for look in metrics["held_out_scores"]] == [0, metrics["updates"]]
+        assert all(math.isfinite(look["score"]) for look in metrics["held_out_scores"])
+    if stage.prompt_baseline == "leave_one_out":
+        for when in ("first_", ""):  # the last has no prefix
+            assert abs(metrics[f"{when}centred_score"]) < 1e-4 < abs(metrics[f"{when}score"])
 
 
 @pytest.fixture
@@ -170,6 +229,15 @@ def test_every_shipped_config_is_run():
     assert {path.name for path in CONFIGS.glob("*.yaml")} == {*SHORT, QUICKSTART}
 
 
+def test_the_shipped_configs_show_what_sets_the_project_apart():
+    configs = [load(path) for path in CONFIGS.glob("*.yaml")]
+    datasets = [dataset for config in configs for dataset in config.data.values()]
+    assert any(dataset.streaming for dataset in datasets)
+    assert any(dataset.sources and dataset.sources[0].weight and not dataset.streaming for dataset in datasets)
+    stages = [stage for config in configs for stage in config.stages.values() if isinstance(stage, Ppo)]
+    assert any(s.prompt_baseline != "none" and s.on_alarm == "stop" and s.eval_data is not None for s in stages)
+
+
 @pytest.mark.parametrize("name", ONE_PROCESS)
 def test_a_config_for_one_gpu(tmp_path, one_process, name):
     path = CONFIGS / name
@@ -180,6 +248,19 @@ def test_a_config_for_one_gpu(tmp_path, one_process, name):
     run_dir = tmp_path / "runs" / config.name
     check_records(config, run_dir)
     assert "dpo" in one_process("status", run_dir)
+    if any(isinstance(its, Ppo) and its.on_alarm == "stop" for its in config.stages.values()):
+        diverge(path, config, overrides, one_process)
+
+
+def diverge(path: Path, config: RunConfig, overrides: Overrides, one_process: Callable[..., str]) -> None:
+    """Run PPO again, as it is shipped but at a rate at which it diverges: it ends, and hands on the best policy."""
+    (name,) = (name for name, its in config.stages.items() if isinstance(its, Ppo))
+    rate = {f"stages.{name}.training.learning_rate": "1e30"}
+    output = one_process("run", path, *arguments(overrides | rate), "--only", name)
+    assert "the policy of update 0 is kept" in output
+    metrics = manifest.read(config.run_path).stages[name].metrics
+    assert [alarm["measure"] for alarm in metrics["alarms"]] == ["weights"]
+    assert metrics["kept_update"] == 0 and metrics["updates"] == 1
 
 
 def test_the_config_for_several_gpus(tmp_path, rlhf):

@@ -21,7 +21,6 @@ from datasets import Dataset, DatasetDict
 from pipeline.config import load as configs
 from pipeline.config.schema import Data, Model, RunConfig
 from pipeline.data import run_tokenizer, sources
-from pipeline.data.prepare import Datasets
 from pipeline.system.errors import UserError
 
 ROWS = [
@@ -77,7 +76,7 @@ def find(folder, **spec):
     config = RunConfig(
         name="tiny", model=Model(path="base"), data={"rows": Data(**spec)}, stages={}, source=folder / "config.yaml"
     )
-    (part,) = sources.find(config, "rows")
+    (part,) = sources.find("rows", config.data["rows"], config.folder)
     return part
 
 
@@ -291,7 +290,7 @@ def prepare(write_config, model, tmp_path):
         changes = {"model": {"path": str(model)}, "data": {"mixed": {"sources": list(entries)}}}
         config = configs.load(write_config(tmp_path, **changes, stages={"sft": {"data": "mixed"}}))
         tokenizer = run_tokenizer.build(config)
-        prepared = Datasets(config, tokenizer, run_tokenizer.fingerprint(tokenizer)).prepare("sft", "data")
+        prepared = tiny.StageRows(config, tokenizer).prepare("sft", "data")
         return [tokenizer.decode(ids) for ids in prepared.rows["input_ids"]], prepared.audit
 
     return call

@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 
 from pipeline.chain import staleness
 from pipeline.config import load as configs
-from pipeline.data import heldout, prepare, run_tokenizer
-from pipeline.data.prepare import Datasets
+from pipeline.data import heldout, prepare, run_tokenizer, sieve
 from pipeline.records.manifest import Manifest
 from pipeline.system.errors import UserError
 
@@ -68,7 +67,7 @@ def make(write_config, model):
                 (folder / f"{name}.rows.jsonl").write_text("".join(lines), encoding="utf-8")
         config = configs.load(path)
         tokenizer = run_tokenizer.build(config)
-        return Datasets(config, tokenizer, run_tokenizer.fingerprint(tokenizer))
+        return tiny.StageRows(config, tokenizer)
 
     return call
 
@@ -512,7 +511,7 @@ def test_conservation_property(make, tmp_path_factory, stage, row_of, faults, da
     assert {kind: finding.count for kind, finding in audit.dropped.items() if finding.count} == expected
     for kind, finding in audit.dropped.items():
         places = [i for i, fault in enumerate(drawn) if fault and fault[1] == kind]
-        assert list(finding.rows) == places[: prepare.NUM_NAMED]
+        assert list(finding.rows) == places[: sieve.NUM_NAMED]
 
 
 # Rows that only one of several stages can use

@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from pipeline import stage
 from pipeline.config.load import load
 from pipeline.data import run_tokenizer
-from pipeline.data.prepare import Datasets
 from pipeline.data.stream import STATE, TextStream
 from pipeline.records import manifest
 from pipeline.system.errors import UserError
@@ -44,7 +43,7 @@ def make_stream(folder: Path, model: Path, corpus: dict, **top) -> TextStream:
     tiny.edit(path, {"data": sections, "model": {"path": str(model)}})
     config = load(path)
     tokenizer = run_tokenizer.build(config)
-    return TextStream(Datasets(config, tokenizer, run_tokenizer.fingerprint(tokenizer)), "corpus", LENGTH, seed=3)
+    return TextStream(tiny.StageRows(config, tokenizer), "corpus", LENGTH, seed=3)
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline.config.load import load
 from pipeline.data import joints, run_tokenizer
-from pipeline.data.prepare import Datasets
 from pipeline.stages.rloo_grpo import prompt_ids
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>"]
@@ -88,7 +87,7 @@ def make(folder, kind, **top):
 def read(path, *overrides):
     config = load(path, overrides)
     tokenizer = run_tokenizer.build(config)
-    return Datasets(config, tokenizer, run_tokenizer.fingerprint(tokenizer))
+    return tiny.StageRows(config, tokenizer)
 
 
 def sampled_from(tokenizer, messages):

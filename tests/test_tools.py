@@ -12,10 +12,9 @@ from transformers import AutoTokenizer
 
 from pipeline.config.load import load
 from pipeline.data import run_tokenizer
-from pipeline.data.convert import convert
 from pipeline.data.faults import RowFault
 from pipeline.data.formats import detect
-from pipeline.data.prepare import Datasets
+from pipeline.data.rows import convert
 from pipeline.data.tools import tools_of
 from pipeline.show import check_data
 
@@ -138,7 +137,7 @@ def read(tmp_path, model):
         tiny.edit(path, {"model": {"path": str(model)}} | top)
         config = load(path)
         tokenizer = run_tokenizer.build(config)
-        return Datasets(config, tokenizer, run_tokenizer.fingerprint(tokenizer))
+        return tiny.StageRows(config, tokenizer)
 
     return make
 
@@ -152,7 +151,7 @@ def texts(made, kind="sft"):
     """The rows of a stage as text; what is trained on in brackets."""
     found = []
     for row in made.prepare(kind, "data").rows:
-        parts = check_data.parts_of(row, made.config.stages[kind], made.tokenizer)
+        parts = check_data.parts_of(row, made.kind(kind), made.config.stages[kind], made.tokenizer)
         found.append({label: "".join(f"[{said}]" if on else said for said, on in spans) for label, spans in parts})
     return found
 
@@ -361,7 +360,7 @@ def test_a_template_that_shows_calls_only_beside_tools(read, template):
     """Rows with calls but without definitions are rendered by the other template, or the other branch of it."""
     made = read([FORMS["OpenAI"], {"messages": OPENAI}, {"messages": [ASK, LAST]}])
     made.tokenizer.chat_template = template
-    made = Datasets(made.config, made.tokenizer, run_tokenizer.fingerprint(made.tokenizer))
+    made = tiny.StageRows(made.config, made.tokenizer)
     assert len(texts(made)) == 2
     assert texts(made)[0] == {"": LEARNT}
     assert fault(made).rows == (1,)

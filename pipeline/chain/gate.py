@@ -6,9 +6,9 @@ from typing import Any
 from pipeline.config.schema import GateLimits, Reinforced, RunConfig
 from pipeline.config.stage_types import makes
 from pipeline.records.manifest import Manifest, Record
+from pipeline.shift.estimate import estimate
 from pipeline.system.errors import UserError
 
-Estimate = dict[str, float | None]  # value, and the low and high end of its 95 % interval
 MORE_DATA = "more comparisons, cleaner labels, other training options, or DPO, which needs no reward model"
 
 
@@ -54,11 +54,6 @@ def check(config: RunConfig, name: str, recorded: Manifest) -> list[Verdict]:
     return found
 
 
-def _figure(estimate: Estimate) -> str:
-    value, low, high = (estimate[key] for key in ("value", "low", "high"))
-    return f"{value:.2f}" + (f" [{low:.2f}, {high:.2f}]" if low is not None else "")
-
-
 def _policy(name: str, record: Record, limits: GateLimits) -> list[Verdict]:
     found, metrics = [], record.metrics
     before = metrics.get("initial_eval_loss")
@@ -83,7 +78,7 @@ def _reward(name: str, record: Record, report: Record | None, limits: GateLimits
         found.append(Verdict(name, "held-out accuracy", None, "it has no held-out comparisons", unmeasured))
     elif limits.accuracy is not None:
         accuracy = held_out["accuracy"]
-        seen = f"{_figure(accuracy)} on {held_out['count']} comparisons; all of the interval must be above "
+        seen = f"{estimate(accuracy)} on {held_out['count']} comparisons; all of the interval must be above "
         passed = accuracy["low"] > limits.accuracy
         mend = f"RL would climb noise: {MORE_DATA}"
         found.append(Verdict(name, "held-out accuracy", passed, seen + f"{limits.accuracy:g}", mend))
@@ -96,18 +91,18 @@ def _reward(name: str, record: Record, report: Record | None, limits: GateLimits
     more = "The report needs two prompts at least; an interval is over prompts"
     if limits.within_sd is not None and spread is not None:
         if spread["high"] is None:
-            found.append(Verdict(name, "within-prompt SD", None, f"{_figure(spread)} has no interval", more))
+            found.append(Verdict(name, "within-prompt SD", None, f"{estimate(spread)} has no interval", more))
         else:
-            seen = f"{_figure(spread)} log-odds; its interval must reach {limits.within_sd:g}"
+            seen = f"{estimate(spread)} log-odds; its interval must reach {limits.within_sd:g}"
             mend = f"Completions of one prompt all score alike, so RL has no signal: {MORE_DATA}"
             found.append(Verdict(name, "within-prompt SD", spread["high"] >= limits.within_sd, seen, mend))
     if limits.length_correlation is not None and length is not None:
         if length["low"] is None:  # two completions of one prompt always correlate by 1
-            found.append(Verdict(name, "score and length", None, f"{_figure(length)} has no interval", more))
+            found.append(Verdict(name, "score and length", None, f"{estimate(length)} has no interval", more))
         else:
             crosses = length["low"] < 0 < length["high"]
             nearest = 0.0 if crosses else min(abs(length["low"]), abs(length["high"]))
-            seen = f"{_figure(length)} within prompts; its interval must reach below {limits.length_correlation:g}"
+            seen = f"{estimate(length)} within prompts; its interval must reach below {limits.length_correlation:g}"
             mend = (
                 "The score tracks length, and RL would too: balance the lengths of chosen and rejected "
                 "(`rlhf check-data`)"

@@ -20,6 +20,7 @@ from pipeline.chain import positions
 from pipeline.config import functions
 from pipeline.config.graph import datasets, functions_of
 from pipeline.config.options import effective
+from pipeline.config.requests import request, run_data
 from pipeline.config.schema import Online, Options, Ppo, RunConfig, TrainingStage
 from pipeline.config.stage_types import makes
 from pipeline.data.audit import Audit
@@ -54,13 +55,13 @@ def check(
         weights.check_base(config, tokenizer)
     problems: list[str] = []
     facts: dict[str, Facts] = {}
-    data = Datasets(config, tokenizer, fingerprint)
-    for name, audits, faults in audits_of(data, names):
+    data = Datasets(run_data(config), tokenizer, fingerprint)
+    for name, audits, faults in audits_of(config, data, names):
         problems += faults
         if faults:
             continue
         try:
-            facts[name] = _facts(data, tokenizer, name, audits)
+            facts[name] = _facts(config, data, tokenizer, name, audits)
         except UserError as error:
             problems.append(f"stages.{name}: {error}")
     if problems:
@@ -68,43 +69,46 @@ def check(
     return facts
 
 
-def audits_of(data: Datasets, names: Iterable[str]) -> Iterator[tuple[str, dict[str, Audit], list[str]]]:
+def audits_of(
+    config: RunConfig, data: Datasets, names: Iterable[str]
+) -> Iterator[tuple[str, dict[str, Audit], list[str]]]:
     """Read the datasets of each stage; yields its name, their audits by role, and why they cannot be used.
 
     There is no audit of a stage whose data cannot be read.
     """
     for name in names:
         try:
-            audits = _audits(data, name)
+            audits = _audits(config, data, name)
         except UserError as error:
             yield name, {}, [f"stages.{name}: {error}"]
             continue
-        limits = data.config.checks.model_dump()
+        limits = config.checks.model_dump()
         yield name, audits, [f"stages.{name}: {fault}" for audit in audits.values() for fault in audit.problems(limits)]
 
 
-def _audits(data: Datasets, name: str) -> dict[str, Audit]:
+def _audits(config: RunConfig, data: Datasets, name: str) -> dict[str, Audit]:
     """Return the audit of each dataset of a stage, by role; of a stream that of its first documents.
 
     Raises:
         UserError: if one cannot be read or does not fit the stage.
     """
-    stage = data.config.stages[name]
+    stage = config.stages[name]
     audits: dict[str, Audit] = {}
     for role, dataset in datasets(stage).items():
-        if data.config.data[dataset].streaming:
+        if config.data[dataset].streaming:
             length = effective(stage.type, stage.training)["max_length"]
-            audits[role] = TextStream(data, dataset, length, data.config.seed_of(name)).look()
+            audits[role] = TextStream(data, dataset, length, config.seed_of(name)).look()
         else:
-            audits[role] = data.prepare(name, role).audit
+            audits[role] = data.prepare(request(config, name, role)).audit
     return audits
 
 
-def _facts(data: Datasets, tokenizer: PreTrainedTokenizerBase, name: str, audits: dict[str, Audit]) -> Facts:
-    config = data.config
+def _facts(
+    config: RunConfig, data: Datasets, tokenizer: PreTrainedTokenizerBase, name: str, audits: dict[str, Audit]
+) -> Facts:
     stage = config.stages[name]
     for field, reference in functions_of(stage):
-        prompt = data.prepare(name, "data").rows[0]["prompt"][-1]["content"]
+        prompt = data.prepare(request(config, name, "data")).rows[0]["prompt"][-1]["content"]
         functions.check(reference, config.folder, f"stages.{name}.{field}", prompt)
     positions.check(config, name, audits)
     if not isinstance(stage, TrainingStage):

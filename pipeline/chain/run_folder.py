@@ -84,7 +84,7 @@ def _tokenizer_source(config: RunConfig) -> str:
     if config.model.path:
         return digest([settings, base_model.digest_of(config)])
     scratch = config.model.scratch.tokenizer
-    content = [sources.fingerprint_of(config, name) for name in scratch.data]
+    content = [sources.fingerprint_of(name, config.data[name], config.folder) for name in scratch.data]
     return digest([settings, scratch.vocab_size, content])
 
 

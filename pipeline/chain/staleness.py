@@ -20,6 +20,7 @@ from pipeline.base import base_model
 from pipeline.config import functions, graph
 from pipeline.config.graph import datasets, functions_of, parents
 from pipeline.config.options import with_defaults
+from pipeline.config.requests import run_data
 from pipeline.config.schema import RunConfig, TrainingStage
 from pipeline.config.stage_types import type_of
 from pipeline.data import sources
@@ -72,7 +73,7 @@ def decide(
 ) -> list[Decision]:
     """Decide what happens to each stage, in order; `names`: to these alone, with all their ancestors among them."""
     decisions: dict[str, Decision] = {}
-    data = Datasets(config)
+    data = Datasets(run_data(config))
     for name in config.stages if names is None else names:
         first = [parent for parent in dict.fromkeys(parents(config.stages[name]).values()) if decisions[parent].run]
         decisions[name] = _decide_one(config, name, recorded, data, first, name in redo)
@@ -110,7 +111,7 @@ def identify(config: RunConfig, name: str, recorded: Manifest, data: Datasets | 
     Raises:
         UserError: if its data or functions cannot be read.
     """
-    inputs = _data_inputs(config, name, data or Datasets(config))
+    inputs = _data_inputs(config, name, data or Datasets(run_data(config)))
     inputs |= _function_inputs(config, name)
     if config.model.path:
         inputs["base model"] = base_model.digest_of(config)
@@ -171,7 +172,7 @@ def _data_inputs(config: RunConfig, name: str, data: Datasets) -> dict[str, str]
     stage = config.stages[name]
     inputs: dict[str, str] = {}
     for role, dataset in datasets(stage).items():
-        inputs[role] = sources.fingerprint_of(config, dataset)
+        inputs[role] = sources.fingerprint_of(dataset, config.data[dataset], config.folder)
         if graph.is_shared(config, dataset):
             inputs[f"{role}: held-out share"] = str(config.data[dataset].heldout)
         trained_on = graph.role_split(role, isinstance(stage, TrainingStage)) == graph.TRAIN

@@ -8,24 +8,11 @@ import re
 import typing
 
 from pipeline.config.document import shown
+from pipeline.config.stage_types import STAGE_TYPES
 from pipeline.system.errors import nearest
 
-# A choice of one stage type is written as `type.option`.
+# The words of an option of one stage type stand in the row of the type (`stage_types`).
 _WORDS = {
-    "pretrain.packing_strategy": "bfd bfd_split wrapped",
-    "sft.packing_strategy": "bfd bfd_split wrapped",
-    "pretrain.loss_type": "nll dft chunked_nll",
-    "sft.loss_type": "nll dft chunked_nll",
-    "dpo.loss_type": (
-        "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down discopop "
-        "sft sigmoid_norm"
-    ),
-    "dpo.f_divergence_type": "reverse_kl forward_kl js_divergence alpha_divergence",
-    "grpo.loss_type": "grpo bnpo dr_grpo dapo cispo sapo luspo vespo",
-    "grpo.scale_rewards": "group batch none",
-    "grpo.importance_sampling_level": "token sequence",
-    "grpo.multi_objective_aggregation": "sum_then_normalize normalize_then_sum",
-    "grpo.vllm_importance_sampling_mode": "token_truncate token_mask sequence_truncate sequence_mask",
     "vllm_mode": "server colocate",
     "vllm_model_impl": "transformers vllm",
     "log_level": "passive debug info warning error critical detail",
@@ -55,7 +42,8 @@ def _known(kind: str, key: str, hint: object) -> set[str]:
         from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
         return {"all", "none", *INTEGRATION_TO_CALLBACK}
-    words = _WORDS.get(f"{kind}.{key}", _WORDS.get(key))
+    own = STAGE_TYPES[kind].words if kind in STAGE_TYPES else {}
+    words = own.get(key, _WORDS.get(key))
     if words is not None:
         return set(words.split())
     enums = [kind for kind in typing.get_args(hint) if isinstance(kind, type) and issubclass(kind, enum.Enum)]

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pipeline.config.schema import Options, RunConfig, TrainingStage
+from pipeline.config.schema import BASE, Options, Ppo, RunConfig, TrainingStage
 from pipeline.config.stage_types import type_of
 
 
@@ -33,16 +33,16 @@ def output_folder(stage: str) -> str:
 
 def start_of(config: RunConfig, name: str) -> Start:
     """Find the weights a training stage starts from."""
-    stage: TrainingStage = config.stages[name]
+    stage = config.section(name, TrainingStage)
     assert stage.init is not None, "`references` has filled it in"
-    parent: TrainingStage | None = config.stages.get(stage.init)
+    parent = None if stage.init == BASE else config.section(stage.init, TrainingStage)
     place = Place() if parent is None else place_of(config, stage.init)
     return Start(stage.init, place, merge=place.adapter is not None and not continues(parent, stage))
 
 
 def place_of(config: RunConfig, name: str) -> Place:
     """Find the weights a training stage hands on."""
-    if config.stages[name].lora is None:
+    if config.section(name, TrainingStage).lora is None:
         return Place(full=output_folder(name))
     start = start_of(config, name)
     return Place(f"{name}/merged" if start.merge else start.place.full, output_folder(name))
@@ -50,7 +50,8 @@ def place_of(config: RunConfig, name: str) -> Place:
 
 def shares_backbone(config: RunConfig, name: str) -> bool:
     """Tell whether a PPO stage's four models are adapters on one base, and can be views of one backbone."""
-    stage = config.stages[name]
+    stage = config.section(name, Ppo)
+    assert stage.reward is not None, "`references` has filled it in"
     policy = place_of(config, name)
     reward = place_of(config, stage.reward)
     return policy.adapter is not None and reward.adapter is not None and policy.full == reward.full

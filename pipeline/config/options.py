@@ -189,7 +189,13 @@ def _fault_of(kind: str, key: str, value: object) -> str | None:
         return fault
     if kind == "lora" and (fault := choices.pattern_fault(key, value)):
         return fault
-    return ranges.fault_of(kind, key, value)
+    return ranges.fault_of(value, range_of(kind, key))
+
+
+def range_of(kind: str, key: str) -> ranges.Range | None:
+    """Find the range of an option, if it has one; `kind` is a stage type, `training`, `lora` or `quantization`."""
+    own = STAGE_TYPES[kind].bounds if kind in STAGE_TYPES else {}
+    return own.get(key, ranges.RANGES.get(key))
 
 
 def with_defaults(stage_type: str, training: Options) -> Options:

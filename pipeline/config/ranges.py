@@ -48,12 +48,12 @@ class Range:
 
 
 _COUNT = Range(low=1)
-_NOT_NEGATIVE = Range(low=0)
-_POSITIVE = Range(low=0, above=True)
+NOT_NEGATIVE = Range(low=0)
+POSITIVE = Range(low=0, above=True)
 _SHARE = Range(low=0, high=1)
 _BELOW_ONE = Range(low=0, high=1, below=True)
 _PORT = Range(low=1, high=65535)
-# A bound of an option that goes for one stage type only is written as `type.option`.
+# A bound that goes for one stage type only stands in the row of the type (`stage_types`).
 _OPTIONS = {
     _COUNT: (
         # transformers
@@ -70,15 +70,15 @@ _OPTIONS = {
     Range(low=2): "num_generations",
     Range(low=1, also=(-1,)): "max_steps",
     Range(steps=True): "logging_steps save_steps eval_steps",
-    _POSITIVE: (
+    POSITIVE: (
         "learning_rate num_train_epochs adam_epsilon "
-        "temperature repetition_penalty cliprange cliprange_value dpo.beta discopop_tau delta "
+        "temperature repetition_penalty cliprange cliprange_value discopop_tau delta "
         "sapo_temperature_neg sapo_temperature_pos off_policy_mask_threshold vllm_importance_sampling_cap "
         "vllm_importance_sampling_clip_max vllm_server_timeout alpha_pattern"
     ),
-    _NOT_NEGATIVE: (
+    NOT_NEGATIVE: (
         "weight_decay max_grad_norm warmup_steps eval_delay neftune_noise_alpha dataloader_num_workers "
-        "kl_coef vf_coef missing_eos_penalty num_sample_generations rloo.beta grpo.beta epsilon epsilon_high top_k "
+        "kl_coef vf_coef missing_eos_penalty num_sample_generations epsilon epsilon_high top_k "
         "center_rewards_coefficient router_aux_loss_coef entropy_target entropy_coef_delta "
         "vespo_k_neg vespo_k_pos vespo_lambda_neg vespo_lambda_pos vllm_importance_sampling_clip_min "
         "num_completions_to_print max_tool_calling_iterations layers_to_transform llm_int8_threshold"
@@ -103,14 +103,8 @@ ANY = {
 }
 
 
-def range_of(kind: str, key: str) -> Range | None:
-    """Find the range of an option, if it has one; `kind` is a stage type, `training`, `lora` or `quantization`."""
-    return RANGES.get(f"{kind}.{key}", RANGES.get(key))
-
-
-def fault_of(kind: str, key: str, value: object) -> str | None:
-    """Say why an option's number, or one of its numbers, makes no sense, or return None."""
-    rule = range_of(kind, key)
+def fault_of(value: object, rule: Range | None) -> str | None:
+    """Say why an option's number, or one of its numbers, makes no sense, or return None; `rule` is its range."""
     for number in numbers_in(value):
         if fault := not_usable(number):
             return fault

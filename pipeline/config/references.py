@@ -2,7 +2,6 @@
 
 import graphlib
 from collections.abc import Iterable
-from typing import Any
 
 from pipeline.config import options, rules
 from pipeline.config.document import Problems
@@ -11,17 +10,21 @@ from pipeline.config.schema import (
     BASE,
     REPORT,
     Evaluate,
+    Options,
     Ppo,
     Reinforced,
     RunConfig,
     Sampled,
     Shift,
+    Stage,
     TrainingStage,
 )
-from pipeline.config.stage_types import POLICIES, STAGE_TYPES, Reference, makes, stages_that_make, type_of
+from pipeline.config.stage_types import STAGE_TYPES, makes, stages_that_make, type_of
+from pipeline.config.type_row import POLICIES, Reference
 from pipeline.system.errors import unknown
 
-Stages = dict[str, Any]  # name -> its section, a class of `schema`
+Stages = dict[str, Stage]  # by name
+Changes = dict[str, object]  # field -> value, of a stage
 
 
 def wire(config: RunConfig, problems: Problems) -> RunConfig:
@@ -55,7 +58,7 @@ def wire(config: RunConfig, problems: Problems) -> RunConfig:
     return config
 
 
-def _training(config: RunConfig, stage: TrainingStage) -> dict[str, Any]:
+def _training(config: RunConfig, stage: TrainingStage) -> Options:
     """Lay a stage's `training:` over what all stages share, as far as its type may set that (PPO takes no bf16)."""
     owned = options.owned_by(stage.type)
     shared = {key: value for key, value in config.training.items() if key not in owned}
@@ -73,10 +76,10 @@ def _check_datasets(config: RunConfig, name: str, problems: Problems) -> None:
             problems.add(wrong, "stages", name, role)
 
 
-def _references(config: RunConfig, name: str, problems: Problems) -> dict[str, Any]:
+def _references(config: RunConfig, name: str, problems: Problems) -> Changes:
     """Return updates of a stage's fields: the stages it refers to, checked, and found where a field is empty."""
     stage = config.stages[name]
-    changes: dict[str, Any] = {}
+    changes: Changes = {}
     for reference in type_of(stage).references:
         needless = reference.unless is not None and bool(getattr(stage, reference.unless))
         if getattr(stage, reference.field) is not None:
@@ -107,7 +110,7 @@ def _check_reference(config: RunConfig, name: str, reference: Reference, problem
         problems.add(f"stage {target!r} {wrong}", "stages", name, reference.field)
 
 
-def _fill_in(config: RunConfig, name: str, reference: Reference, changes: dict[str, Any], problems: Problems) -> None:
+def _fill_in(config: RunConfig, name: str, reference: Reference, changes: Changes, problems: Problems) -> None:
     """Let an empty field name the only stage of its default type."""
     others = config.stages.items()
     candidates = [other for other, stage in others if stage.type == reference.default and other != name]
@@ -122,12 +125,12 @@ def _fill_in(config: RunConfig, name: str, reference: Reference, changes: dict[s
         changes[reference.field] = reference.fallback
 
 
-def _fill_in_report(
-    config: RunConfig, name: str, policies: list[str], changes: dict[str, Any], problems: Problems
-) -> None:
+def _fill_in_report(config: RunConfig, name: str, policies: list[str], changes: Changes, problems: Problems) -> None:
     """Let a shift stage measure the policy that its reward model started from, sampled as the evaluation does."""
-    stage: Shift = config.stages[name]
-    reward = config.stages.get(changes.get("reward", stage.reward))
+    stage = config.section(name, Shift)
+    reward = config.stages.get(str(changes.get("reward", stage.reward)))
+    if not isinstance(reward, TrainingStage):  # that is a problem already
+        reward = None
     if stage.policy is None and reward is not None:
         sft = [other for other, its in config.stages.items() if type_of(its).rows == "demonstrations"]
         changes["policy"] = reward.init or next(iter(sft), BASE)
@@ -142,11 +145,14 @@ def _fill_in_report(
 
 def _with_reports(stages: Stages) -> Stages:
     """Return all stages, each reward stage followed by a shift stage unless it has one or nothing is held out."""
-    measured = {stages[name].reward for name in stages if _comes_before_rl(name, stages)}
+    reports = [stage for name, stage in stages.items() if _comes_before_rl(name, stages)]
+    measured = {report.reward for report in reports if isinstance(report, Shift)}
     extended: Stages = {}
     for name, stage in stages.items():
         extended[name] = stage
-        if not makes(stage, "reward model") or name in measured or name + REPORT in stages:
+        if not isinstance(stage, TrainingStage) or not makes(stage, "reward model"):
+            continue
+        if name in measured or name + REPORT in stages:
             continue
         report = Shift(type="shift", reward=name, policy=stage.init)
         report = report.model_copy(update=_sampling_settings(report, stage, stages))
@@ -163,10 +169,11 @@ def _comes_before_rl(name: str, stages: Stages) -> bool:
     report = stages[name]
     if not isinstance(report, Shift):
         return False
-    return report.policy not in stages or not makes(stages[report.policy], "aligned policy")
+    policy = stages.get(str(report.policy))
+    return policy is None or not makes(policy, "aligned policy")
 
 
-def _sampling_settings(report: Shift, reward: TrainingStage, stages: Stages) -> dict[str, Any]:
+def _sampling_settings(report: Shift, reward: TrainingStage, stages: Stages) -> Changes:
     """Return sampling settings copied from the first evaluate stage into a shift stage where the user gave none.
 
     Both stages then use the same stored completions.
@@ -196,9 +203,11 @@ def _fit_temperatures(config: RunConfig, stages: Stages, problems: Problems) -> 
     """Let a report measure the ICC that shrinkage uses on completions as PPO draws them, unless it says otherwise."""
     settled = {name for name, stage in config.stages.items() if "temperature" in stage.model_fields_set}
     for name, stage in stages.items():
-        if not isinstance(stage, Ppo) or not stage.baseline_shrinkage or stage.shift not in stages:
+        if not isinstance(stage, Ppo) or not stage.baseline_shrinkage or stage.shift is None:
             continue
-        report: Sampled = stages[stage.shift]
+        report = stages.get(stage.shift)
+        if not isinstance(report, Sampled):  # that is a problem already
+            continue
         temperature = options.value_at(stage, "training.temperature")
         if stage.shift not in settled:
             stages[stage.shift] = report.model_copy(update={"temperature": temperature})

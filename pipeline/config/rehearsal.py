@@ -4,14 +4,10 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from pipeline.config.options import LIBRARY_SECTIONS, target_of, with_defaults
-from pipeline.config.schema import Options, Ppo
+from pipeline.config.schema import Options
 from pipeline.config.stage_types import STAGE_TYPES, config_class
-
-if TYPE_CHECKING:
-    from trl.experimental.ppo import PPOConfig  # the import takes seconds
 
 # Variables by which a process knows that it is one of several.
 _LAUNCHED = ("ACCELERATE_", "FSDP_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "PMI_", "OMPI_", "MV2_")
@@ -61,27 +57,5 @@ def rehearse(kind: str, values: Options) -> str | None:
             args = config_class(kind)(**with_defaults(kind, values) | device)
     except (ValueError, TypeError, AttributeError, ImportError) as error:
         return " ".join(str(error).split())
-    return _sizes_of_ppo(args) if STAGE_TYPES[kind].section is Ppo else None
-
-
-def _sizes_of_ppo(args: "PPOConfig") -> str | None:
-    """Say what is wrong with the sizes of a PPO stage, or return None.
-
-    An update's batch is cut into mini-batches, and these into micro-batches.
-    """
-    batch = args.gradient_accumulation_steps * args.per_device_train_batch_size
-    if batch % args.num_mini_batches:
-        return "gradient_accumulation_steps * per_device_train_batch_size must be a multiple of num_mini_batches"
-    mini = batch // args.num_mini_batches
-    micro = min(mini, args.per_device_train_batch_size)
-    if mini % micro:
-        fault = f"a mini-batch of {mini} is cut into micro-batches of {micro} and {mini % micro}, which weigh the same"
-        return f"{fault}; make {mini} (batch / num_mini_batches) a multiple of per_device_train_batch_size"
-    every = args.gradient_accumulation_steps
-    if batch // micro % every:
-        fault = f"an update has {batch // micro} micro-batches and takes a step every {every}"
-        mend = "choose gradient_accumulation_steps and num_mini_batches so that one divides the other"
-        return f"{fault}, so that gradients of one update would be applied in the next; {mend}"
-    if args.whiten_rewards and mini < 8:
-        return f"whiten_rewards needs mini-batches of at least 8, and these have {mini}; lower num_mini_batches"
-    return None
+    check = STAGE_TYPES[kind].check_options
+    return None if check is None else check(args)

@@ -38,7 +38,7 @@ def check_sources(config: RunConfig, problems: Problems) -> None:
 
 def check_training(config: RunConfig, name: str, training: Options, problems: Problems) -> None:
     """Check that TRL accepts the options of a stage together, and that they fit the stage's datasets."""
-    stage: TrainingStage = config.stages[name]
+    stage = config.section(name, TrainingStage)
     message = rehearsal.rehearse(stage.type, training)
     if message:
         problems.add(message, "stages", name, "training")
@@ -125,7 +125,7 @@ def check_weights(config: RunConfig, problems: Problems) -> None:
 def _check_start(config: RunConfig, name: str, stage: TrainingStage, problems: Problems) -> None:
     """Check that a stage can train what its parent hands on, as its `lora` asks."""
     where = ("stages", name, "lora")
-    parent = None if stage.init is None else config.stages.get(stage.init)
+    parent = None if stage.init in (None, BASE) else config.section(stage.init, TrainingStage)
     if config.quantization and stage.lora is None:
         problems.add("a quantised base cannot be trained in full; give LoRA options or drop `quantization`", *where)
     elif stage.lora is None and config.model.dtype != "float32":

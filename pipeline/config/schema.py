@@ -1,7 +1,7 @@
 """Define the schema of a run's config: our own few keys. What belongs to TRL, PEFT and transformers is in `options`."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
@@ -114,7 +114,11 @@ class Checks(Strict):
 
 
 class GateLimits(Strict):
-    """What the gate asks of a reward model and of a policy before a stage builds on them; null: not asked."""
+    """What the gate asks of a reward model and of a policy before a stage builds on them; null: not asked.
+
+    The limits of `within_sd` and `length_correlation` lie further out than the report's (shift/measure.py and
+    shift/advice.py), which only advises: the gate stops a run.
+    """
 
     # The lower end of the accuracy's interval on held-out comparisons must lie above this.
     accuracy: Share = 0.5
@@ -209,6 +213,9 @@ class Shift(Sampled):
     num_completions: Annotated[int, Field(ge=2)] = 4
 
 
+S = TypeVar("S", bound=Stage)
+
+
 class RunConfig(Strict):
     """A whole run, resolved: every reference names a stage, every section has its defaults from the top level.
 
@@ -229,7 +236,7 @@ class RunConfig(Strict):
     checks: Checks = Checks()
     gate: Literal["stop", "warn", "off"] = "stop"
     gate_limits: GateLimits = GateLimits()
-    stages: dict[Name, Any]
+    stages: dict[Name, Stage]
     source: Path
 
     @property
@@ -244,6 +251,12 @@ class RunConfig(Strict):
     @property
     def run_path(self) -> Path:
         return Path(self.run_dir or f"runs/{self.name}").expanduser().resolve()
+
+    def section(self, stage: str, kind: type[S]) -> S:
+        """Return the section of a stage that is known to be of this kind."""
+        section = self.stages[stage]
+        assert isinstance(section, kind), f"{stage} is a stage of type {section.type}"
+        return section
 
     def seed_of(self, stage: str) -> int:
         own = self.stages[stage].seed

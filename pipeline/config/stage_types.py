@@ -6,63 +6,18 @@ that no other type reads, a class in `data/rows.py`.
 
 import pkgutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
+from pipeline.config.batch_sizes import fault_of_ppo
+from pipeline.config.ranges import NOT_NEGATIVE, POSITIVE
 from pipeline.config.schema import BASE, Evaluate, Offline, Online, Ppo, RunConfig, Shift, Stage
-
-# What a stage hands on. An aligned policy is one that comparisons or scores have shaped.
-Makes = Literal["policy", "aligned policy", "reward model", "evaluation", "shift report"]
-POLICIES: tuple[Makes, ...] = ("policy", "aligned policy")
-REWARD_MODELS: tuple[Makes, ...] = ("reward model",)
-ZERO_2, ZERO_3 = "DeepSpeed ZeRO-2", "DeepSpeed ZeRO-3"
-
-
-@dataclass(frozen=True)
-class Reference:
-    """A field of a stage that names another stage.
-
-    `default`: the type whose only stage is taken where the field is empty.
-    `fallback`: what the field then says if there is no stage of that type.
-    `missing`: what to tell the user if there is none; None: the field may stay empty.
-    `unless`: another field that makes this one needless where it is filled.
-    """
-
-    field: str
-    makes: tuple[Makes, ...]
-    default: str | None = None
-    fallback: str | None = None
-    missing: str | None = None
-    unless: str | None = None
-
-
-@dataclass(frozen=True)
-class StageType:
-    """What others must know of a stage type."""
-
-    section: type[Stage]  # our keys
-    module: str  # the file in `stages/` that runs it
-    rows: str  # the kind of row it reads, by its name in `data/rows.py`
-    makes: Makes
-    trl_config: str | None = None  # the class that takes `training:`; None: it trains nothing
-    references: tuple[Reference, ...] = ()
-    has_reference: bool = False  # whether a reference policy keeps it near its parent
-    length_option: str | None = None  # limits a row's tokens; None: rows are cut into pieces
-    new_tokens: str | None = None  # limits the tokens of a completion that the stage samples
-    trains_on: tuple[str, ...] = ()  # columns of token ids that are trained on where no mask says it
-    trl_tokenises: bool = False  # TRL renders the prompts itself, in full and without tools
-    autocast: bool = True  # computes under autocast where `bf16` or `fp16` is set
-    sharded: tuple[str, ...] = ()  # the ways to split a model over processes that it runs under
-    defaults: Mapping[str, Any] = field(default_factory=dict)  # laid under `training:`, above TRL's own
-    refused: Mapping[str, str] = field(default_factory=dict)  # reason -> options of `training:` that it cannot take
-    headline: tuple[str, ...] = ()  # the metrics that people read first
-    watched: Mapping[str, tuple[str, int]] = field(default_factory=dict)  # see `rl/healthy_ranges.py`
-
+from pipeline.config.type_row import POLICIES, REWARD_MODELS, ZERO_2, ZERO_3, Makes, Reference, StageType
 
 _START_FROM_SFT = Reference(
     "init", POLICIES, "sft", missing="there is no sft stage to start from; add one, or say `init: base`"
 )
 _SAME_POLICIES = "policy and reference, and old and new policy, can be compared without it only"
+_SFT_WORDS = {"packing_strategy": "bfd bfd_split wrapped", "loss_type": "nll dft chunked_nll"}
 _LENGTH = "completions/mean_length"
 _PPO_LOGS = {
     "objective/kl": ("kl", 0),
@@ -91,6 +46,7 @@ STAGE_TYPES: Mapping[str, StageType] = {
         references=(Reference("init", POLICIES, fallback=BASE),),
         sharded=(ZERO_2, ZERO_3),
         defaults={"packing": True, "packing_strategy": "wrapped"},
+        words=_SFT_WORDS,
         headline=("first_loss", "loss", "eval_loss"),
     ),
     "sft": StageType(
@@ -103,6 +59,7 @@ STAGE_TYPES: Mapping[str, StageType] = {
         length_option="training.max_length",
         sharded=(ZERO_2, ZERO_3),
         defaults={"completion_only_loss": True},  # TRL's default would train on prompts too when rows are token ids
+        words=_SFT_WORDS,
         headline=("first_loss", "loss", "eval_loss", "mean_token_accuracy"),
     ),
     "reward": StageType(
@@ -140,6 +97,7 @@ STAGE_TYPES: Mapping[str, StageType] = {
             "PPOTrainer clips no gradients; lower the learning rate instead": "max_grad_norm",
             "PPOTrainer cannot resume from a checkpoint; a stopped PPO stage starts anew": "save_strategy save_steps",
         },
+        check_options=fault_of_ppo,
         headline=("initial_kl", "kl", "first_score", "score"),
         watched=_PPO_LOGS,
     ),
@@ -167,6 +125,7 @@ STAGE_TYPES: Mapping[str, StageType] = {
         # The watchdog sees what is logged. TRL's default would leave dropout on in the reference and in the old policy.
         defaults={"logging_steps": 1, "disable_dropout": True},
         refused={_SAME_POLICIES: "disable_dropout"},
+        bounds={"beta": NOT_NEGATIVE},
         headline=("initial_kl", "kl", "first_reward", "reward"),
         watched=_RLOO_LOGS,
     ),
@@ -196,6 +155,14 @@ STAGE_TYPES: Mapping[str, StageType] = {
             _SAME_POLICIES: "disable_dropout",
             "log-probabilities are computed in float32 already": "cast_lm_head_to_fp32",
         },
+        words={
+            "loss_type": "grpo bnpo dr_grpo dapo cispo sapo luspo vespo",
+            "scale_rewards": "group batch none",
+            "importance_sampling_level": "token sequence",
+            "multi_objective_aggregation": "sum_then_normalize normalize_then_sum",
+            "vllm_importance_sampling_mode": "token_truncate token_mask sequence_truncate sequence_mask",
+        },
+        bounds={"beta": NOT_NEGATIVE},
         headline=("initial_kl", "kl", "first_reward", "reward"),
         watched=_RLOO_LOGS | {"clip_ratio": ("clip_fraction", 0)},  # its name with Liger kernels
     ),
@@ -210,6 +177,14 @@ STAGE_TYPES: Mapping[str, StageType] = {
         length_option="training.max_length",
         trains_on=("chosen_ids", "rejected_ids"),
         refused={_SAME_POLICIES: "disable_dropout"},
+        words={
+            "loss_type": (
+                "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down "
+                "discopop sft sigmoid_norm"
+            ),
+            "f_divergence_type": "reverse_kl forward_kl js_divergence alpha_divergence",
+        },
+        bounds={"beta": POSITIVE},
         headline=("initial_loss", "loss", "rewards/accuracies", "rewards/margins"),
     ),
     "evaluate": StageType(

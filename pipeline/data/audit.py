@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.data.faults import FAULTS
+from pipeline.data.rows import ROWS
 from pipeline.data.sources import Part, locate
 
 QUANTILES = (0.0, 0.5, 0.9, 0.99, 1.0)
@@ -22,7 +23,6 @@ NOTICED = {
     "no_bos": "do not begin with the BOS that the tokenizer puts before every text",
     "other_tokens": "have other tokens in an earlier turn than prompts that policies are sampled from",
     "truncated": "lose the start of their prompt to {limit}",
-    "longer_wins": "prefer the longer side",
 }
 
 
@@ -80,8 +80,11 @@ class Audit:
         raise IndexError(row)
 
     def what(self, kind: str) -> str:
-        """A kind of finding in words."""
-        return (DROPPED | NOTICED)[kind].format(limit=" = ".join(map(str, self.limit)))
+        """Return a kind of finding in words."""
+        words = DROPPED | NOTICED
+        for rows in ROWS.values():
+            words |= rows.findings
+        return words[kind].format(limit=" = ".join(map(str, self.limit)))
 
     def problems(self, thresholds: dict[str, float | None]) -> list[str]:
         """A message for each finding whose share of the rows is above its threshold, and where no row is left."""

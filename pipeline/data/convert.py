@@ -20,42 +20,6 @@ _DIALOGUE = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 _ANSWER_TEXTS, _ANSWER_SCORES = ("text", "response", "completion", "content"), ("score", "pm_score", "overall_score")
 
 
-def convert(row: Row, shape: str, want: str) -> Row:
-    """One row of a format in the canonical form of what a stage wants.
-
-    Raises:
-        RowFault: if the row does not fit.
-    """
-    if want == "text":
-        media.refuse_columns(row)
-        if isinstance(row.get("text"), str) and not row["text"].strip():
-            raise RowFault("blank", "text", "is blank")  # as between the paragraphs of a text file
-        return {"text": text_of(row, "text")}
-    converted = to_messages(row, shape)
-    if want == "demonstrations":
-        if converted.get("label") is False:
-            raise RowFault("label_false", "label", "is false, so the completion is none to learn from", converted)
-        if "unlearnt" in converted:
-            why = "has nothing to learn from: all of the assistant's messages have weight 0"
-            raise RowFault("malformed", converted["unlearnt"], why, converted)
-        completion = converted.get("completion") or converted.get("chosen")
-        if completion is None:
-            raise RowFault("malformed", "completion", "expected an answer to learn from, got none")
-        return {key: value for key, value in converted.items() if key in ("prompt", "tools")} | {
-            "completion": completion
-        }
-    if want == "comparisons" and "chosen" not in converted:
-        raise RowFault("malformed", "chosen", f"expected text or messages, got {shown(row.get('chosen'))}")
-    converted["prompt"] = without_weights(converted["prompt"])
-    if want == "prompts":
-        return _only_prompt(converted)
-    return converted
-
-
-def _only_prompt(converted: Row) -> Row:
-    return {key: converted[key] for key in ("prompt", "tools") if key in converted}
-
-
 def to_messages(row: Row, shape: str) -> Row:
     """One row of any format but raw text in canonical form, with all it holds."""
     if shape == "unpaired":

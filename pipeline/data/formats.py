@@ -3,8 +3,6 @@
 from collections.abc import Iterable
 from typing import Any
 
-from pipeline.config.schema import Ppo, Stage
-from pipeline.config.stage_types import type_of
 from pipeline.data import media, tools
 from pipeline.data.faults import Row
 
@@ -80,24 +78,6 @@ def label_of(value: Any) -> bool | None:
 
 def is_dialogue(value: Any) -> bool:
     return isinstance(value, str) and value.lstrip().startswith("Human:")
-
-
-def wanted(stage: Stage, role: str) -> str:
-    """What a stage wants of a dataset. Rows whose own answer is the baseline must have one."""
-    needs_answers = isinstance(stage, Ppo) and stage.prompt_baseline == "reference" and role == "data"
-    return "demonstrations" if needs_answers else type_of(stage).rows
-
-
-def serves(shape: str, columns: Iterable[str]) -> set[str]:
-    """What a format can give: `text`, `demonstrations`, `comparisons`, `prompts`."""
-    columns, wants = set(columns), {"prompts", "demonstrations"}
-    if shape in ("text", "prompt"):
-        wants = {"text"} if shape == "text" else {"prompts"}
-    elif shape in ("comparison", "scored") or (shape in ("sharegpt", "hh") and {"chosen", "rejected"} <= columns):
-        wants |= {"comparisons"}
-    elif shape == "hh" and not columns & {"completion", "chosen"}:
-        wants = {"prompts"}
-    return wants
 
 
 def missing(shape: str, columns: Iterable[str]) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 from datasets import load_dataset_builder
 
 from pipeline.config import schema
-from pipeline.config.schema import RunConfig
 from pipeline.system.errors import UserError
 
 _SUFFIXES = {"json": ".json .jsonl", "csv": ".csv", "tsv": ".tsv", "parquet": ".parquet", "arrow": ".arrow"}
@@ -38,16 +37,15 @@ class Part:
         return str(self.files[0]) if len(self.files) == 1 else f"dataset {self.dataset!r} ({self.spec.path})"
 
 
-def find(config: RunConfig, name: str) -> list[Part]:
-    """Resolve the paths of a dataset against the config's folder.
+def find(name: str, dataset: schema.Data, folder: Path) -> list[Part]:
+    """Resolve the paths of a dataset against `folder`, the config's.
 
     Raises:
         UserError: if a path looks like a file and is not there, or is of a kind that cannot be read.
     """
-    dataset = config.data[name]
     specs = dataset.sources or [dataset]
     keys = [f"data.{name}.sources.{i}.path" for i in range(len(specs))] if dataset.sources else [f"data.{name}.path"]
-    parts = [_resolve(config, name, spec, key) for spec, key in zip(specs, keys, strict=True)]
+    parts = [_resolve(folder, name, spec, key) for spec, key in zip(specs, keys, strict=True)]
     for part, key in zip(parts, keys, strict=True):
         _can_be_read(part, key)
     return parts
@@ -62,9 +60,9 @@ def _can_be_read(part: Part, key: str) -> None:
             raise UserError(f"{key}: {file} is no file but a pipe, a socket or a device; expected a file of rows")
 
 
-def _resolve(config: RunConfig, name: str, spec: schema.Source, key: str) -> Part:
-    pattern, literal = str(config.folder / Path(spec.path).expanduser()), config.folder / Path(spec.path).expanduser()
-    inside = glob.escape(f"{config.folder}/") + spec.path if pattern.startswith(f"{config.folder}/") else pattern
+def _resolve(base: Path, name: str, spec: schema.Source, key: str) -> Part:
+    pattern, literal = str(base / Path(spec.path).expanduser()), base / Path(spec.path).expanduser()
+    inside = glob.escape(f"{base}/") + spec.path if pattern.startswith(f"{base}/") else pattern
     found = sorted(glob.glob(inside, recursive=True))  # noqa: PTH207
     matches = [literal.absolute()] if literal.exists() else [Path(match).absolute() for match in found]
     local = _kind(Path(spec.path)) is not None or spec.path.startswith((".", "/", "~")) or "*" in spec.path

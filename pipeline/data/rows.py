@@ -1,148 +1,292 @@
-"""What is done to a batch of raw rows: converted, tokenised and measured, one row in, one row out."""
+"""Say of each kind of row what the rest of the package must know of it: one class for each kind.
 
-import json
-from dataclasses import dataclass
-from typing import Any
+Nothing else compares the names of kinds. A new kind is a class here and its place in ROWS: how a row of any format
+becomes one, its token ids, what is measured of it, where it may be cut, and how it is shown.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from itertools import groupby
+from typing import Any, ClassVar
 
 import numpy as np
-from datasets import Features, List, Value
+from datasets import List, Value
+from transformers import PreTrainedTokenizerFast
 
-from pipeline.data.convert import convert, to_messages
-from pipeline.data.encode import encode_rows, special_tokens
-from pipeline.data.faults import FAULTS, Row, RowFault
-from pipeline.data.heldout import key
-from pipeline.data.joints import begins_with
-from pipeline.data.tools import as_text, refuse_tools
-from pipeline.system.digests import hash64
+from pipeline.data import media
+from pipeline.data.convert import to_messages
+from pipeline.data.encode import encode_answers, encode_demonstrations, encode_prompts, encode_texts, last_answer
+from pipeline.data.faults import Row, RowFault, shown, text_of
+from pipeline.data.messages import without_weights
+from pipeline.data.tools import as_text
 
-KINDS = list(FAULTS)
-# The columns of token ids, and the lengths that are measured of each row, in tokens.
-IDS = {"text": ["input_ids"], "demonstrations": ["input_ids", "completion_mask"], "prompts": ["prompt_ids"]}
-IDS["comparisons"] = ["prompt_ids", "chosen_ids", "rejected_ids"]
-LENGTHS = {"text": ["text"], "demonstrations": ["prompt", "completion"], "prompts": ["prompt"]}
-LENGTHS["comparisons"] = ["prompt", "chosen", "rejected"]
-NO_KEY = 0  # of a row without a prompt
-_NUMBERS = ("int8", "int32", "uint64")
+_IDS = List(Value("int32"))
+_BITS = List(Value("int8"))
+# What people see of a row: (the name of a part, its pieces). A piece is ids or text, and whether it is trained on.
+Parts = list[tuple[str, list[tuple[list[int] | str, bool]]]]
 
 
-def _weights(row: Row) -> list[str]:
-    """The places of messages that are not learnt from: rows that differ in them are different rows."""
-    return [str(i) for i, message in enumerate(row.get("prompt", ())) if "weight" in message]
+class RowKind(ABC):
+    """One kind of row: from a row of some format to token ids.
 
-
-@dataclass(frozen=True)
-class Measure:
-    """What is done to a batch of raw rows: convert, tokenise, measure. Without a tokenizer: the prompts' keys alone.
-
-    A row that does not fit gets the number of its fault (`_fault`, 0 for none) and the reason (`_why`).
+    `name`: as in `config/stage_types.py`.
+    `columns`: the columns of token ids, and their types in Arrow.
+    `extras`: columns that stay beside the token ids, and their types.
+    `sides`: the fields of a canonical row that answer its prompt; or the text.
+    `lengths`: what is measured in tokens, beside the whole row.
+    `findings`: what only rows of this kind can have in common, in words, by the finding's name; see `find`.
     """
 
-    shape: str
-    want: str
-    tokenizer: Any = None
-    max_length: int | None = None  # longer prompts lose their start; None: they stay as they are
-    tools: bool = True  # whether what reads the rows can read tools
+    name: ClassVar[str]
+    columns: ClassVar[Mapping[str, List]]
+    extras: ClassVar[Mapping[str, Value | List]] = {}
+    sides: ClassVar[tuple[str, ...]] = ()
+    lengths: ClassVar[tuple[str, ...]]
+    findings: ClassVar[Mapping[str, str]] = {}
 
-    def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        found = [self._convert(row) for row in rows]
-        good = [row for row in found if not isinstance(row, RowFault)]
-        done = iter(self._finished(good))
-        out = [self._fault(row) if isinstance(row, RowFault) else next(done) for row in found]
-        columns: dict[str, Any] = {}
-        for column, feature in self.features().items():
-            kind = getattr(feature, "dtype", "")
-            if kind in _NUMBERS:
-                columns[column] = np.array([row.get(column, 0) for row in out], kind)
-            else:
-                columns[column] = [row.get(column) for row in out]
-        return columns
+    @abstractmethod
+    def is_served_by(self, shape: str, columns: set[str]) -> bool:
+        """Tell whether rows of a format with these columns can become rows of this kind."""
 
-    def _convert(self, row: Row) -> Row | RowFault:
-        try:
-            if self.tokenizer is None:
-                return convert(row, self.shape, "text") if self.shape == "text" else to_messages(row, self.shape)
-            converted = convert(row, self.shape, self.want)
-            if not self.tools:
-                refuse_tools(converted)
-            return converted
-        except RowFault as fault:
-            return fault
+    @abstractmethod
+    def convert(self, row: Row, shape: str) -> Row:
+        """Return a row of a format in canonical form, with what this kind reads of it.
 
-    def _fault(self, fault: RowFault) -> Row:
-        known = {} if fault.row is None else {"_key": key(fault.row)}
-        return known | {"_fault": KINDS.index(fault.kind) + 1, "_why": str(fault)}
+        Raises:
+            RowFault: if the row does not fit.
+        """
 
-    def _finished(self, rows: list[Row]) -> list[Row]:
-        if self.tokenizer is None:
-            return [{"_fault": 0, "_key": key(row)} for row in rows]
-        special, eos, bos = special_tokens(self.tokenizer), self.tokenizer.eos_token_id, begins_with(self.tokenizer)
-        encoded = encode_rows(self.tokenizer, rows, self.want)
+    @abstractmethod
+    def encode(self, tokenizer: PreTrainedTokenizerFast, rows: list[Row]) -> list[Row | RowFault]:
+        """Return of each canonical row the `columns` and the `extras`, or what is wrong with it."""
+
+    @abstractmethod
+    def measure(self, ids: Row) -> dict[str, int]:
+        """Return the `lengths` of a tokenised row."""
+
+    def whole(self, lengths: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Return the lengths of whole rows, from those of their parts."""
+        return np.sum([lengths[name] for name in self.lengths], axis=0)
+
+    def marks(self, row: Row) -> list[str]:
+        """Return what makes a canonical row another one than a row with the same texts."""
+        return []
+
+    def ends_early(self, row: Row, ids: Row, eos: int) -> bool:
+        """Tell whether an answer has eos anywhere but at its end, or not there."""
+        return False
+
+    def truncate(self, ids: Row, start: int, max_length: int) -> int:
+        """Cut a prompt that does not fit, after its first `start` tokens (its BOS); return how many tokens are cut."""
+        return 0
+
+    def find(self, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return for each of the `findings` which rows have it; `rows` has the lengths and the extras, by name."""
+        return {}
+
+    @abstractmethod
+    def parts(self, row: Row, trains_on: tuple[str, ...], masked: bool) -> Parts:
+        """Return what people see of a tokenised row.
+
+        A row with a mask is trained on where it has 1, or everywhere if the stage takes no mask (`masked`). Of others
+        the columns `trains_on` are trained on.
+        """
+
+
+def _cut(ids: Row, columns: Iterable[str], start: int, prompt: int, over: int) -> int:
+    """Cut `over` tokens from prompts of `prompt` tokens, after the first `start`; 0 where they have not as many."""
+    if over <= 0 or over >= prompt - start:
+        return 0
+    for column in columns:
+        ids[column] = ids[column][:start] + ids[column][start + over :]
+    return over
+
+
+class Text(RowKind):
+    """Raw text, all of which is learnt."""
+
+    name = "text"
+    columns: ClassVar[Mapping[str, List]] = {"input_ids": _IDS}
+    sides = ("text",)
+    lengths = ("text",)
+
+    def is_served_by(self, shape: str, columns: set[str]) -> bool:
+        return shape == "text"
+
+    def convert(self, row: Row, shape: str) -> Row:
+        media.refuse_columns(row)
+        if isinstance(row.get("text"), str) and not row["text"].strip():
+            raise RowFault("blank", "text", "is blank")  # as between the paragraphs of a text file
+        return {"text": text_of(row, "text")}
+
+    def encode(self, tokenizer: PreTrainedTokenizerFast, rows: list[Row]) -> list[Row | RowFault]:
+        return [{"input_ids": ids} for ids in encode_texts(tokenizer, [row["text"] for row in rows])]
+
+    def measure(self, ids: Row) -> dict[str, int]:
+        return {"text": len(ids["input_ids"])}
+
+    def parts(self, row: Row, trains_on: tuple[str, ...], masked: bool) -> Parts:
+        return [("", [(row["input_ids"], True)])]
+
+
+class Demonstration(RowKind):
+    """A dialogue whose answers are learnt: `completion_mask` has 1 on them, each with its eos."""
+
+    name = "demonstrations"
+    columns: ClassVar[Mapping[str, List]] = {"input_ids": _IDS, "completion_mask": _BITS}
+    sides = ("completion",)
+    lengths = ("prompt", "completion")
+
+    def is_served_by(self, shape: str, columns: set[str]) -> bool:
+        if shape == "hh":
+            return bool(columns & {"completion", "chosen"})
+        return shape not in ("text", "prompt")
+
+    def convert(self, row: Row, shape: str) -> Row:
+        converted = to_messages(row, shape)
+        if converted.get("label") is False:
+            raise RowFault("label_false", "label", "is false, so the completion is none to learn from", converted)
+        if "unlearnt" in converted:
+            why = "has nothing to learn from: all of the assistant's messages have weight 0"
+            raise RowFault("malformed", converted["unlearnt"], why, converted)
+        completion = converted.get("completion") or converted.get("chosen")
+        if completion is None:
+            raise RowFault("malformed", "completion", "expected an answer to learn from, got none")
+        return _only(converted, "prompt", "tools") | {"completion": completion}
+
+    def encode(self, tokenizer: PreTrainedTokenizerFast, rows: list[Row]) -> list[Row | RowFault]:
+        return encode_demonstrations(tokenizer, rows)
+
+    def measure(self, ids: Row) -> dict[str, int]:
+        completion = sum(ids["completion_mask"])
+        return {"prompt": len(ids["input_ids"]) - completion, "completion": completion}
+
+    def marks(self, row: Row) -> list[str]:
+        """Return the places of messages that are not learnt from."""
+        return [str(i) for i, message in enumerate(row["prompt"]) if "weight" in message]
+
+    def ends_early(self, row: Row, ids: Row, eos: int) -> bool:
+        learnt = [i for i, bit in zip(ids["input_ids"], ids["completion_mask"], strict=True) if bit]
+        earlier = [m for m in row["prompt"] if m["role"] == "assistant" and "weight" not in m]
+        return learnt[-1] != eos or learnt.count(eos) != 1 + len(earlier)
+
+    def truncate(self, ids: Row, start: int, max_length: int) -> int:
+        over = len(ids["input_ids"]) - max_length
+        prompt = last_answer(ids["completion_mask"])  # the last answer stays whole
+        return _cut(ids, self.columns, start, prompt, over)
+
+    def parts(self, row: Row, trains_on: tuple[str, ...], masked: bool) -> Parts:
+        if not masked:
+            return [("", [(row["input_ids"], True)])]
+        pairs = groupby(zip(row["input_ids"], row["completion_mask"], strict=True), key=lambda pair: pair[1])
+        return [("", [([i for i, _ in group], bool(bit)) for bit, group in pairs])]
+
+
+class Answers(RowKind):
+    """What kinds share whose rows are a prompt and answers to it (`sides`), each in a column of its own."""
+
+    def encode(self, tokenizer: PreTrainedTokenizerFast, rows: list[Row]) -> list[Row | RowFault]:
+        return encode_answers(tokenizer, rows, self.sides)
+
+    def measure(self, ids: Row) -> dict[str, int]:
+        return {name: len(ids[f"{name}_ids"]) for name in self.lengths}
+
+    def whole(self, lengths: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Return the lengths of prompts with the longest of their answers."""
+        whole = lengths["prompt"]
+        if self.sides:
+            whole = whole + np.max([lengths[side] for side in self.sides], axis=0)
+        return whole
+
+    def ends_early(self, row: Row, ids: Row, eos: int) -> bool:
+        answers = [ids[f"{side}_ids"] for side in self.sides]
+        return any(answer.index(eos) != len(answer) - 1 for answer in answers)
+
+    def truncate(self, ids: Row, start: int, max_length: int) -> int:
+        prompt = len(ids["prompt_ids"])
+        longest = max((len(ids[f"{side}_ids"]) for side in self.sides), default=0)
+        return _cut(ids, ["prompt_ids"], start, prompt, prompt + longest - max_length)
+
+    def parts(self, row: Row, trains_on: tuple[str, ...], masked: bool) -> Parts:
+        return [(column.removesuffix("_ids"), [(row[column], column in trains_on)]) for column in self.columns]
+
+
+class Comparison(Answers):
+    """A prompt with the better and the worse answer to it."""
+
+    name = "comparisons"
+    columns: ClassVar[Mapping[str, List]] = dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), _IDS)
+    sides = ("chosen", "rejected")
+    lengths = ("prompt", "chosen", "rejected")
+    findings: ClassVar[Mapping[str, str]] = {"longer_wins": "prefer the longer side"}
+
+    def is_served_by(self, shape: str, columns: set[str]) -> bool:
+        return shape in ("comparison", "scored") or (shape in ("sharegpt", "hh") and columns >= {"chosen", "rejected"})
+
+    def convert(self, row: Row, shape: str) -> Row:
+        converted = to_messages(row, shape)
+        if "chosen" not in converted:
+            raise RowFault("malformed", "chosen", f"expected text or messages, got {shown(row.get('chosen'))}")
+        return converted | {"prompt": without_weights(converted["prompt"])}
+
+    def encode(self, tokenizer: PreTrainedTokenizerFast, rows: list[Row]) -> list[Row | RowFault]:
+        encoded = super().encode(tokenizer, rows)
+        for i, ids in enumerate(encoded):
+            if not isinstance(ids, RowFault) and ids["chosen_ids"] == ids["rejected_ids"]:
+                encoded[i] = RowFault("identical", "chosen", "has the same tokens as rejected")
+        return encoded
+
+    def find(self, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"longer_wins": rows["chosen"] > rows["rejected"]}
+
+
+class Prompt(Answers):
+    """A prompt without an answer; its messages stay beside its ids, for judges, functions and reports."""
+
+    name = "prompts"
+    columns: ClassVar[Mapping[str, List]] = {"prompt_ids": _IDS}
+    extras: ClassVar[Mapping[str, Value | List]] = {
+        "prompt": List({"role": Value("string"), "content": Value("string")})
+    }
+    lengths = ("prompt",)
+
+    def is_served_by(self, shape: str, columns: set[str]) -> bool:
+        return shape != "text"
+
+    def convert(self, row: Row, shape: str) -> Row:
+        converted = _only(to_messages(row, shape), "prompt", "tools")
+        return converted | {"prompt": without_weights(converted["prompt"])}
+
+    def encode(self, tokenizer: PreTrainedTokenizerFast, rows: list[Row]) -> list[Row | RowFault]:
+        prompts = [row["prompt"] for row in rows]
+        encoded = encode_prompts(tokenizer, prompts, [row.get("tools", []) for row in rows])
         return [
-            self._fault(ids) if isinstance(ids, RowFault) else self._measured(row, ids, special, eos, bos)
-            for row, ids in zip(rows, encoded, strict=True)
+            ids if isinstance(ids, RowFault) else {"prompt": _texts_of(prompt), "prompt_ids": ids}
+            for prompt, ids in zip(prompts, encoded, strict=True)
         ]
 
-    def _measured(self, row: Row, ids: Row, special: Any, eos: int, bos: int | None) -> Row:
-        texts = [as_text(message) for message in row.get("prompt", ())]
-        texts += [json.dumps(tool, ensure_ascii=False) for tool in row.get("tools", ())]
-        sides = [as_text(row[side]) for side in ("text", "completion", "chosen", "rejected") if side in row]
-        early_eos = self._early_eos(row, ids, eos)
-        starts = ids[IDS[self.want][0]][:1] == [bos]
-        cut = self._truncate(ids, int(starts))  # shortens ids
-        measured = {
-            "_fault": 0,
-            "_key": key(row),
-            "_digest": hash64(*texts, "", *sides, *_weights(row)),
-            "_pair": hash64(*texts, "", *sorted(sides)),
-            "_special_tokens": int(any(map(special.search, [*texts, *sides]))),
-            "_eos": int(early_eos),
-            "_no_bos": int(bos is not None and not starts),
-            "_truncated": cut,
-        }
-        if self.want == "demonstrations":
-            completion = sum(ids["completion_mask"])
-            measured |= {"_prompt": len(ids["input_ids"]) - completion, "_completion": completion}
-        else:
-            names = {"text": "input_ids"} if self.want == "text" else {n: f"{n}_ids" for n in LENGTHS[self.want]}
-            measured |= {f"_{name}": len(ids[column]) for name, column in names.items()}
-        return measured | ids
 
-    def _early_eos(self, row: Row, ids: Row, eos: int) -> bool:
-        """Whether a completion has eos anywhere but at its end, or not there."""
-        if self.want == "demonstrations":
-            said = [i for i, bit in zip(ids["input_ids"], ids["completion_mask"], strict=True) if bit]
-            learnt = [m for m in row["prompt"] if m["role"] == "assistant" and "weight" not in m]
-            return said[-1] != eos or said.count(eos) != 1 + len(learnt)
-        return any(ids[side].index(eos) != len(ids[side]) - 1 for side in ("chosen_ids", "rejected_ids") if side in ids)
+def _texts_of(prompt: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Return a prompt as reports and judges see it: who said what, calls of tools as JSON."""
+    return [{"role": message["role"], "content": as_text(message)} for message in prompt]
 
-    def _truncate(self, ids: Row, start: int) -> int:
-        """Cut a prompt that does not fit after its first `start` tokens (its BOS); returns the number of tokens cut."""
-        if self.max_length is None or self.want == "text":
-            return 0
-        if self.want == "demonstrations":
-            over, mask = len(ids["input_ids"]) - self.max_length, ids["completion_mask"]
-            prompt = len(mask) - mask[::-1].index(0)  # the last answer stays whole
-            columns = ("input_ids", "completion_mask")
-        else:
-            sides = max((len(ids[side]) for side in ("chosen_ids", "rejected_ids") if side in ids), default=0)
-            prompt = len(ids["prompt_ids"])
-            over = prompt + sides - self.max_length
-            columns = ("prompt_ids",)
-        if over <= 0 or over >= prompt - start:
-            return 0
-        for column in columns:
-            ids[column] = ids[column][:start] + ids[column][start + over :]
-        return over
 
-    def features(self) -> Features:
-        if self.tokenizer is None:
-            return Features({"_fault": Value("int8"), "_why": Value("string"), "_key": Value("uint64")})
-        types = dict.fromkeys(("_key", "_digest", "_pair"), Value("uint64")) | {"_why": Value("string")}
-        types |= dict.fromkeys(("_fault", "_special_tokens", "_eos", "_no_bos", "_other_tokens"), Value("int8"))
-        types["_truncated"] = Value("int32")
-        types |= {f"_{name}": Value("int32") for name in LENGTHS[self.want]}
-        types |= {name: List(Value("int8" if name.endswith("mask") else "int32")) for name in IDS[self.want]}
-        if self.want == "prompts":
-            types["prompt"] = List({"role": Value("string"), "content": Value("string")})
-        return Features(types)
+def _only(row: Row, *names: str) -> Row:
+    return {name: row[name] for name in names if name in row}
+
+
+ROWS: dict[str, RowKind] = {kind.name: kind for kind in (Text(), Demonstration(), Comparison(), Prompt())}
+
+
+def convert(row: Row, shape: str, want: str) -> Row:
+    """Return one row of a format in the canonical form of a kind of row.
+
+    Raises:
+        RowFault: if the row does not fit.
+    """
+    return ROWS[want].convert(row, shape)
+
+
+def serves(shape: str, columns: Iterable[str]) -> set[str]:
+    """Return the kinds of rows that a format with these columns can give."""
+    return {name for name, kind in ROWS.items() if kind.is_served_by(shape, set(columns))}

@@ -40,7 +40,7 @@ def fingerprint(tokenizer: Any) -> str:
 def _texts(config: RunConfig) -> Iterator[str]:
     """The texts that a new tokenizer is trained on. Words beyond any length are cut into pieces."""
     for name in config.model.scratch.tokenizer.data:
-        for part in sources.find(config, name):
+        for part in sources.find(name, config.data[name], config.folder):
             with sources.readable(part):
                 for row in sources.load(part, config.data[name].streaming):
                     texts = [text for text in row.values() if isinstance(text, str)]

@@ -28,7 +28,7 @@ from datasets.exceptions import DatasetGenerationError
 from filelock import FileLock
 from pyarrow import ArrowException
 
-from pipeline.config.schema import RunConfig
+from pipeline.config.schema import Data
 from pipeline.data import reading
 from pipeline.data.places import Part, find, loader_of
 from pipeline.system.cache import cache_folder
@@ -109,11 +109,10 @@ def _hub_hash(path: str, name: str | None, revision: str | None) -> str:
     return load_dataset_builder(path, name=name, revision=revision).hash
 
 
-def fingerprint_of(config: RunConfig, name: str) -> str:
+def fingerprint_of(name: str, dataset: Data, folder: Path) -> str:
     """Digest of what a dataset holds, and of what else decides which rows are read and how."""
-    dataset = config.data[name]
     settings = [dataset.shuffle_buffer] if dataset.streaming else []
-    parts = find(config, name)
+    parts = find(name, dataset, folder)
     return digest([*map(fingerprint, parts), [part.spec.weight for part in parts], *settings])
 
 

@@ -23,14 +23,15 @@ from transformers import TrainerCallback
 from pipeline.config import graph
 from pipeline.data import heldout, sources
 from pipeline.data.audit import DROPPED, Audit, Finding
-from pipeline.data.convert import convert
-from pipeline.data.encode import encode_rows
+from pipeline.data.encode import encode_texts
 from pipeline.data.faults import RowFault
 from pipeline.data.media import MEDIA
 from pipeline.data.prepare import Datasets, check_serves, shape_of
+from pipeline.data.rows import ROWS
 from pipeline.system.errors import UserError
 
 STATE = "stream.json"
+TEXT = ROWS["text"]
 NUM_SHOWN = 64  # pieces that can be looked at before a run
 NUM_JUDGED = 1000  # documents before a share of them is held against its threshold
 
@@ -51,9 +52,13 @@ class TextStream:
     """The pieces of a dataset's documents, pass after pass, without end."""
 
     def __init__(self, datasets: Datasets, name: str, max_length: int, seed: int):
-        self.config, self.tokenizer, self.name = datasets.config, datasets.tokenizer, name
-        self.max_length, self.seed = max_length, seed
-        self.parts = sources.find(self.config, name)
+        assert datasets.tokenizer is not None
+        self.tokenizer = datasets.tokenizer
+        self.thresholds = datasets.data.thresholds
+        self.num_in_block = datasets.data.sections[name].shuffle_buffer
+        self.max_length = max_length
+        self.seed = seed
+        self.parts = datasets.find(name)
         self.excluded = datasets.evaluated_elsewhere(name)
         self.first_piece, self.ended = 0, False
         self._blocks = [Block()]  # that hold the pieces not trained on yet, and those read after them
@@ -108,11 +113,19 @@ class TextStream:
         _, pieces = next(blocks)
         after, _ = next(blocks)
         dropped = {kind: Finding(count) for kind, count in after.dropped.items()}
-        tokens, rows = sum(map(len, pieces)), after.documents - sum(after.dropped.values())
-        parts = tuple((part, 0) for part in self.parts)
-        counts = (after.documents, rows, tokens)
-        head = tuple(pieces[:NUM_SHOWN])
-        return Audit(parts, graph.TRAIN, *counts, dropped, {}, {}, ("", None), streamed=True, head=head)
+        return Audit(
+            parts=tuple((part, 0) for part in self.parts),
+            split=graph.TRAIN,
+            read=after.documents,
+            rows=after.documents - sum(after.dropped.values()),
+            tokens=sum(map(len, pieces)),
+            dropped=dropped,
+            noticed={},
+            lengths={},
+            limit=("", None),
+            streamed=True,
+            head=tuple(pieces[:NUM_SHOWN]),
+        )
 
     def _reader(self, block: Block) -> IterableDataset:
         """The documents of all sources in order, or mixed by their weights; going on from a block's beginning."""
@@ -135,7 +148,7 @@ class TextStream:
         rows = sources.load(part, streaming=True)
         columns = sources.column_names(part, rows)
         shape = shape_of(part, rows)
-        check_serves(part, shape, columns, "text")
+        check_serves(part, shape, columns, TEXT.name)
         return rows.select_columns([name for name in columns if name in ("text", *MEDIA)])
 
     def _cut(self, rows: list[dict[str, Any]], block: Block) -> tuple[list[list[int]], Counter[str]]:
@@ -143,7 +156,7 @@ class TextStream:
         documents, dropped = [], Counter()
         for row in rows:
             try:
-                document = convert(row, "text", "text")
+                document = TEXT.convert(row, "text")
                 if len(self.excluded) and _contains(self.excluded, heldout.key(document)):
                     raise RowFault("held_out", "text", "is a text that another dataset is evaluated on")
                 documents.append(document)
@@ -154,18 +167,17 @@ class TextStream:
         if seen >= NUM_JUDGED:
             self._judge(seen, Counter(block.dropped) + dropped)
         order = np.random.default_rng([self.seed, block.epoch, block.number]).permutation(len(documents))
-        encoded = encode_rows(self.tokenizer, [documents[i] for i in order], "text")
-        ids = list(itertools.chain.from_iterable(row["input_ids"] for row in encoded))
+        encoded = encode_texts(self.tokenizer, [documents[i]["text"] for i in order])
+        ids = list(itertools.chain.from_iterable(encoded))
         return [ids[i : i + self.max_length] for i in range(0, len(ids), self.max_length)], dropped
 
     def _read(self, documents: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
         with sources.readable(self.parts[0]):
-            return list(itertools.islice(documents, self.config.data[self.name].shuffle_buffer))
+            return list(itertools.islice(documents, self.num_in_block))
 
     def _judge(self, seen: int, dropped: dict[str, int]) -> None:
-        thresholds = self.config.checks.model_dump()
         for kind, count in dropped.items():
-            allowed = thresholds.get(kind)
+            allowed = self.thresholds.get(kind)
             if allowed is not None and count > allowed * seen:
                 share = f"{count} of the first {seen} documents {DROPPED[kind]}; `checks.{kind}` allows {allowed:.2%}"
                 raise UserError(

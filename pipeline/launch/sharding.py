@@ -12,7 +12,8 @@ from ruamel.yaml.error import YAMLError
 from pipeline.config.lineage import start_of
 from pipeline.config.options import effective, precision
 from pipeline.config.schema import Online, RunConfig
-from pipeline.config.stage_types import ZERO_2, ZERO_3, makes, type_of
+from pipeline.config.stage_types import makes, type_of
+from pipeline.config.type_row import ZERO_2, ZERO_3
 from pipeline.system.errors import UserError
 
 FSDP = "FSDP"

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
+
+from pipeline.shift.report import Bin, Report
 
 CHANCE = 0.5  # accuracy of a coin
 MOST_FLAT = 0.5  # with no signal at more prompts than not, most of a batch teaches nothing
@@ -10,7 +12,9 @@ MOST_FLAT = 0.5  # with no signal at more prompts than not, most of a batch teac
 LARGE_ICC = 0.5
 # Below, a per-prompt baseline can remove less than a fifth of the variance, which is not worth its completions.
 SMALL_ICC = 0.2
-LENGTH = 0.8  # then length explains 0.8 squared, two thirds of what the score says within a prompt
+# Then length explains 0.8 squared, two thirds of what the score says within a prompt. A rule only advises; the gate
+# stops a run, and its limit is further out (config/schema.py, GateLimits).
+LENGTH = 0.8
 MISCALIBRATED = 0.1  # a margin that means 80 % holds in 70 or 90 %
 
 
@@ -19,45 +23,66 @@ class Rule:
     """If `when` holds of a report, `text` is said, filled in with the report's figures; `last` ends the advice."""
 
     name: str
-    when: Callable[[dict[str, Any]], bool]
+    when: Callable[[Report], bool]
     text: str
     last: bool = False
 
 
-def _accuracy(report: dict[str, Any], end: str) -> float:
-    """Of a report without comparisons: certain."""
-    return report["comparisons"]["accuracy"][end] if report["comparisons"] else 1.0
+def _accuracy(report: Report, end: Literal["low", "high"]) -> float:
+    """Return an end of the accuracy's interval; without comparisons, 1: no rule on the accuracy holds."""
+    comparisons = report["comparisons"]
+    if not comparisons:
+        return 1.0
+    accuracy = comparisons["accuracy"][end]
+    assert accuracy is not None, "a share always has an interval"
+    return accuracy
 
 
-def _no_signal(report: dict[str, Any]) -> bool:
-    within, flat = report["within_sd"], report["flat_prompts"]
+def _no_signal(report: Report) -> bool:
+    """Tell whether the SD within prompts is surely below what is flat, or most prompts are flat."""
+    within = report["within_sd"]
+    flat = report["flat_prompts"]
     small = within is not None and within["high"] is not None and within["high"] < report["flat_below"]
     return small or (flat is not None and flat["value"] > MOST_FLAT)
 
 
-def _tracks(report: dict[str, Any], sign: int) -> bool:
-    found = report["length_correlation"]
-    return found is not None and found["low"] is not None and min(sign * found["low"], sign * found["high"]) >= LENGTH
+def _tracks(report: Report, sign: int) -> bool:
+    """Tell whether all of the interval of the correlation with length is at or beyond LENGTH, on the side of `sign`."""
+    correlation = report["length_correlation"]
+    if correlation is None or correlation["low"] is None or correlation["high"] is None:
+        return False
+    return min(sign * correlation["low"], sign * correlation["high"]) >= LENGTH
 
 
-def _by_prompt_length(report: dict[str, Any]) -> bool:
-    found = report["offset_prompt_length"]
-    return found is not None and found["low"] is not None and (found["low"] > 0 or found["high"] < 0)
+def _by_prompt_length(report: Report) -> bool:
+    """Tell whether 0 lies outside the interval of the correlation of offset and prompt length."""
+    correlation = report["offset_prompt_length"]
+    if correlation is None or correlation["low"] is None or correlation["high"] is None:
+        return False
+    return correlation["low"] > 0 or correlation["high"] < 0
 
 
-def _excess(report: dict[str, Any]) -> float:
+def _excess(report: Report) -> float:
     """By how much margins promise more than they hold on average; 0 where ECE is small or no bin is clearly off."""
-    found = report["comparisons"]
-    if not found or found["ece"] <= MISCALIBRATED:
+    comparisons = report["comparisons"]
+    if not comparisons or comparisons["ece"] <= MISCALIBRATED:
         return 0.0
-    bins = found["reliability"]
-    if all(b["observed"]["low"] <= b["predicted"] <= b["observed"]["high"] for b in bins):
+    bins = comparisons["reliability"]
+    if all(_as_promised(b) for b in bins):
         return 0.0
-    return sum(b["count"] * (b["predicted"] - b["observed"]["value"]) for b in bins) / found["count"]
+    return sum(b["count"] * (b["predicted"] - b["observed"]["value"]) for b in bins) / comparisons["count"]
 
 
-def _shift(report: dict[str, Any], low: float, high: float) -> bool:
-    """Whether the ICC is in [low, high); 1 is in [low, 1)."""
+def _as_promised(comparisons: Bin) -> bool:
+    """Tell whether the share that margins promise lies in the interval of the share that holds."""
+    low = comparisons["observed"]["low"]
+    high = comparisons["observed"]["high"]
+    assert low is not None and high is not None, "a share always has an interval"
+    return low <= comparisons["predicted"] <= high
+
+
+def _shift(report: Report, low: float, high: float) -> bool:
+    """Tell whether the ICC is in [low, high); 1 is in [low, 1)."""
     return report["icc"] is not None and (low <= report["icc"]["value"] < high or report["icc"]["value"] == high == 1)
 
 
@@ -143,18 +168,25 @@ RULES = (
 )
 
 
-def advice(report: dict[str, Any]) -> str:
-    """One paragraph on a report of `pipeline.shift.measure`: the texts of the RULES that hold, in their order."""
-    found, figures = report["comparisons"], {"flat_below": report["flat_below"]}
-    named = {"icc": "icc", "flat": "flat_prompts", "length": "length_correlation"}
-    for name, key in (named | {"prompt_length": "offset_prompt_length"}).items():
-        figures[name] = report[key] and report[key]["value"]
-    if found:
-        figures |= {"accuracy": found["accuracy"]["value"], "ece": found["ece"]}
-    said = []
+def advice(report: Report) -> str:
+    """Return one paragraph on a report of `pipeline.shift.measure`: the texts of the RULES that hold, in their order."""
+    figures: dict[str, float | None] = {"flat_below": report["flat_below"]}
+    estimates = {
+        "icc": report["icc"],
+        "flat": report["flat_prompts"],
+        "length": report["length_correlation"],
+        "prompt_length": report["offset_prompt_length"],
+    }
+    for name, estimate in estimates.items():
+        figures[name] = None if estimate is None else estimate["value"]
+    comparisons = report["comparisons"]
+    if comparisons:
+        figures["accuracy"] = comparisons["accuracy"]["value"]
+        figures["ece"] = comparisons["ece"]
+    sentences = []
     for rule in RULES:
         if rule.when(report):
-            said.append(rule.text.format(**figures))
+            sentences.append(rule.text.format(**figures))
             if rule.last:
                 break
-    return " ".join(said)
+    return " ".join(sentences)

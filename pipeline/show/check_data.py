@@ -1,20 +1,22 @@
 """`rlhf check-data`: what becomes of every dataset's rows, what is worth a look, and rows as the model sees them."""
 
-import itertools
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.rule import Rule
+from transformers import PreTrainedTokenizerFast
 
 from pipeline.chain import preflight, run_folder
 from pipeline.config.options import effective
+from pipeline.config.requests import request, run_data
 from pipeline.config.schema import RunConfig, Stage, TrainingStage
 from pipeline.config.stage_types import type_of
 from pipeline.data.audit import Audit, Finding
 from pipeline.data.faults import Row
 from pipeline.data.joints import begins_with
 from pipeline.data.prepare import Datasets
+from pipeline.data.rows import ROWS, RowKind
 from pipeline.show.screen import Cell, Table, say, show
 from pipeline.show.tables import count
 from pipeline.system.errors import UserError, all_of, unknown
@@ -22,7 +24,6 @@ from pipeline.system.streams import either, printable
 
 TRAINED = (("⟦", "⟧"), ("[[", "]]"))  # around tokens that are trained on; the second where the first cannot be printed
 _STYLE = "bold green"
-_SIDES = {"prompt_ids": "prompt", "chosen_ids": "chosen", "rejected_ids": "rejected"}
 
 
 def run(config: RunConfig, stages: list[str], sample: int, console: Console) -> None:
@@ -35,10 +36,10 @@ def run(config: RunConfig, stages: list[str], sample: int, console: Console) -> 
         if name not in config.stages:
             raise UserError(f"--stage: {unknown('stage', name, config.stages)}")
     tokenizer, made = run_folder.tokenizer_of(config, run_folder.open_run(config))
-    data = Datasets(config, tokenizer, made.fingerprint)
+    data = Datasets(run_data(config), tokenizer, made.fingerprint)
     audits: dict[str, dict[str, Audit]] = {}
     problems: list[str] = []
-    for name, audits_by_role, faults in preflight.audits_of(data, stages or config.stages):
+    for name, audits_by_role, faults in preflight.audits_of(config, data, stages or config.stages):
         problems += faults
         if audits_by_role:
             audits[name] = audits_by_role
@@ -47,7 +48,7 @@ def run(config: RunConfig, stages: list[str], sample: int, console: Console) -> 
     if sample:
         for name, audits_by_role in audits.items():
             for role, audit in audits_by_role.items():
-                show_rows(data, name, role, audit, sample, console)
+                show_rows(config, data, name, role, audit, sample, console)
     if problems:
         raise all_of(config.source, "dataset", "cannot be used", problems)
 
@@ -124,42 +125,50 @@ def _finding(audit: Audit, kind: str, finding: Finding, thresholds: dict[str, fl
     if allowed is not None and share > allowed:
         color = "red"
     words = [(audit.what(kind), color), (" (left out)" if dropped else "", "")]
-    places = f"row {', '.join(map(str, finding.rows))}" if finding.rows and kind != "longer_wins" else ""
+    is_of_rows = not any(kind in rows.findings for rows in ROWS.values())
+    places = f"row {', '.join(map(str, finding.rows))}" if finding.rows and is_of_rows else ""
     if places and len([file for part, _ in audit.parts for file in part.files]) > 1:
         places = "\n".join(map(audit.place, finding.rows))
     why = f": {finding.why}" if finding.why else ""
     return words, str(finding.count), f"{share:.2%}{limit}", places + why
 
 
-def show_rows(read: Datasets, name: str, role: str, audit: Audit, number: int, console: Console) -> None:
+def show_rows(
+    config: RunConfig, read: Datasets, name: str, role: str, audit: Audit, number: int, console: Console
+) -> None:
     """Rows of a stage's dataset as the model will see them, spread over the dataset."""
-    stage = read.config.stages[name]
+    stage = config.stages[name]
+    asked = request(config, name, role)
+    kind = ROWS[asked.rows]
     title = printable(f"{name}: {audit.dataset} ({audit.split})", console.encoding)
     console.print(Rule(title, align="left", style="bold cyan"))
+    tokenizer = read.tokenizer
+    assert tokenizer is not None
     rows: Any = [{"input_ids": ids} for ids in audit.head]
     if not audit.streamed:
-        rows = read.prepare(name, role).rows
+        rows = read.prepare(asked).rows
     opening, closing = (either(*pair, console.encoding) for pair in zip(*TRAINED, strict=True))
     for i in np.linspace(0, len(rows) - 1, min(number, len(rows))).round().astype(int).tolist():
         say(console, f"row {i} of {len(rows)}", "dim")
-        for label, spans in parts_of(rows[i], stage, read.tokenizer):
+        for label, spans in parts_of(rows[i], kind, stage, tokenizer):
             shown = [(f"{label}: " if label else "", "dim")]
             for text, trained in spans:
                 shown.append((f"{opening}{text}{closing}", _STYLE) if trained else (text, ""))
             say(console, shown)
 
 
-def parts_of(row: Row, stage: Stage, tokenizer: Any) -> list[tuple[str, list[tuple[str, bool]]]]:
-    """A tokenised row as text, special tokens included: (label, [(text, whether it is trained on)])."""
+def parts_of(
+    row: Row, kind: RowKind, stage: Stage, tokenizer: PreTrainedTokenizerFast
+) -> list[tuple[str, list[tuple[str, bool]]]]:
+    """Return a tokenised row as text, special tokens included: (label, [(text, whether it is trained on)])."""
 
-    def text(ids: list[int]) -> str:
-        return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    def text(piece: list[int] | str) -> str:
+        if isinstance(piece, str):
+            return piece
+        return tokenizer.decode(piece, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    if "input_ids" not in row:
-        trains_on = type_of(stage).trains_on
-        return [(label, [(text(row[ids]), ids in trains_on)]) for ids, label in _SIDES.items() if ids in row]
-    mask = row.get("completion_mask", [1] * len(row["input_ids"]))
-    if isinstance(stage, TrainingStage) and not effective(stage.type, stage.training).get("completion_only_loss", True):
-        mask = [1] * len(mask)
-    groups = itertools.groupby(zip(row["input_ids"], mask, strict=True), key=lambda pair: pair[1])
-    return [("", [(text([ids for ids, _ in group]), bool(bit)) for bit, group in groups])]
+    masked = True
+    if isinstance(stage, TrainingStage):
+        masked = effective(stage.type, stage.training).get("completion_only_loss", True)
+    parts = kind.parts(row, type_of(stage).trains_on, masked)
+    return [(label, [(text(piece), is_trained) for piece, is_trained in pieces]) for label, pieces in parts]

@@ -1,16 +1,20 @@
 """What people read of a run: the chain so far, the result, how to load an output. Nothing here imports torch."""
 
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from pipeline.config.stage_types import STAGE_TYPES, Makes
+from pipeline.config.stage_types import STAGE_TYPES
+from pipeline.config.type_row import Makes
 from pipeline.records import manifest
 from pipeline.records.manifest import Manifest, Record
+from pipeline.shift.estimate import Estimate, EstimateJson, estimate
 from pipeline.show.screen import Table, say, show
-from pipeline.show.tables import duration, estimate, interval, number
+from pipeline.show.tables import duration, number
 from pipeline.system.errors import UserError
 from pipeline.system.streams import printable
 
@@ -22,68 +26,87 @@ def _makes(record: Record) -> Makes:
 
 
 def _headline(record: Record) -> str:
+    """Show the metrics of a stage that people read first."""
     metrics = record.metrics
     if _makes(record) == "evaluation":
-        policies = metrics["policies"].items()
-        return "\n".join(f"{name}: {_wins(s)}" for name, s in policies if name not in ("base", metrics["baseline"]))
+        compared = [name for name in metrics["policies"] if name not in ("base", metrics["baseline"])]
+        return "\n".join(f"{name}: {_wins(metrics['policies'][name])}" for name in compared)
     if _makes(record) == "shift report":
-        return ", ".join(f"{key} {estimate(metrics[key])}" for key in ("icc", "within_sd", "length_correlation"))
-    found = {key.replace("_", " "): metrics[key] for key in STAGE_TYPES[record.type].headline if key in metrics}
+        return ", ".join(f"{key} {_figure(metrics[key])}" for key in ("icc", "within_sd", "length_correlation"))
+    present = [key for key in STAGE_TYPES[record.type].headline if key in metrics]
+    figures = ", ".join(f"{key.replace('_', ' ')} {number(metrics[key])}" for key in present)
     resumed = f" (resumed at step {record.resumed_from_step})" if record.resumed_from_step else ""
-    return ", ".join(f"{key} {number(value)}" for key, value in found.items()) + resumed
+    return figures + resumed
+
+
+def _figure(figure: EstimateJson | None) -> str:
+    """Show a figure with its interval; `-` for what could not be measured."""
+    return str(estimate(figure) or "-")
+
+
+def _win_rate(values: Sequence[float | None]) -> str:
+    """Show a win rate, which the manifest holds as [rate, low, high], with null for NaN."""
+    return str(Estimate(*(math.nan if value is None else value for value in values)))
 
 
 def _wins(summary: dict[str, Any]) -> str:
+    """Show the win rate of a policy in an evaluation, by the judge where there is one."""
     measure = "judge" if "judge_win_rate" in summary else "score"
     if f"{measure}_win_rate" not in summary:
         return f"length {number(summary.get('length'), 1)}"
-    return f"win rate {interval(summary[f'{measure}_win_rate'])}"
+    return f"win rate {_win_rate(summary[f'{measure}_win_rate'])}"
 
 
 def result_table(finished: Manifest, console: Console) -> None:
-    """The policies side by side, from the run's evaluate stages."""
+    """Show the policies side by side, from the run's evaluate stages."""
     for name, record in finished.stages.items():
         if _makes(record) != "evaluation":
             continue
-        baseline, policies = record.metrics["baseline"], record.metrics["policies"]
+        baseline = record.metrics["baseline"]
+        policies = record.metrics["policies"]
         measures = {measure: label for measure, label in MEASURES.items() if measure in policies[baseline]}
         prompts = f"{policies[baseline]['prompts']} held-out prompts"
         title = f"{finished.name}: {name} on {prompts}, win rates against {baseline} with 95 % intervals"
         scores = [column for label in measures.values() for column in (label, f"win rate ({label})")]
-        shown = Table(title, ["policy", *scores, "KL (nats)", "length", "ended"], right=True)
+        table = Table(title, ["policy", *scores, "KL (nats)", "length", "ended"], right=True)
         for policy, summary in policies.items():
             cells = [policy]
             for measure in measures:
                 wins = summary.get(f"{measure}_win_rate")
                 cells.append(number(summary.get(measure)))
-                cells.append("-" if policy == baseline or wins is None else interval(wins))
+                cells.append("-" if policy == baseline or wins is None else _win_rate(wins))
             ended = summary.get("ended")
             share = number(None if ended is None else 100 * ended, 0)
-            shown.add(*cells, number(summary.get("kl"), 2), number(summary.get("length"), 1), f"{share} %")
-        show(shown, console)
+            table.add(*cells, number(summary.get("kl"), 2), number(summary.get("length"), 1), f"{share} %")
+        show(table, console)
 
 
 def shift_table(finished: Manifest, console: Console) -> None:
-    """What the shift reports of the reward models found, in two lines each."""
+    """Show what the shift reports say of the reward models, in two lines each."""
     for name, record in finished.stages.items():
         if _makes(record) != "shift report":
             continue
-        metrics, held_out = record.metrics, record.metrics["comparisons"] or {"accuracy": None}
-        figures = {"ICC": metrics["icc"], "within-prompt SD": metrics["within_sd"]}
-        figures |= {"score and length": metrics["length_correlation"], "accuracy": held_out["accuracy"]}
-        told = ", ".join(f"{label} {estimate(found)}" for label, found in figures.items())
-        say(console, [(name, "bold"), (f": {told}", "")])
+        metrics = record.metrics
+        comparisons = metrics["comparisons"]
+        figures = {
+            "ICC": metrics["icc"],
+            "within-prompt SD": metrics["within_sd"],
+            "score and length": metrics["length_correlation"],
+            "accuracy": comparisons["accuracy"] if comparisons else None,
+        }
+        text = ", ".join(f"{label} {_figure(figure)}" for label, figure in figures.items())
+        say(console, [(name, "bold"), (f": {text}", "")])
         where = f"(`rlhf shift` shows the report; plots are in {record.output.path})"
         say(console, f"{metrics['advice']} {where}")
 
 
 def snippet(run_dir: Path, recorded: Manifest, record: Record) -> str:
-    """Python that loads a stage's output with transformers and peft alone."""
+    """Write the Python that loads a stage's output with transformers and peft alone."""
     folder = run_dir / record.output.path
     if record.output.kind == "report":
-        figures = (
-            "report.json: the figures, *.png: plots" if _makes(record) == "shift report" else "table.json: the table"
-        )
+        figures = "table.json: the table"
+        if _makes(record) == "shift report":
+            figures = "report.json: the figures, *.png: plots"
         return f"# {folder}/samples.jsonl: all completions side by side; {folder}/{figures}"
     scores = _makes(record) == "reward model"
     model = recorded.model
@@ -103,7 +126,8 @@ def snippet(run_dir: Path, recorded: Manifest, record: Record) -> str:
         return "\n".join([*lines, f"model = {auto}.from_pretrained({_quoted(folder)}{options})"])
     full = record.output.full
     base = model.get("path") if full is None else run_dir / full
-    if full is None and (revision := model.get("commit") or model.get("revision")):
+    revision = model.get("commit") or model.get("revision")
+    if full is None and revision:
         options += f", revision={_quoted(revision)}"
     if full is None and model.get("quantization"):
         lines[0] += ", BitsAndBytesConfig"
@@ -118,12 +142,16 @@ def snippet(run_dir: Path, recorded: Manifest, record: Record) -> str:
 
 
 def _quoted(value: str | Path | None) -> str:
-    """A path or name as a Python string, whatever characters it has: JSON's strings are Python's too."""
+    """Write a path or name as a Python string, whatever characters it has: JSON's strings are Python's too."""
     return json.dumps(str(value), ensure_ascii=False)
 
 
 def recorded_in(run_dir: Path) -> Manifest:
-    """The manifest of a run folder that a user named."""
+    """Read the manifest of a run folder that a user named.
+
+    Raises:
+        UserError: if there is none, or it is damaged.
+    """
     recorded = manifest.read(run_dir)
     if recorded is None:
         expected = "expected a run folder, as `rlhf run` prints it at its end"
@@ -132,14 +160,14 @@ def recorded_in(run_dir: Path) -> Manifest:
 
 
 def status(run_dir: Path, console: Console) -> None:
-    """The chain so far: stage, parents, duration, headline metrics, output, and how to load it."""
+    """Show the chain so far: stage, parents, duration, headline metrics, output, and how to load it."""
     recorded = recorded_in(run_dir)
-    shown = Table(f"{recorded.name}: {run_dir}", ("stage", "type", "from", "took", "metrics", "output"))
+    table = Table(f"{recorded.name}: {run_dir}", ("stage", "type", "from", "took", "metrics", "output"))
     for name, record in recorded.stages.items():
         parents = ", ".join(dict.fromkeys(record.parents.values())) or "-"
         took = duration(record.duration)
-        shown.add(name, record.type, parents, took, _headline(record), record.output.path)
-    show(shown, console)
+        table.add(name, record.type, parents, took, _headline(record), record.output.path)
+    show(table, console)
     shift_table(recorded, console)
     result_table(recorded, console)
     for name, record in recorded.stages.items():

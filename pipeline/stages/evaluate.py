@@ -1,128 +1,177 @@
 """Compare policies on held-out prompts: samples, scores, win rate against the baseline, KL to it, lengths."""
 
-import json
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
+from datasets import Dataset
 from scipy import stats
+from torch import nn
 
 from pipeline.config import functions
-from pipeline.config.schema import BASE
+from pipeline.config.schema import BASE, Evaluate
 from pipeline.models import scoring
 from pipeline.models.generation import Ids, Sampling
 from pipeline.models.loading import load_policy, load_reward, to_device
+from pipeline.shift.estimate import LEVEL, Estimate
+from pipeline.system.processes import gather_in_order, share_of
 from pipeline.training import assertions, divergence
 from pipeline.training.completions import completions, weights_of
 from pipeline.training.context import Result, StageContext, write_json
+from pipeline.training.samples import write_samples
 
-Entry = dict[str, Any]  # a completion: row, ids, text, length, whether it ended, KL to the baseline in nats, scores
-CONFIDENCE = 0.95
 NUM_RESAMPLES = 9999
 
 
-def run(ctx: StageContext) -> Result:
-    stage, state = ctx.stage, PartialState()
+@dataclass(frozen=True)
+class Sample:
+    """A policy's completion of a prompt, and the KL to the baseline over its tokens, in nats."""
+
+    ids: Ids
+    kl: float
+
+
+class Entry(TypedDict):
+    """What is kept of a completion; `score` or `judge` is None where the stage has no reward model or no judge."""
+
+    completion: str
+    score: float | None
+    judge: float | None
+    kl: float
+    length: int  # in tokens, eos included
+    ended: bool
+
+
+def run(ctx: StageContext[Evaluate]) -> Result:
+    stage = ctx.stage
+    assert stage.baseline is not None and stage.policies is not None, "the config's references are filled in"
     rows, _, datasets = ctx.rows()
-    rows = rows.select(range(min(stage.num_prompts or len(rows), len(rows))))
-    mine = range(state.process_index, len(rows), state.num_processes)
-    sampling = Sampling(stage.temperature, stage.max_new_tokens, stage.batch_size, ctx.seed)
-    table: dict[str, list[Entry]] = {}
+    rows = rows.take(stage.num_prompts or len(rows))
     baseline = to_device(load_policy(ctx.loader, weights_of(ctx, stage.baseline)))
+    sampled: dict[str, list[Sample]] = {}
     for name in dict.fromkeys([BASE, stage.baseline, *stage.policies]):
-        drawn = completions(ctx, name, rows["prompt_ids"][:], sampling)
-        table[name] = _entries(ctx, name, baseline, {i: (rows[i]["prompt_ids"], drawn[i][0]) for i in mine})
+        sampled[name] = _sample(ctx, name, baseline, rows)
+        clear_device_cache(garbage_collection=True)  # before the next policy is loaded
     del baseline
     clear_device_cache(garbage_collection=True)
-    _add_scores(ctx, rows, table)
-    for name, entries in table.items():
-        table[name] = sorted(gather_object(entries), key=lambda entry: entry["row"])
+    table = {name: gather_in_order(entries) for name, entries in _entries(ctx, rows, sampled).items()}
     metrics = {name: _summary(entries, table[stage.baseline]) for name, entries in table.items()}
-    if state.is_main_process:
-        _write_samples(ctx, rows, table)
+    if PartialState().is_main_process:
+        columns = zip(*table.values(), strict=True)  # the policies' entries of each prompt
+        prompts = zip(rows["prompt"], columns, strict=True)
+        write_samples(
+            ctx.new_output,
+            ({"prompt": prompt} | dict(zip(table, entries, strict=True)) for prompt, entries in prompts),
+        )
         write_json(ctx.new_output / "table.json", metrics)
     datasets["data"]["used"] = len(rows)
     return Result({"baseline": stage.baseline, "policies": metrics}, datasets=datasets)
 
 
 @torch.no_grad()
-def _entries(ctx: StageContext, policy: str, baseline: Any, sampled: dict[int, tuple[Ids, Ids]]) -> list[Entry]:
-    """Completions (`sampled`: row -> prompt, completion) with their KL to the baseline."""
-    eos, entries = ctx.tokenizer.eos_token_id, []
-    model = to_device(load_policy(ctx.loader, weights_of(ctx, policy)))
-    prompts, drawn = ([pair[side] for pair in sampled.values()] for side in (0, 1))
-    distances = divergence.kl_of_completions(model, baseline, prompts, drawn, ctx.stage.temperature)
-    for row, ids, kl in zip(sampled, drawn, distances, strict=True):
-        entries.append({"row": row, "ids": ids, "kl": kl, "length": len(ids), "ended": eos in ids})
-    assertions.finite_values(policy, f"KL to {ctx.stage.baseline}", distances)
-    del model
-    clear_device_cache(garbage_collection=True)
-    return entries
+def _sample(ctx: StageContext[Evaluate], policy: str, baseline: nn.Module, rows: Dataset) -> list[Sample]:
+    """Sample a policy and measure its KL to the baseline, on this process's share of the rows.
+
+    The policy's weights are loaded once for both. The baseline is loaded already.
+    """
+    stage = ctx.stage
+    model = baseline
+    if policy != stage.baseline:
+        model = to_device(load_policy(ctx.loader, weights_of(ctx, policy)))
+    sampling = Sampling(stage.temperature, stage.max_new_tokens, stage.batch_size, ctx.seed)
+    prompts = rows["prompt_ids"][:]
+    drawn = completions(ctx, policy, prompts, sampling, model=model)
+    mine = share_of(range(len(rows)))
+    prompts = [prompts[i] for i in mine]
+    answers = [drawn[i][0] for i in mine]
+    distances = divergence.kl_of_completions(model, baseline, prompts, answers, stage.temperature)
+    assertions.finite_values(policy, f"KL to {stage.baseline}", distances)
+    return [Sample(ids, kl) for ids, kl in zip(answers, distances, strict=True)]
 
 
-def _add_scores(ctx: StageContext, rows: Any, table: dict[str, list[Entry]]) -> None:
-    """Put into the entries of all policies: the completion's text, the reward model's score, the judge's."""
-    stage, tokenizer, judge = ctx.stage, ctx.tokenizer, None
+def _entries(ctx: StageContext[Evaluate], rows: Dataset, sampled: dict[str, list[Sample]]) -> dict[str, list[Entry]]:
+    """Decode and score every policy's completions of this process's share of the rows."""
+    stage = ctx.stage
+    mine = share_of(range(len(rows)))
+    prompts = [rows[i]["prompt_ids"] for i in mine]
+    scores: dict[tuple[int, ...], float] = {}
+    if stage.reward:
+        sequences = []
+        for samples in sampled.values():
+            sequences += [prompt + sample.ids for prompt, sample in zip(prompts, samples, strict=True)]
+        scores = _scores(ctx, stage.reward, sequences)
+    judge = None
     if stage.judge:
         judge = functions.function(stage.judge, ctx.config.folder, f"stages.{ctx.name}.judge")
-    sequences = {}
-    for policy, entries in table.items():
-        sequences[policy] = [rows[entry["row"]]["prompt_ids"] + entry.pop("ids") for entry in entries]
-    scores = _scores(ctx, [ids for of_policy in sequences.values() for ids in of_policy]) if stage.reward else {}
-    for policy, entries in table.items():
-        for i, entry in enumerate(entries):
-            row, ids = rows[entry["row"]], sequences[policy][i]
-            text = tokenizer.decode(ids[len(row["prompt_ids"]) :], skip_special_tokens=True)
+    table: dict[str, list[Entry]] = {}
+    for policy, samples in sampled.items():
+        table[policy] = []
+        for i, sample in zip(mine, samples, strict=True):
+            row = rows[i]
+            text = ctx.tokenizer.decode(sample.ids, skip_special_tokens=True)
             judged = None
-            if judge is not None:
-                where = f"row {entry['row']}, policy {policy}"
+            if stage.judge and judge is not None:
+                where = f"row {i}, policy {policy}"
                 judged = functions.judged(judge, stage.judge, row["prompt"][-1]["content"], text, where)
-            entries[i] = {"completion": text, "score": scores.get(tuple(ids)), "judge": judged} | entry
+            entry: Entry = {
+                "completion": text,
+                "score": scores.get(tuple(row["prompt_ids"] + sample.ids)),
+                "judge": judged,
+                "kl": sample.kl,
+                "length": len(sample.ids),
+                "ended": ctx.tokenizer.eos_token_id in sample.ids,
+            }
+            table[policy].append(entry)
+    return table
 
 
-def _scores(ctx: StageContext, sequences: list[Ids]) -> dict[tuple[int, ...], float]:
-    """The reward model's score of each different sequence (prompt and completion).
+def _scores(ctx: StageContext[Evaluate], reward: str, sequences: list[Ids]) -> dict[tuple[int, ...], float]:
+    """Score each different sequence (prompt and completion) with the reward model of stage `reward`.
 
     Beside other rows a sequence is padded otherwise, and rounding gives it another score. So it is scored once, or
     policies that say the same would win and lose against each other instead of tying.
     """
-    stage = ctx.stage
     different = list(dict.fromkeys(map(tuple, sequences)))
-    model = to_device(load_reward(ctx.loader, ctx.weights_of(stage.reward)))
-    scores = scoring.score(model, list(map(list, different)), ctx.tokenizer.pad_token_id, stage.batch_size)
-    assertions.finite_scores(stage.reward, scores)
+    model = to_device(load_reward(ctx.loader, ctx.weights_of(reward)))
+    scores = scoring.score(model, list(map(list, different)), ctx.tokenizer.pad_token_id, ctx.stage.batch_size)
+    assertions.finite_scores(reward, scores)
     return dict(zip(different, scores, strict=True))
 
 
-def win_rate(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:
-    """Share of prompts on which we score higher, a tie counting half, with its bootstrap interval over prompts."""
+def win_rate(ours: Sequence[float], theirs: Sequence[float]) -> Estimate:
+    """Return the share of prompts on which we score higher, a tie counting half, with its interval over prompts.
+
+    The interval is the bootstrap's. Wilson's, which a reward model's accuracy has, takes a tie for half a win and half
+    a loss, although a tie does not vary. Policies of one parent tie often: where half of the prompts tie, Wilson's
+    interval is 1.4 times as wide as it should be.
+    """
     wins = np.array([(a > b) + 0.5 * (a == b) for a, b in zip(ours, theirs, strict=True)])
+    share = float(wins.mean())
     if wins.std() == 0:  # nothing to resample: all wins, all losses or all ties
-        return wins.mean(), wins.mean(), wins.mean()
-    options = {"confidence_level": CONFIDENCE, "n_resamples": NUM_RESAMPLES, "method": "percentile", "rng": 0}
-    interval = stats.bootstrap((wins,), np.mean, **options).confidence_interval
-    return wins.mean(), interval.low, interval.high
+        return Estimate(share, share, share)
+    result = stats.bootstrap(
+        (wins,), np.mean, confidence_level=LEVEL, n_resamples=NUM_RESAMPLES, method="percentile", rng=0
+    )
+    interval = result.confidence_interval
+    return Estimate(share, float(interval.low), float(interval.high))
 
 
 def _summary(entries: list[Entry], baseline: list[Entry]) -> dict[str, Any]:
-    summary: dict[str, Any] = {"prompts": len(entries)}
-    for measure in ("kl", "length", "ended", "score", "judge"):
-        ours, theirs = ([entry[measure] for entry in side] for side in (entries, baseline))
-        if ours[0] is not None:
+    """Average a policy's figures over prompts, and compare its scores with the baseline's."""
+    summary: dict[str, Any] = {
+        "prompts": len(entries),
+        "kl": float(np.mean([entry["kl"] for entry in entries])),
+        "length": float(np.mean([entry["length"] for entry in entries])),
+        "ended": float(np.mean([entry["ended"] for entry in entries])),
+    }
+    for measure in ("score", "judge"):
+        ours = [value for entry in entries if (value := entry[measure]) is not None]
+        theirs = [value for entry in baseline if (value := entry[measure]) is not None]
+        if ours:
             summary[measure] = float(np.mean(ours))
-        if ours[0] is not None and measure in ("score", "judge"):
-            summary[f"{measure}_win_rate"] = [float(value) for value in win_rate(ours, theirs)]
+            summary[f"{measure}_win_rate"] = list(win_rate(ours, theirs))
     return summary
-
-
-def _write_samples(ctx: StageContext, rows: Any, table: dict[str, list[Entry]]) -> None:
-    """All completions side by side, one prompt a line."""
-    with (ctx.new_output / "samples.jsonl").open("w", encoding="utf-8") as file:
-        for i, row in enumerate(rows):
-            line = {"prompt": row["prompt"]}
-            for name, entries in table.items():
-                line[name] = {key: value for key, value in entries[i].items() if key != "row"}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -8,80 +8,95 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
 from filelock import FileLock
+from torch import nn
 
 from pipeline.base import base_model
 from pipeline.config.lineage import root
-from pipeline.config.schema import BASE
+from pipeline.config.schema import BASE, Stage
 from pipeline.models.generation import Ids, Sampling, batches, generate
 from pipeline.models.loading import Weights, load_policy, to_device
 from pipeline.records import manifest
 from pipeline.system.digests import digest
-from pipeline.system.processes import same_everywhere
+from pipeline.system.processes import same_everywhere, share_of
 from pipeline.training.context import StageContext
 
 
-def weights_of(ctx: StageContext, policy: str) -> Weights:
-    """Where a policy's weights lie: a stage's, or the run's model before any alignment."""
+def weights_of(ctx: StageContext[Stage], policy: str) -> Weights:
+    """Find the weights of a policy: those of a stage, or for `base` the run's model before any alignment."""
     return ctx.weights(root(ctx.config)) if policy == BASE else ctx.weights_of(policy)
 
 
-def identity_of(ctx: StageContext, stage: str) -> str:
-    """Digest of the weights of a stage, or of the base model."""
-    record = manifest.read(ctx.config.run_path).stages.get(stage)
+def identity_of(ctx: StageContext[Stage], stage: str) -> str:
+    """Return a digest of the weights of a stage, or of the base model."""
+    recorded = manifest.read(ctx.config.run_path)
+    assert recorded is not None, "the manifest is written before any stage runs"
+    record = recorded.stages.get(stage)
     if record is not None:
         return digest([record.config_digest, record.inputs, record.output.files])
     if ctx.config.model.path:
         return digest([base_model.digest_of(ctx.config), ctx.config.model.dtype, ctx.config.quantization])
-    return identity_of(ctx, root(ctx.config).full.split("/")[0])
+    full = root(ctx.config).full
+    assert full is not None, "a run from scratch has a pretrain stage"
+    return identity_of(ctx, full.split("/")[0])  # the stage's own folder, which has its name
 
 
 def completions(
-    ctx: StageContext, policy: str, prompts: list[Ids], sampling: Sampling, num_completions: int = 1
+    ctx: StageContext[Stage],
+    policy: str,
+    prompts: list[Ids],
+    sampling: Sampling,
+    num_completions: int = 1,
+    model: nn.Module | None = None,
 ) -> list[list[Ids]]:
-    """The policy's completions of each prompt, the same in all processes; drawn only where they are not kept yet.
+    """Return the policy's completions of each prompt, the same in all processes; those that are kept are not drawn.
 
     All processes must call it. Prompts are sampled in batches of `sampling.batch_size`, in order, and kept by batch.
+    `model` is the policy on this process's device, in eval mode; None: it is loaded if completions are lacking.
     """
     identity = [identity_of(ctx, policy), ctx.tokenizer_key, asdict(sampling)]
     file = ctx.cache / f"completions-{digest(identity)[:16]}.jsonl"
-    kept = same_everywhere(lambda: _read(file))
-    wanted = [(draw, batch) for draw in range(num_completions) for batch in batches(prompts, sampling.batch_size)]
-    keys = [digest(pair) for pair in wanted]
-    lacking = [i for i, key in enumerate(keys) if key not in kept]
+    store = same_everywhere(lambda: _read(file))
+    in_batches = list(batches(prompts, sampling.batch_size))
+    # Batches by their key in the store: the number of the draw, and the prompts.
+    wanted = {digest((draw, batch)): (draw, batch) for draw in range(num_completions) for batch in in_batches}
+    lacking = [key for key in wanted if key not in store]
     if lacking:
-        ctx.say(f"{ctx.name}: sampling {sum(len(wanted[i][1]) for i in lacking)} completions from {policy}")
-        state, found = PartialState(), []
-        model = to_device(load_policy(ctx.loader, weights_of(ctx, policy)))
-        for i in lacking[state.process_index :: state.num_processes]:
-            draw, batch = wanted[i]
-            found.append((keys[i], generate(model, batch, sampling, ctx.tokenizer, draw)))
+        ctx.say(f"{ctx.name}: sampling {sum(len(wanted[key][1]) for key in lacking)} completions from {policy}")
+        loads = model is None
+        if model is None:
+            model = to_device(load_policy(ctx.loader, weights_of(ctx, policy)))
+        sampled = []
+        for key in share_of(lacking):
+            draw, batch = wanted[key]
+            sampled.append((key, generate(model, batch, sampling, ctx.tokenizer, draw)))
         del model
-        clear_device_cache(garbage_collection=True)
-        found = gather_object(found)
-        kept |= dict(found)
-        if state.is_main_process:
-            _add(file, found)
-        state.wait_for_everyone()  # whoever reads the file next must see all of it
-    per_draw = len(keys) // num_completions
-    draws = [keys[start : start + per_draw] for start in range(0, len(keys), per_draw)]
-    drawn = ([ids for key in draw for ids in kept[key]] for draw in draws)
-    return [list(of_prompt) for of_prompt in zip(*drawn, strict=True)]
+        if loads:
+            clear_device_cache(garbage_collection=True)
+        sampled = gather_object(sampled)
+        store |= dict(sampled)
+        if PartialState().is_main_process:
+            _add(file, sampled)
+        PartialState().wait_for_everyone()  # whoever reads the file next must see all of it
+    draws = [[ids for batch in in_batches for ids in store[digest((draw, batch))]] for draw in range(num_completions)]
+    return [list(of_prompt) for of_prompt in zip(*draws, strict=True)]
 
 
 def _read(file: Path) -> dict[str, list[Ids]]:
-    """What is kept, by batch. A line that a stopped process left unfinished is passed over."""
-    kept: dict[str, list[Ids]] = {}
-    for line in file.read_text().splitlines() if file.exists() else ():
+    """Read the completions of each batch. A line that a stopped process left unfinished is passed over."""
+    store: dict[str, list[Ids]] = {}
+    if not file.exists():
+        return store
+    for line in file.read_text().splitlines():
         try:
             entry = json.loads(line)
-            kept[entry["batch"]] = entry["completions"]
+            store[entry["batch"]] = entry["completions"]
         except (ValueError, KeyError, TypeError):
             continue
-    return kept
+    return store
 
 
-def _add(file: Path, found: list[tuple[str, list[Ids]]]) -> None:
+def _add(file: Path, sampled: list[tuple[str, list[Ids]]]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{file}.lock"), file.open("a") as out:
         out.write("\n" if file.stat().st_size else "")  # after a line that was cut off
-        out.writelines(json.dumps({"batch": key, "completions": ids}) + "\n" for key, ids in found)
+        out.writelines(json.dumps({"batch": key, "completions": ids}) + "\n" for key, ids in sampled)

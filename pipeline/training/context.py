@@ -11,6 +11,7 @@ from accelerate import PartialState
 from pipeline.config.graph import datasets
 from pipeline.config.lineage import Place, place_of, start_of
 from pipeline.config.options import with_defaults
+from pipeline.config.requests import request, run_data
 from pipeline.config.schema import RunConfig, Stage
 from pipeline.config.stage_types import config_class
 from pipeline.data.prepare import Datasets
@@ -106,7 +107,7 @@ class StageContext(Generic[S]):
 
     @functools.cached_property
     def data(self) -> Datasets:
-        return Datasets(self.config, self.tokenizer, self.tokenizer_key)
+        return Datasets(run_data(self.config), self.tokenizer, self.tokenizer_key)
 
     def rows(self) -> tuple[Any, Any, dict[str, dict[str, Any]]]:
         """The stage's tokenised rows, those of `eval_data` (or None), and what to record about each dataset, by role.
@@ -122,11 +123,14 @@ class StageContext(Generic[S]):
     def _rows(self) -> tuple[Any, Any, dict[str, dict[str, Any]]]:
         rows, recorded = {}, {}
         for role, name in datasets(self.stage).items():
-            recorded[role] = {"dataset": name, "fingerprint": fingerprint_of(self.config, name)}
+            recorded[role] = {
+                "dataset": name,
+                "fingerprint": fingerprint_of(name, self.config.data[name], self.config.folder),
+            }
             if self.config.data[name].streaming:
                 continue
             with PartialState().main_process_first():
-                prepared = self.data.prepare(self.name, role)
+                prepared = self.data.prepare(request(self.config, self.name, role))
             audit, rows[role] = prepared.audit, prepared.rows
             if problems := audit.problems(self.config.checks.model_dump()):
                 raise UserError("\n  ".join(problems))

@@ -8,7 +8,8 @@ from accelerate import PartialState
 from peft import PeftConfig
 
 from pipeline.config.lineage import place_of
-from pipeline.config.stage_types import POLICIES, makes
+from pipeline.config.stage_types import makes
+from pipeline.config.type_row import POLICIES
 from pipeline.models.loading import num_parameters
 from pipeline.training import assertions, checkpoints
 from pipeline.training.context import Result, StageContext, write_json

@@ -64,10 +64,11 @@ def generate(folder: Path, rows: int) -> None:
 def step(name: str, folder: Path, rows: int) -> None:
     """One step, in this process; prints its seconds and counts as JSON."""
     from pipeline.config.load import load
+    from pipeline.config.requests import request, run_data
     from pipeline.data import prepare, run_tokenizer, sources
 
     config = load(folder / f"{rows}.yaml")
-    (part,) = sources.find(config, "comparisons")
+    (part,) = sources.find("comparisons", config.data["comparisons"], config.folder)
     saved = folder / "tokenizer"
     if not saved.is_dir():
         run_tokenizer.build(config).save_pretrained(saved)
@@ -87,9 +88,9 @@ def step(name: str, folder: Path, rows: int) -> None:
         done = raw.map(tokenise, batched=True, num_proc=os.cpu_count(), remove_columns=raw.column_names)
         result["rows"] = len(done)
     else:
-        read = prepare.Datasets(config, tokenizer, run_tokenizer.fingerprint(tokenizer))
+        read = prepare.Datasets(run_data(config), tokenizer, run_tokenizer.fingerprint(tokenizer))
         for role in ("data", "eval_data"):
-            audit = read.prepare("reward", role).audit
+            audit = read.prepare(request(config, "reward", role)).audit
             result[role] = audit.record()
             assert not audit.problems(config.checks.model_dump())
     print(json.dumps({"seconds": time.perf_counter() - start} | result))

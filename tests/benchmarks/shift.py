@@ -84,7 +84,7 @@ def config(shift: str, within_sd: float | None) -> dict[str, Any]:
     policies = {}
     for method, options in METHODS.items():
         training = dict(ppo["training"]) if options["type"] == "ppo" else online_options(ppo["training"])
-        same = {key: ppo[key] for key in ("init", "reward", "data")} | {"training": training}
+        same = {"data": ppo["data"], "training": training}
         offset = SIZE * within_sd if shift == "added" else 0.0
         policies[f"{method}-{shift}"] = same | options | {"added_shift": offset}
     stages |= policies | {f"evaluate-{shift}": dict(evaluate) | {"type": "evaluate", "policies": [*policies]}}
