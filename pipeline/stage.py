@@ -25,7 +25,7 @@ import torch
 import transformers
 from accelerate import DistributedType, PartialState
 from filelock import FileLock, Timeout
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 from pipeline.base import base_model
 from pipeline.chain import gate, staleness
@@ -248,7 +248,7 @@ def _replace_output(ctx: StageContext[Stage]) -> Output:
     return Output(kind=kind, path=path, full=full, files=files)
 
 
-def _loader(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Loader:
+def _loader(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> Loader:
     """Return what loads the run's weights, in every stage alike."""
     return Loader(
         base=config.resolve(config.model.path) if config.model.path else "",

@@ -12,7 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
 from pipeline.base import base_model, weights
@@ -43,7 +43,7 @@ class Facts:
 
 
 def check(
-    config: RunConfig, names: list[str], tokenizer: PreTrainedTokenizerBase, fingerprint: str
+    config: RunConfig, names: list[str], tokenizer: PreTrainedTokenizerFast, fingerprint: str
 ) -> dict[str, Facts]:
     """Read every dataset and import every function of the stages `names`; `fingerprint`: of the tokenizer.
 
@@ -96,6 +96,7 @@ def _audits(config: RunConfig, data: Datasets, name: str) -> dict[str, Audit]:
     audits: dict[str, Audit] = {}
     for role, dataset in datasets(stage).items():
         if config.data[dataset].streaming:
+            assert isinstance(stage, TrainingStage), "only pretraining reads a stream"
             length = effective(stage.type, stage.training)["max_length"]
             audits[role] = TextStream(data, dataset, length, config.seed_of(name)).look()
         else:
@@ -104,7 +105,7 @@ def _audits(config: RunConfig, data: Datasets, name: str) -> dict[str, Audit]:
 
 
 def _facts(
-    config: RunConfig, data: Datasets, tokenizer: PreTrainedTokenizerBase, name: str, audits: dict[str, Audit]
+    config: RunConfig, data: Datasets, tokenizer: PreTrainedTokenizerFast, name: str, audits: dict[str, Audit]
 ) -> Facts:
     stage = config.stages[name]
     for field, reference in functions_of(stage):
@@ -172,7 +173,7 @@ def _steps(stage: TrainingStage, audit: Audit) -> int:
     return math.ceil(math.ceil(rows / batch) * options["num_train_epochs"])
 
 
-def _parameters(config: RunConfig, stage: TrainingStage, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+def _parameters(config: RunConfig, stage: TrainingStage, tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     """Count the trainable and all parameters on a model without memory. A reward model adds its score head."""
     with init_empty_weights(include_buffers=False):
         model = _model(config, tokenizer)
@@ -188,7 +189,7 @@ def _parameters(config: RunConfig, stage: TrainingStage, tokenizer: PreTrainedTo
     return num_parameters(model)
 
 
-def _model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def _model(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """Build the run's base model, without weights."""
     base = config.model
     if base.scratch:
