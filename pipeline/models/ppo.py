@@ -62,9 +62,7 @@ def _add_copy(model: PeftModel, adapter: str, copy: str) -> None:
             parameters[name.replace(f".{adapter}.", f".{copy}.")].data.copy_(parameter.data)
 
 
-def separate_models(
-    loader: Loader, policy: PreTrainedModel | PeftModel, parent: Weights, reward: Weights
-) -> Models:
+def separate_models(loader: Loader, policy: PreTrainedModel | PeftModel, parent: Weights, reward: Weights) -> Models:
     """Build the four models one by one, as full fine-tuning and reward models on another base need them."""
     reference = load_policy(loader, parent).requires_grad_(False)
     float32_logits(reference)
