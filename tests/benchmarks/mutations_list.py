@@ -349,37 +349,56 @@ TABLE: tuple[tuple[str, tuple[str, ...], tuple[Change, ...]], ...] = (
         ),
     ),
     (
-        "data/heldout.py",
+        "config/graph.py",
         DATA,
         (
             ("eval_data is trained on", 'trains and role == "data"', "trains"),
             ("evaluate's data is trained on", 'trains and role == "data"', 'role == "data"'),
             ("every dataset is split", "uses(config, TRAIN) and dataset", "uses(config, TRAIN) or dataset"),
+            ("texts and prompts mix", "(other in texts) == (dataset in texts)", "True"),
+        ),
+    ),
+    (
+        "data/heldout.py",
+        DATA,
+        (
             ("the other side", "keys < np.uint64(", "keys >= np.uint64("),
             ("case counts", ".casefold()", ""),
             ("spaces count", '" ".join(plain.split())', "plain"),
             ("the last message", 'next((m["content"] for m in row["prompt"] if', 'next((m["content"] for m in row["prompt"][::-1] if'),
-            ("texts and prompts mix", "(other in texts) == (dataset in texts)", "True"),
         ),
     ),
     (
         "data/prepare.py",
         DATA,
         (
-            ("the training side is not cleaned", "kept & np.isin(keys, self.evaluated_elsewhere(dataset))", "kept & False"),
-            ("one token too long", '["row"] > max_length', '["row"] >= max_length'),
-            ("repeated prompts count again", "kept &= ~dropped[\"same_prompt\"]", "pass"),
-            ("the shorter side", "np.maximum(parts[\"chosen\"], parts[\"rejected\"])", "np.minimum(parts[\"chosen\"], parts[\"rejected\"])"),
-            ("tokens of all rows", '_column(rows, f"_{name}")[kept].sum()', '_column(rows, f"_{name}").sum()'),
+            ("the training side is not cleaned", "np.isin(keys, self.evaluated_elsewhere(request.dataset))", "np.zeros(len(keys), bool)"),
+            ("one token too long", '["row"] > request.max_length', '["row"] >= request.max_length'),
+            ("repeated prompts count again", "if request.unique_prompts:", "if False:"),
+        ),
+    ),
+    (
+        "data/sieve.py",
+        DATA,
+        (
+            ("what is dropped stays", "self.kept = self.kept & ~rows", "pass"),
+            ("tokens of all rows", 'column(rows, f"_{name}")[kept].sum()', 'column(rows, f"_{name}").sum()'),
             ("lengths of all rows", "np.quantile(values[kept], QUANTILES", "np.quantile(values, QUANTILES"),
             ("the largest source sets the size", "unit = min(len(rows)", "unit = max(len(rows)"),
         ),
     ),
     (
-        "data/measure.py",
+        "data/rows.py",
         DATA,
         (
-            ("prompt and completion swapped", '{"_prompt": len(ids["input_ids"]) - completion, "_completion": completion}', '{"_completion": len(ids["input_ids"]) - completion, "_prompt": completion}'),
+            ("the shorter side", "np.max([lengths[side] for side", "np.min([lengths[side] for side"),
+            ("prompt and completion swapped", '{"prompt": len(ids["input_ids"]) - completion, "completion": completion}', '{"completion": len(ids["input_ids"]) - completion, "prompt": completion}'),
+        ),
+    ),
+    (
+        "data/row_kind.py",
+        DATA,
+        (
             ("the end of a prompt is cut", "ids[column][:start] + ids[column][start + over :]", "ids[column][: len(ids[column]) - over]"),
         ),
     ),
