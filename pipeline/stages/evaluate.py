@@ -113,7 +113,7 @@ def _entries(ctx: StageContext[Evaluate], rows: Dataset, sampled: dict[str, list
         table[policy] = []
         for i, sample in zip(mine, samples, strict=True):
             row = rows[i]
-            text = ctx.tokenizer.decode(sample.ids, skip_special_tokens=True)
+            text = str(ctx.tokenizer.decode(sample.ids, skip_special_tokens=True))
             judged = None
             if stage.judge and judge is not None:
                 where = f"row {i}, policy {policy}"
