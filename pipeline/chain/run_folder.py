@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline.base import base_model
 from pipeline.config.schema import RunConfig
-from pipeline.data import run_tokenizer, sources
+from pipeline.data import fingerprints, run_tokenizer
 from pipeline.records import manifest
 from pipeline.records.manifest import Manifest, TokenizerRecord
 from pipeline.records.stage_folder import CHECKPOINTS, LOCK, LOG
@@ -121,9 +121,9 @@ def _tokenizer_source(config: RunConfig) -> str:
     if template.is_file():
         settings["chat_template"] = digests.file_digest(template)
     if config.model.scratch is None:
-        return digest([settings, base_model.digest_of(config)])
+        return digest([settings, base_model.fingerprint(config)])
     scratch = config.model.scratch.tokenizer
-    content = [sources.fingerprint_of(name, config.data[name], config.folder) for name in scratch.data]
+    content = [fingerprints.of_dataset(name, config.data[name], config.folder) for name in scratch.data]
     return digest([settings, scratch.vocab_size, content])
 
 

@@ -23,7 +23,7 @@ from pipeline.config.options import with_defaults
 from pipeline.config.requests import run_data
 from pipeline.config.schema import RunConfig, TrainingStage
 from pipeline.config.stage_types import type_of
-from pipeline.data import sources
+from pipeline.data import fingerprints
 from pipeline.data.prepare import Datasets
 from pipeline.records.manifest import Manifest, Record
 from pipeline.system import digests
@@ -114,7 +114,7 @@ def identify(config: RunConfig, name: str, recorded: Manifest, data: Datasets | 
     inputs = _data_inputs(config, name, data or Datasets(run_data(config)))
     inputs |= _function_inputs(config, name)
     if config.model.path:
-        inputs["base model"] = base_model.digest_of(config)
+        inputs["base model"] = base_model.fingerprint(config)
     for role, parent in parents(config.stages[name]).items():
         record = recorded.stages.get(parent)
         inputs[role] = digest(record.output.files) if record else ""
@@ -172,7 +172,7 @@ def _data_inputs(config: RunConfig, name: str, data: Datasets) -> dict[str, str]
     stage = config.stages[name]
     inputs: dict[str, str] = {}
     for role, dataset in datasets(stage).items():
-        inputs[role] = sources.fingerprint_of(dataset, config.data[dataset], config.folder)
+        inputs[role] = fingerprints.of_dataset(dataset, config.data[dataset], config.folder)
         if graph.is_shared(config, dataset):
             inputs[f"{role}: held-out share"] = str(config.data[dataset].heldout)
         trained_on = graph.role_split(role, isinstance(stage, TrainingStage)) == graph.TRAIN

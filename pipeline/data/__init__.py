@@ -5,7 +5,9 @@ split and the greatest length. Out go a dataset of token ids and an audit: the n
 each kind.
 
 places, reading and sources (files, hub) -> formats (which format) -> convert, messages, tools and media (any format
-to one) -> heldout (one split per run) -> rendering and encode (the chat template's text, token ids) -> prepare (all
-of it over Arrow, cached, every row left out counted). stream does the same for text of any size. faults says what can
-be wrong with a row.
+to one) -> heldout (one split per run) -> rendering, joints and encode (the chat template's text, token ids) -> rows
+(one class for each kind of row) -> batches (a batch of raw rows to columns) -> sieve and audit (which rows a stage
+gets, the account of all others) -> prepare (all of it over Arrow, cached). stream does the same for text of any size.
+faults says what can be wrong with a row. Stages and the run's config are not known here: `config/requests.py` says in
+plain values what a stage asks of a dataset.
 """

@@ -15,12 +15,13 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline.config import graph
 from pipeline.config.requests import Request, RunData
-from pipeline.data import heldout, sources
+from pipeline.data import fingerprints, heldout, places, sources
 from pipeline.data.audit import Audit
 from pipeline.data.batches import NO_KEY, PromptKeys, TokenIds
 from pipeline.data.formats import FIELDS, detect, missing
 from pipeline.data.places import Part
-from pipeline.data.rows import ROWS, RowKind, serves
+from pipeline.data.row_kind import RowKind
+from pipeline.data.rows import ROWS, serves
 from pipeline.data.sieve import Sieve, audit_of, column, repeats, row_lengths, weighted
 from pipeline.system.cache import cache_folder
 from pipeline.system.digests import digest, file_digest
@@ -58,7 +59,7 @@ class Datasets:
 
     def find(self, dataset: str) -> list[Part]:
         """Return the sources of a dataset."""
-        return sources.find(dataset, self.data.sections[dataset], self.data.folder)
+        return places.find(dataset, self.data.sections[dataset], self.data.folder)
 
     def evaluated_elsewhere(self, dataset: str) -> np.ndarray:
         """Return the sorted keys of the prompts that other datasets are evaluated on; no stage may train on them."""
@@ -169,7 +170,7 @@ def _through_arrow(part: Part, raw: Dataset, step: PromptKeys | TokenIds, settin
 
     `settings` are what the step's result depends on beside the rows.
     """
-    name = digest([sources.fingerprint(part), type(step).__name__, settings, CODE])[:32]
+    name = digest([fingerprints.of_source(part), type(step).__name__, settings, CODE])[:32]
     cache = cache_folder() / name
     cache.mkdir(parents=True, exist_ok=True)
     raw = raw.select_columns([column for column in raw.column_names if column in FIELDS])

@@ -1,4 +1,4 @@
-"""A stress test of RL: a shift per prompt that is added to every score."""
+"""Put RL under stress: add a shift per prompt to every score."""
 
 from collections.abc import Sequence
 
@@ -8,5 +8,8 @@ from pipeline.system.digests import hash64
 
 
 def added_shift(prompt: Sequence[int], sd: float, seed: int) -> float:
-    """A prompt's offset, normal with this SD, the same wherever the prompt (token ids) is met."""
-    return sd * stats.norm.ppf((hash64(str(seed), str(list(prompt))) + 0.5) / 2**64) if sd else 0.0
+    """Return a prompt's offset, normal with this SD; the same wherever the prompt (token ids) is met."""
+    if not sd:
+        return 0.0
+    quantile = (hash64(str(seed), str(list(prompt))) + 0.5) / 2**64
+    return float(sd * stats.norm.ppf(quantile))

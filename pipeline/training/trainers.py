@@ -7,27 +7,35 @@ import contextlib
 import copy
 import importlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
+
+import torch
+from datasets import Dataset
+from torch import nn
 
 from pipeline.system.digests import digest
 
+if TYPE_CHECKING:
+    from trl.experimental.ppo import PPOTrainer
+    from trl.trainer.dpo_trainer import DPOTrainer
 
-def ppo_trainer_class() -> type:
-    """TRL's PPOTrainer as it is, but that what `observe` says of an update is logged beside its own figures."""
+
+def ppo_trainer_class() -> "type[PPOTrainer]":
+    """Return TRL's PPOTrainer with one change: it logs the figures of `observe` beside its own figures."""
     from trl.experimental.ppo import PPOTrainer
 
     class ObservedPPOTrainer(PPOTrainer):
         observe: Callable[[], dict[str, float]] = dict
 
-        def log(self, logs: dict[str, float], *args: Any) -> None:
-            super().log(logs | self.observe(), *args)
+        def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+            super().log(logs | self.observe(), start_time)
 
     return ObservedPPOTrainer
 
 
-def dpo_trainer_class(identity: str) -> type:
-    """TRL's DPOTrainer for rows that are tokenised already (`prompt_ids`, `chosen_ids`, `rejected_ids`).
+def dpo_trainer_class(identity: str) -> "type[DPOTrainer]":
+    """Return TRL's DPOTrainer for rows that are tokenised already (`prompt_ids`, `chosen_ids`, `rejected_ids`).
 
     SFTTrainer and RewardTrainer accept tokenised rows; DPOTrainer 1.12 has no such door.
 
@@ -36,18 +44,20 @@ def dpo_trainer_class(identity: str) -> type:
     on, becomes part of the key. And they are computed in the precision of the training, or the first margins would
     not be 0.
     """
-    from trl import DPOTrainer
+    from trl.trainer.dpo_trainer import DPOTrainer
 
     class TokenisedDPOTrainer(DPOTrainer):
-        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+        # upstream: no option says that rows are token ids.
+        def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:  # type: ignore[override]
             return dataset
 
-        def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        # upstream: the cache's key is the fingerprint of the rows, which nothing public changes.
+        def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
             keyed = copy.copy(dataset)
             keyed._fingerprint = digest([dataset._fingerprint, identity])
             return super()._precompute_ref_logps(keyed, name, batch_size)
 
-        def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
+        def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
             with self.accelerator.autocast():
                 return super().compute_ref_log_probs(model, inputs)
 
@@ -55,12 +65,13 @@ def dpo_trainer_class(identity: str) -> type:
 
 
 @contextlib.contextmanager
-def reference_given(stage_type: str, reference: Any) -> Iterator[None]:
+def reference_given(stage_type: str, reference: nn.Module | None) -> Iterator[None]:
     """Let RLOOTrainer or GRPOTrainer, made inside, take this reference where it would load one by itself.
 
     It would load it in float32 and without revision or attention implementation: another model than the parent is, as
     the policy was loaded. With adapters it loads none.
     """
+    # upstream: these trainers take no reference, and import the function that loads one by its name.
     module = importlib.import_module(f"trl.trainer.{stage_type}_trainer")
     with mock.patch.object(module, "create_model_from_path", lambda *_, **__: reference):
         yield

@@ -1,0 +1,69 @@
+"""Keep the best policy that an RL stage passes through, judged by its score on held-out prompts."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from pipeline.models.generation import same_random_numbers
+from pipeline.training.assertions import finite
+
+
+class BestPolicy(TrainerCallback):
+    """Look at the policy before training, every `every` updates and at the end, and keep a copy of the best one.
+
+    `evaluate` returns the mean score, the same on every process, from the same prompts and random numbers each time,
+    and leaves the model in the mode it found it in. Looking does not change the training: the random number
+    generators go on as if it had not happened. `parameters` are those the policy trains; the copy of the best is kept
+    in the CPU's memory. After a resume only policies from the checkpoint on are known.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        evaluate: Callable[[], float],
+        every: int,
+        say: Callable[[str], None],
+    ):
+        self.parameters = parameters
+        self.evaluate = evaluate
+        self.every = every
+        self.say = say
+        self.history: list[dict[str, float]] = []
+        self._best: tuple[int, float] | None = None
+        self._copy: dict[str, torch.Tensor] = {}
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._look(state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step % self.every == 0:
+            self._look(state.global_step)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.history[-1]["update"] != state.global_step:
+            self._look(state.global_step)
+
+    def _look(self, update: int) -> None:
+        if finite(self.parameters.values()):
+            with same_random_numbers():
+                score = float(self.evaluate())
+        else:
+            score = math.nan  # nothing can be sampled
+        self.history.append({"update": update, "score": score})
+        is_best = self._best is None or not (score <= self._best[1] or math.isnan(score))
+        if is_best:
+            self._best = (update, score)
+            self._copy = {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
+        self.say(f"held-out score at update {update}: {score:.4g}" + (", the best so far" if is_best else ""))
+
+    @torch.no_grad()
+    def restore(self) -> tuple[int, float]:
+        """Copy the best policy back into the parameters, in place; return its update and score."""
+        assert self._best is not None, "training has not begun"
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self._copy[name])
+        return self._best
