@@ -16,11 +16,8 @@ from pipeline.config.options import with_defaults
 from pipeline.config.requests import request, run_data
 from pipeline.config.schema import RunConfig, Stage, TrainingStage
 from pipeline.config.stage_types import config_class
-<<<<<<< HEAD
 from pipeline.data import fingerprints
-=======
 from pipeline.data.audit import Audit
->>>>>>> wt-chain
 from pipeline.data.prepare import Datasets
 from pipeline.models.loading import Loader, Weights, merge
 from pipeline.records import manifest
@@ -140,17 +137,10 @@ class StageContext(Generic[S]):
         rows: dict[str, Dataset] = {}
         recorded: dict[str, dict[str, Any]] = {}
         for role, name in datasets(self.stage).items():
-<<<<<<< HEAD
-            recorded[role] = {
-                "dataset": name,
-                "fingerprint": fingerprints.of_dataset(name, self.config.data[name], self.config.folder),
-            }
-            if self.config.data[name].streaming:
-=======
             section = self.config.data[name]
-            recorded[role] = {"dataset": name, "fingerprint": fingerprint_of(name, section, self.config.folder)}
+            fingerprint = fingerprints.of_dataset(name, section, self.config.folder)
+            recorded[role] = {"dataset": name, "fingerprint": fingerprint}
             if section.streaming:
->>>>>>> wt-chain
                 continue
             with PartialState().main_process_first():
                 prepared = self.data.prepare(request(self.config, self.name, role))
