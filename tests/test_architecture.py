@@ -1,4 +1,4 @@
-"""Rules of the package: how its rooms may import each other, how long files and functions are, where types are named."""
+"""Rules of the package: how its rooms import each other, how long files and functions are, where types are named."""
 
 import ast
 import graphlib
