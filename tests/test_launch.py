@@ -123,7 +123,7 @@ def every_type(tmp_path_factory):
 
 
 def test_every_file_is_in_the_table():
-    assert {file.name for file in FILES.iterdir()} == set(REFUSED)
+    assert {file.name for file in FILES.glob("*.yaml")} == set(REFUSED)
 
 
 @pytest.mark.parametrize("file", REFUSED)

@@ -232,6 +232,16 @@ def test_status_shows_metrics_that_are_no_numbers(cli, tmp_path, make_record):
     assert "win rate 0.50 [nan, nan]" in stdout
 
 
+def test_status_says_why_a_stage_ran(cli, tmp_path, make_record):
+    """Records of earlier versions do not know it."""
+    manifest.write(tmp_path, Manifest(name="tiny", model={"path": "some/base", "dtype": "float32"}))
+    manifest.commit(tmp_path, "sft", make_record(reason="config changed: training.learning_rate (0.1 -> 0.2)"))
+    manifest.commit(tmp_path, "dpo", make_record(type="dpo"))
+    _, stdout, _ = cli("status", tmp_path)
+    assert "\nsft\nwhy it ran: config changed: training.learning_rate (0.1 -> 0.2)\n" in stdout
+    assert stdout.count("why it ran") == 1
+
+
 @pytest.mark.parametrize("option", [("--until", "reward"), ("--only", "sft")])
 def test_redo_of_a_stage_that_would_not_run(cli, write_config, make_record, tmp_path, option):
     path, run_dir = write_config(tmp_path), tmp_path / "runs" / "tiny"
