@@ -145,14 +145,14 @@ def batch_of(options: Options, num_processes: int = 1) -> int:
     return options["per_device_train_batch_size"] * options["gradient_accumulation_steps"] * num_processes
 
 
-def check_batch(num_rows: int, batch: int) -> None:
-    """Compare the prompts of a PPO stage with its batch.
+def check_batch(num_rows: int, batch: int, where: str = "") -> None:
+    """Compare the prompts of a PPO stage with its batch, which only the stage itself knows in several processes.
 
     Raises:
         UserError: if they are fewer: PPOTrainer would make no update.
     """
     if num_rows < batch:
-        raise UserError(f"{num_rows} prompts are fewer than one batch of {batch}; lower the batch sizes")
+        raise UserError(f"{where}{num_rows} prompts are fewer than one batch of {batch}; lower the batch sizes")
 
 
 def _steps(stage: TrainingStage, audit: Audit) -> int:
