@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import TrainerControl
 
-from pipeline.rl.watch import BestPolicy
+from pipeline.rl.best_policy import BestPolicy
 from pipeline.rl.watchdog import HEALTHY, Watchdog
 
 LENGTH = 8.0  # tokens, a power of two: means times it are exact

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import Trainer, TrainerControl, TrainingArguments
 
 from pipeline.models.generation import same_random_numbers
-from pipeline.rl.watch import BestPolicy
+from pipeline.rl.best_policy import BestPolicy
 from pipeline.rl.watchdog import HEALTHY, MEASURES, Stopped, Watchdog, measures_of
 
 RANGES = {healthy.measure: healthy for healthy in HEALTHY}

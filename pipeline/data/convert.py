@@ -21,7 +21,7 @@ _ANSWER_SCORES = ("score", "pm_score", "overall_score")
 
 
 def to_messages(row: Row, shape: str) -> Row:
-    """Turn one row of any format but raw text into canonical form, with everything it holds.
+    """Turn one row of any format into canonical form, with everything it holds. Raw text has no such form.
 
     Raises:
         RowFault: if the row does not fit its format.
@@ -54,6 +54,10 @@ def _system(row: Row) -> Messages:
     if system is None or not system.strip():
         return []
     return [{"role": "system", "content": system}]
+
+
+def _raw_text(row: Row) -> Row:
+    raise RowFault("malformed", "text", f"expected a dialogue, got raw text: {shown(row.get('text'))}")
 
 
 # Prompts and demonstrations
@@ -260,6 +264,7 @@ def _shp(row: Row) -> Row:
 
 
 _READERS: dict[str, Callable[[Row], Row]] = {
+    "text": _raw_text,
     "prompt": _prompt,
     "prompt_completion": _prompt_completion,
     "messages": _messages,

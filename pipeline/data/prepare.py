@@ -158,11 +158,11 @@ def shape_of(part: Part, rows: Dataset | IterableDataset) -> str:
 def check_serves(part: Part, shape: str, columns: list[str], want: str) -> None:
     """Refuse a dataset whose format cannot give what a stage wants, or that does not have its format's columns."""
     if lacking := missing(shape, columns):
-        seen = f"has the columns {', '.join(columns)}; format {shape} needs {lacking}"
-        raise UserError(f"{part.label}: {seen}; name another `format`, or map the columns with `columns:`")
+        columns_there = f"has the columns {', '.join(columns)}; format {shape} needs {lacking}"
+        raise UserError(f"{part.label}: {columns_there}; name another `format`, or map the columns with `columns:`")
     if want not in serves(shape, columns):
-        seen = f"holds {shape} rows (columns {', '.join(columns)}), expected {want}"
-        raise UserError(f"{part.label}: {seen}; name another dataset, or map its columns with `columns:`")
+        rows_there = f"holds {shape} rows (columns {', '.join(columns)}), expected {want}"
+        raise UserError(f"{part.label}: {rows_there}; name another dataset, or map its columns with `columns:`")
 
 
 def _through_arrow(part: Part, raw: Dataset, step: PromptKeys | TokenIds, settings: list[str | int | None]) -> Dataset:

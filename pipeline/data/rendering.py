@@ -194,7 +194,8 @@ def _not_shown(tokenizer: PreTrainedTokenizerFast, _template: str, as_json: bool
 
 def _called(number: int) -> tuple[Row, Message]:
     """Return a call and the message with its result. Mistral's templates want ids of nine letters and digits."""
-    name, key = f"probed_call_{number}", f"probecal{number}"
+    name = f"probed_call_{number}"
+    key = f"probecal{number}"
     arguments = {f"probed_key_{number}": f"probed value {number}"}
     call = {"id": key, "type": "function", "function": {"name": name, "arguments": arguments}}
     return call, {"role": "tool", "name": name, "tool_call_id": key, "content": f"probed result {number}"}

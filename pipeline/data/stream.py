@@ -8,17 +8,13 @@ the pieces of it that were used are passed over.
 
 import dataclasses
 import itertools
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate import PartialState
 from datasets import IterableDataset, concatenate_datasets, interleave_datasets
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pipeline.config import graph
 from pipeline.data import heldout, sources
@@ -32,7 +28,6 @@ from pipeline.data.rows import ROWS
 from pipeline.data.unreadable import readable
 from pipeline.system.errors import UserError
 
-STATE = "stream.json"
 TEXT = ROWS["text"]
 NUM_SHOWN = 64  # pieces that can be looked at before a run
 NUM_JUDGED = 1000  # documents before a share of them is held against its threshold
@@ -51,7 +46,7 @@ class Block:
 
 
 class TextStream:
-    """The pieces of a dataset's documents, pass after pass, without end."""
+    """Read the pieces of a dataset's documents, pass after pass, without end; `Bookmark` knows where training is."""
 
     def __init__(self, datasets: Datasets, name: str, max_length: int, seed: int):
         assert datasets.tokenizer is not None
@@ -62,27 +57,7 @@ class TextStream:
         self.seed = seed
         self.parts = datasets.find(name)
         self.excluded = datasets.evaluated_elsewhere(name)
-        self.first_piece = 0
-        self.ended = False
-        self._blocks = [Block()]  # that hold the pieces not trained on yet, and those read after them
-        self._last = Block()
         self._why: dict[str, str] = {}  # the first fault of each kind
-
-    def dataset(self) -> IterableDataset:
-        """Return the pieces in the form that TRL takes: rows of `input_ids`."""
-        return IterableDataset.from_generator(self._pieces)
-
-    def _pieces(self) -> Iterator[dict[str, list[int]]]:
-        if self.ended:
-            return
-        first = self._block_of(self.first_piece)
-        self._blocks = []
-        for block, pieces in self.blocks(first):
-            self._last = block
-            if pieces:
-                self._blocks.append(block)
-            start = max(0, self.first_piece - block.piece)
-            yield from ({"input_ids": ids} for ids in pieces[start:])
 
     def blocks(self, block: Block) -> Iterator[tuple[Block, list[list[int]]]]:
         """Yield every block from `block` on, with its pieces.
@@ -194,65 +169,7 @@ class TextStream:
                 first = self._why.get(kind, "before the resume")
                 raise UserError(f"{self.parts[0].label}: {share}; {limit}. The first: {first}")
 
-    def _block_of(self, piece: int) -> Block:
-        """Return the block that a piece is in, or the last one before it."""
-        return max((block for block in self._blocks if block.piece <= piece), key=lambda block: block.piece)
-
-    def state(self, piece: int) -> dict[str, Any]:
-        """Return what `resume` needs to go on with a piece."""
-        return {"piece": piece, "block": dataclasses.asdict(self._block_of(piece))}
-
-    def forget(self, piece: int) -> None:
-        """Forget the blocks before a piece, which nothing will ask for again."""
-        first = self._blocks.index(self._block_of(piece))
-        del self._blocks[:first]
-
-    def resume(self, state: dict[str, Any]) -> None:
-        """Go on with the piece of a `state`."""
-        self.first_piece = state["piece"]
-        self._blocks = [Block(**state["block"])]
-
-    def record(self) -> dict[str, Any]:
-        """Return what the manifest keeps of it: the documents read up to the last block, and those left out."""
-        last = self._last
-        return {"split": graph.TRAIN, "streamed": True, "read": last.documents, "dropped": last.dropped}
-
 
 def _contains(sorted_keys: np.ndarray, key: int) -> bool:
     place = int(np.searchsorted(sorted_keys, np.uint64(key)))
     return place < len(sorted_keys) and bool(sorted_keys[place] == np.uint64(key))
-
-
-def _file(args: TrainingArguments, state: TrainerState) -> Path:
-    """Return where the checkpoint of a step keeps its place in the stream."""
-    assert args.output_dir is not None
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE
-
-
-class KeepPlace(TrainerCallback):
-    """Save with every checkpoint which piece comes next, and go on there."""
-
-    def __init__(self, stream: TextStream):
-        self.stream = stream
-        self.first_step = 0
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
-    ) -> None:
-        self.first_step = state.global_step
-        if state.global_step:
-            self.stream.resume(json.loads(_file(args, state).read_text(encoding="utf-8")))
-        self.stream.ended = state.global_step >= args.max_steps  # or the trainer would make one step more
-
-    def _piece(self, args: TrainingArguments, state: TrainerState) -> int:
-        """Return the piece that is trained on next. Every process passes over those of the others."""
-        per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return self.stream.first_piece + (state.global_step - self.first_step) * per_step
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        self.stream.forget(self._piece(args, state))
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        if PartialState().is_main_process:
-            place = self.stream.state(self._piece(args, state))
-            _file(args, state).write_text(json.dumps(place), encoding="utf-8")

@@ -62,8 +62,8 @@ def _start_of_rows(tokenizer: PreTrainedTokenizerFast, audits: dict[str, dict[st
     without = [name for name, roles in audits.items() if any(_lacks_bos(audit) for audit in roles.values())]
     if not without:
         return f"Rows begin with BOS ({bos!r}), which the tokenizer puts before every text."
-    seen = f"Rows of {', '.join(without)} begin without BOS, but the tokenizer puts {bos!r} before every text"
-    return f"{seen}: let the chat template begin with bos_token, or set tokenizer.chat_template to a built-in one."
+    lacking = f"Rows of {', '.join(without)} begin without BOS, but the tokenizer puts {bos!r} before every text"
+    return f"{lacking}: let the chat template begin with bos_token, or set tokenizer.chat_template to a built-in one."
 
 
 def _lacks_bos(audit: Audit) -> bool:
