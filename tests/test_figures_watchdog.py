@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from transformers import TrainerControl
 
-from pipeline.rl.watch import BestPolicy
-from pipeline.rl.watchdog import HEALTHY, Watchdog
+from pipeline.rl.best_policy import BestPolicy
+from pipeline.rl.healthy_ranges import HEALTHY
+from pipeline.rl.watchdog import Watchdog
 
 LENGTH = 8.0  # tokens, a power of two: means times it are exact
 UP, DOWN = math.inf, -math.inf

@@ -14,7 +14,7 @@ from pipeline.models.generation import Sampling
 from pipeline.models.loading import continue_policy, float32_logits, load_policy, load_reward, precision_kept
 from pipeline.models.views import Backbone, ReferenceView
 from pipeline.rl import stress
-from pipeline.rl.watch import Watch
+from pipeline.rl.watchdog import Watch
 from pipeline.training import assertions
 from pipeline.training.context import Result, StageContext
 from pipeline.training.fit import fit, should_train

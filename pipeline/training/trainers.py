@@ -7,21 +7,26 @@ import contextlib
 import copy
 import importlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from pipeline.system.digests import digest
 
+if TYPE_CHECKING:  # also for the stage to name
+    from trl.experimental.ppo.ppo_config import PPOConfig as PPOConfig
+    from trl.experimental.ppo.ppo_trainer import PPOTrainer as PPOTrainer
 
-def ppo_trainer_class() -> type:
-    """TRL's PPOTrainer as it is, but that what `observe` says of an update is logged beside its own figures."""
+
+def ppo_trainer_class(observe: Callable[[], dict[str, float]] = dict) -> "Callable[..., PPOTrainer]":
+    """Return TRL's PPOTrainer with one change: what `observe` returns is added to each entry of its log.
+
+    Its arguments have no types: TRL names PreTrainedModel, and takes any module that has the same parts.
+    """
     from trl.experimental.ppo import PPOTrainer
 
     class ObservedPPOTrainer(PPOTrainer):
-        observe: Callable[[], dict[str, float]] = dict
-
-        def log(self, logs: dict[str, float], *args: Any) -> None:
-            super().log(logs | self.observe(), *args)
+        def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+            super().log(logs | observe(), start_time)
 
     return ObservedPPOTrainer
 
