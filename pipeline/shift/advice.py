@@ -169,7 +169,7 @@ RULES = (
 
 
 def advice(report: Report) -> str:
-    """Return one paragraph on a report of `pipeline.shift.measure`: the texts of the RULES that hold, in their order."""
+    """Return one paragraph on a report of `pipeline.shift.measure`: the texts of the RULES that hold, in order."""
     figures: dict[str, float | None] = {"flat_below": report["flat_below"]}
     estimates = {
         "icc": report["icc"],

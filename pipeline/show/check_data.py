@@ -55,8 +55,8 @@ def run(config: RunConfig, stages: list[str], sample: int, console: Console) -> 
         raise all_of(config.source, "dataset", "cannot be used", problems)
 
 
-def _start_of_rows(tokenizer: Any, audits: dict[str, dict[str, Audit]]) -> str:
-    """Whether rows begin with BOS, as texts did when the model was trained."""
+def _start_of_rows(tokenizer: PreTrainedTokenizerFast, audits: dict[str, dict[str, Audit]]) -> str:
+    """Say whether rows begin with BOS, as texts did when the model was trained."""
     if begins_with(tokenizer) is None:
         return "Rows begin without BOS: the tokenizer puts none before a text."
     bos = tokenizer.bos_token
@@ -79,7 +79,10 @@ def _faults(config: RunConfig, audits: dict[str, dict[str, Audit]]) -> Iterable[
 
 
 def tables(audits: dict[str, dict[str, Audit]], thresholds: dict[str, float | None], console: Console) -> None:
-    """The datasets as their stages get them, then what was found in them, with the first rows."""
+    """Show the datasets as their stages get them, then what is worth a look in them, with the first rows.
+
+    `thresholds` are the config's `checks:`, by the kind of finding.
+    """
     columns = (
         "dataset",
         "for",
@@ -89,55 +92,61 @@ def tables(audits: dict[str, dict[str, Audit]], thresholds: dict[str, float | No
         "tokens",
         "tokens per row: median / 90 % / 99 % / longest",
     )
-    shown, findings = (
-        Table("data", columns),
-        Table("findings", ("dataset", "for", "split", "rows that", "rows", "share", "first (from 0)")),
-    )
+    datasets = Table("data", columns)
+    findings = Table("findings", ("dataset", "for", "split", "rows that", "rows", "share", "first (from 0)"))
     for stages, audit in _grouped(audits):
+        rows = count(audit.rows)
+        tokens = count(audit.tokens)
         lengths = "\n".join(f"{name} {_quantiles(values)}" for name, values in audit.lengths.items())
-        rows, tokens = count(audit.rows), count(audit.tokens)
         if audit.streamed:
-            rows, tokens, lengths = "streamed", "", f"of the first {audit.read} documents: {tokens} tokens"
+            rows = "streamed"
+            lengths = f"of the first {audit.read} documents: {tokens} tokens"
+            tokens = ""
         where = (audit.dataset, stages, audit.split)
-        shown.add(*where, rows, count(audit.num_dropped), tokens, lengths)
+        datasets.add(*where, rows, count(audit.num_dropped), tokens, lengths)
         for kind, finding in (audit.dropped | audit.noticed).items():
             if finding.count:
                 findings.add(*where, *_finding(audit, kind, finding, thresholds))
-    show(shown, console)
+    show(datasets, console)
     if findings.rows:
         show(findings, console)
 
 
 def _grouped(audits: dict[str, dict[str, Audit]]) -> list[tuple[str, Audit]]:
-    """The audits with the names of their stages, those that are equal together."""
-    found: list[tuple[list[str], Audit]] = []
+    """Return each different audit once, with the names of its stages."""
+    groups: list[tuple[list[str], Audit]] = []
     for name, roles in audits.items():
         for audit in roles.values():
-            same = next((names for names, other in found if other == audit), None)
+            same = next((names for names, other in groups if other == audit), None)
             if same is None:
-                found.append(([name], audit))
+                groups.append(([name], audit))
             else:
                 same.append(name)
-    return [(", ".join(names), audit) for names, audit in found]
+    return [(", ".join(names), audit) for names, audit in groups]
 
 
 def _quantiles(values: list[int]) -> str:
+    """Show quantiles but the least value."""
     _, *rest = values
     return " / ".join(map(str, rest))
 
 
 def _finding(audit: Audit, kind: str, finding: Finding, thresholds: dict[str, float | None]) -> tuple[Cell, ...]:
+    """Fill the cells of a finding: which rows, how many, their share, and where the first of them are."""
     dropped = kind in audit.dropped
-    share, allowed = finding.count / (audit.read if dropped else audit.rows), thresholds.get(kind)
+    share = finding.count / (audit.read if dropped else audit.rows)
+    allowed = thresholds.get(kind)
     limit = "" if allowed is None else f" of {allowed:.0%} allowed"
     color = "yellow" if dropped else ""
     if allowed is not None and share > allowed:
         color = "red"
     words = [(audit.what(kind), color), (" (left out)" if dropped else "", "")]
     is_of_rows = not any(kind in rows.findings for rows in ROWS.values())
-    places = f"row {', '.join(map(str, finding.rows))}" if finding.rows and is_of_rows else ""
-    if places and len([file for part, _ in audit.parts for file in part.files]) > 1:
-        places = "\n".join(map(audit.place, finding.rows))
+    places = ""
+    if finding.rows and is_of_rows:
+        places = f"row {', '.join(map(str, finding.rows))}"
+        if sum(len(part.files) for part, _ in audit.parts) > 1:
+            places = "\n".join(map(audit.place, finding.rows))
     why = f": {finding.why}" if finding.why else ""
     return words, str(finding.count), f"{share:.2%}{limit}", places + why
 
@@ -145,7 +154,7 @@ def _finding(audit: Audit, kind: str, finding: Finding, thresholds: dict[str, fl
 def show_rows(
     config: RunConfig, read: Datasets, name: str, role: str, audit: Audit, number: int, console: Console
 ) -> None:
-    """Rows of a stage's dataset as the model will see them, spread over the dataset."""
+    """Show rows of a stage's dataset as the model will see them, spread over the dataset."""
     stage = config.stages[name]
     asked = request(config, name, role)
     kind = ROWS[asked.rows]
@@ -153,17 +162,17 @@ def show_rows(
     console.print(Rule(title, align="left", style="bold cyan"))
     tokenizer = read.tokenizer
     assert tokenizer is not None
-    rows: Any = [{"input_ids": ids} for ids in audit.head]
+    rows: Any = [{"input_ids": ids} for ids in audit.head]  # or a Dataset: both give a row for a number
     if not audit.streamed:
         rows = read.prepare(asked).rows
     opening, closing = (either(*pair, console.encoding) for pair in zip(*TRAINED, strict=True))
     for i in np.linspace(0, len(rows) - 1, min(number, len(rows))).round().astype(int).tolist():
         say(console, f"row {i} of {len(rows)}", "dim")
         for label, spans in parts_of(rows[i], kind, stage, tokenizer):
-            shown = [(f"{label}: " if label else "", "dim")]
-            for text, trained in spans:
-                shown.append((f"{opening}{text}{closing}", _STYLE) if trained else (text, ""))
-            say(console, shown)
+            line = [(f"{label}: " if label else "", "dim")]
+            for text, is_trained in spans:
+                line.append((f"{opening}{text}{closing}", _STYLE) if is_trained else (text, ""))
+            say(console, line)
 
 
 def parts_of(
@@ -174,7 +183,7 @@ def parts_of(
     def text(piece: list[int] | str) -> str:
         if isinstance(piece, str):
             return piece
-        return tokenizer.decode(piece, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return str(tokenizer.decode(piece, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     masked = True
     if isinstance(stage, TrainingStage):

@@ -6,7 +6,7 @@ from pipeline.chain.preflight import Facts
 from pipeline.chain.staleness import Decision
 from pipeline.config.lineage import start_of
 from pipeline.config.options import effective
-from pipeline.config.schema import BASE, Evaluate, Online, RunConfig, Shift, Stage, TrainingStage
+from pipeline.config.schema import BASE, Evaluate, Online, RunConfig, Shift, TrainingStage
 from pipeline.config.stage_types import type_of
 from pipeline.data.audit import Audit
 from pipeline.show.screen import Cell, Table, show
@@ -14,12 +14,13 @@ from pipeline.show.tables import count
 
 
 def describe_start(config: RunConfig, name: str) -> str:
-    """What a stage starts from, in words."""
-    stage: Stage = config.stages[name]
+    """Say what a stage starts from."""
+    stage = config.stages[name]
     if isinstance(stage, Shift):
         return f"{stage.policy}, {stage.reward}"
-    if not isinstance(stage, TrainingStage):
-        return ", ".join([f"base, {stage.baseline}", *stage.policies])
+    if isinstance(stage, Evaluate):
+        return ", ".join([f"base, {stage.baseline}", *(stage.policies or [])])
+    assert isinstance(stage, TrainingStage), "of the other stages each has its own words"
     if stage.init == BASE and config.model.scratch:
         return "new weights"
     start = start_of(config, name)
@@ -32,7 +33,7 @@ def describe_start(config: RunConfig, name: str) -> str:
 
 
 def describe_reference(config: RunConfig, name: str) -> str:
-    """What a stage's reference policy is, in words."""
+    """Say what a stage's reference policy is."""
     stage = config.stages[name]
     if isinstance(stage, Evaluate):
         return f"{stage.baseline} (win rate, KL)"
@@ -40,13 +41,14 @@ def describe_reference(config: RunConfig, name: str) -> str:
         return "-"
     if isinstance(stage, Online) and not effective(stage.type, stage.training)["beta"]:
         return "none (beta: 0)"
-    return "frozen copy of " + ("base model" if stage.init == BASE else stage.init)
+    parent = start_of(config, name).parent
+    return "frozen copy of " + ("base model" if parent == BASE else parent)
 
 
 def plan_table(config: RunConfig, decisions: list[Decision], facts: dict[str, Facts], console: Console) -> None:
-    """The stages in order: start, reference, rows, tokens, steps, parameters, and what happens to each."""
+    """Show the stages in order: start, reference, rows, tokens, steps, parameters, and what happens to each."""
     columns = ("stage", "type", "starts from", "reference", "data (rows, tokens)", "steps", "trains", "will")
-    shown = Table(f"{config.name}: plan", columns)
+    table = Table(f"{config.name}: plan", columns)
     for decision in decisions:
         stage = config.stages[decision.stage]
         fact = facts.get(decision.stage)
@@ -60,8 +62,8 @@ def plan_table(config: RunConfig, decisions: list[Decision], facts: dict[str, Fa
                 trains = f"{count(fact.parameters['trainable'])} of {count(fact.parameters['total'])}"
         start = describe_start(config, decision.stage)
         reference = describe_reference(config, decision.stage)
-        shown.add(decision.stage, stage.type, start, reference, rows, steps, trains, _will(decision))
-    show(shown, console)
+        table.add(decision.stage, stage.type, start, reference, rows, steps, trains, _will(decision))
+    show(table, console)
 
 
 def _will(decision: Decision) -> Cell:

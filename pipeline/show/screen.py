@@ -37,15 +37,16 @@ class Table:
 
 
 def open_console(width: int | None = None) -> Console:
-    """The console of a command. Without a terminal it is WIDTH columns wide, whatever COLUMNS says.
+    """Return the console of a command. Without a terminal it is WIDTH columns wide, whatever COLUMNS says.
 
     GNU readline exports COLUMNS, so that every program that a Python session starts has it.
     """
     console = Console(width=width, markup=False, emoji=False, highlight=False)
+    columns = streams.columns_asked()
     if width is None and not console.file.isatty():
         console.width = WIDTH
-    elif width is None and streams.columns_asked() is not None:  # rich looks in the environment of its import
-        console.width = streams.columns_asked()
+    elif width is None and columns is not None:  # rich looks in the environment of its import
+        console.width = columns
     if console.width < LEAST:
         console.width = LEAST  # rich prints nothing at a width of 0
     return console
@@ -53,9 +54,9 @@ def open_console(width: int | None = None) -> Console:
 
 def say(console: Console, text: Cell, style: str = "") -> None:
     """Print prose: wrapped at words on a screen, unwrapped in a pipe, where lines are searched."""
-    shown = _text(text, console, style)
+    whole = _text(text, console, style)
     width = _width(console) if console.is_terminal else None
-    for line in shown.split("\n", allow_blank=True):
+    for line in whole.split("\n", allow_blank=True):
         _lay(line, "", "", width, console)
 
 
@@ -82,7 +83,7 @@ def _text(cell: Cell, console: Console, style: str = "") -> Text:
 
 
 def _widths(rows: list[list[Text]], width: int) -> list[int] | None:
-    """The width of each column without a word broken, or None where that is too much, or a cell too tall."""
+    """Return the width of each column without a word broken, or None where that is too much, or a cell too tall."""
     columns = list(zip(*rows, strict=True))
     least = [max(_longest(cell.plain.split()) for cell in column) for column in columns]
     most = [max(_longest(cell.plain.splitlines()) for cell in column) for column in columns]
@@ -93,9 +94,9 @@ def _widths(rows: list[list[Text]], width: int) -> list[int] | None:
     # Those that lack least are served first: a short column is not to be wrapped in favour of a long one.
     waiting = sorted(range(len(columns)), key=lambda i: most[i] - least[i])
     for served, i in enumerate(waiting):
-        given = min(most[i] - least[i], spare // (len(waiting) - served))
-        widths[i] += given
-        spare -= given
+        extra = min(most[i] - least[i], spare // (len(waiting) - served))
+        widths[i] += extra
+        spare -= extra
     for column, room in zip(columns, widths, strict=True):
         for cell in column[1:]:
             lines = cell.plain.splitlines()
@@ -119,7 +120,7 @@ def _grid(heads: list[Text], rows: list[list[Text]], widths: list[int], right: b
 
 
 def _blocks(heads: list[Text], rows: list[list[Text]], console: Console) -> None:
-    """The first cell of a row as its heading, then a line for each other cell that is not empty."""
+    """Print the first cell of a row as its heading, then a line for each other cell that is not empty."""
     width = _width(console)
     for heading, *cells in rows:
         heading.stylize("bold")

@@ -1,31 +1,42 @@
 """Step 0: next-token prediction on raw text, packed; from scratch or continued from a pretrained model."""
 
-from trl import SFTTrainer
+from transformers import TrainerCallback
+from trl.trainer.sft_trainer import SFTTrainer
 
-from pipeline.config.schema import BASE
+from pipeline.config.schema import BASE, Offline
 from pipeline.data.stream import KeepPlace, TextStream
 from pipeline.models.loading import continue_policy, from_scratch, precision_kept
 from pipeline.training.context import Result, StageContext
 from pipeline.training.fit import fit
 
 
-def run(ctx: StageContext) -> Result:
-    scratch, args = ctx.config.model.scratch, ctx.training_args()
+def run(ctx: StageContext[Offline]) -> Result:
+    scratch = ctx.config.model.scratch
+    args = ctx.training_args()
     rows, eval_rows, datasets = ctx.rows()
-    stream, callbacks = None, []
+    stream: TextStream | None = None
+    callbacks: list[TrainerCallback] = []
     if rows is None:
         stream = TextStream(ctx.data, ctx.stage.data, args.max_length, ctx.seed)
-        rows, callbacks = stream.dataset(), [KeepPlace(stream)]
+        rows = stream.dataset()
+        callbacks.append(KeepPlace(stream))
         # Its pieces are packed already, and it goes on by itself where a checkpoint was made.
         args.eval_packing = args.packing if args.eval_packing is None else args.eval_packing
-        args.packing, args.ignore_data_skip = False, True
+        args.packing = False
+        args.ignore_data_skip = True
     if scratch and ctx.stage.init == BASE:
         model = from_scratch(scratch.architecture, ctx.tokenizer, ctx.config.model.dtype, ctx.seed)
     else:
         model = continue_policy(ctx.loader, ctx.start(), ctx.stage.lora, ctx.seed)
-    data = {"train_dataset": rows, "eval_dataset": eval_rows, "processing_class": ctx.tokenizer}
     with precision_kept(model):
-        trainer = SFTTrainer(model, args, callbacks=callbacks, **data)
+        trainer = SFTTrainer(
+            model,
+            args,
+            train_dataset=rows,
+            eval_dataset=eval_rows,
+            processing_class=ctx.tokenizer,
+            callbacks=callbacks,
+        )
     result = fit(ctx, trainer, datasets)
     if stream is not None:
         result.datasets["data"] |= stream.record()

@@ -1,16 +1,17 @@
 """Step 2: a reward model from comparisons (Bradley-Terry); it starts from the SFT policy, with a new score head."""
 
 import gc
-from typing import Any
+from collections.abc import Mapping
 
 from accelerate import PartialState
-from accelerate.utils import gather_object
-from trl import RewardTrainer
-from trl.trainer.reward_trainer import DataCollatorForPreference
+from datasets import Dataset
+from trl.trainer.reward_trainer import DataCollatorForPreference, RewardTrainer
 
+from pipeline.config.schema import Offline
 from pipeline.models import scoring
 from pipeline.models.loading import Weights, load_reward, new_reward, precision_kept
 from pipeline.shift.calibration import calibration
+from pipeline.system.processes import gather_in_order, share_of
 from pipeline.training import assertions
 from pipeline.training.context import Result, StageContext, write_json
 from pipeline.training.fit import fit
@@ -19,12 +20,12 @@ SIDES = ("chosen_ids", "rejected_ids")
 NUM_RELOADED = 8  # comparisons scored again after the reward model was read back from disk
 
 
-def _whole(row: dict[str, list[int]]) -> dict[str, list[int]]:
-    """`chosen_ids` and `rejected_ids` with the prompt before each, the tokenised form RewardTrainer takes."""
+def _whole(row: Mapping[str, list[int]]) -> dict[str, list[int]]:
+    """Return `chosen_ids` and `rejected_ids` with the prompt before each, the tokenised form RewardTrainer takes."""
     return {side: row["prompt_ids"] + row[side] for side in SIDES}
 
 
-def run(ctx: StageContext) -> Result:
+def run(ctx: StageContext[Offline]) -> Result:
     rows, eval_rows, datasets = ctx.rows()
     # Rows that are too long are left out already; the trainer would go through all of them once more.
     args = ctx.training_args(max_length=None, remove_unused_columns=False)
@@ -46,33 +47,32 @@ def run(ctx: StageContext) -> Result:
         if PartialState().is_main_process:
             write_json(ctx.new_output / "margins.json", margins)
         result.metrics["held_out"] = calibration(margins)
-    result.metrics["reload_difference"] = _compare_reloaded(ctx, trainer)
+    result.metrics["reload_difference"] = _compare_reloaded(ctx, trainer, rows)
     return result
 
 
-def _margins(ctx: StageContext, trainer: Any, rows: Any) -> list[float]:
-    """score(chosen) - score(rejected) of every held-out comparison, in order; the same in all processes."""
-    state = PartialState()
+def _margins(ctx: StageContext[Offline], trainer: RewardTrainer, rows: Dataset) -> list[float]:
+    """Return score(chosen) - score(rejected) of every held-out comparison, in order; the same in all processes."""
     # Without accelerate's autocast wrapper: the model read back from disk, and the one PPO scores with, have none.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # then all processes must score the same rows
-    mine = range(0, len(rows)) if sharded else range(state.process_index, len(rows), state.num_processes)
+    everything = range(len(rows))
+    mine = everything if sharded else share_of(everything)
     sequences = [_whole(rows[i])[side] for i in mine for side in SIDES]
     size = trainer.args.per_device_eval_batch_size
     scores = scoring.score(model, sequences, ctx.tokenizer.pad_token_id, size)
-    margins = zip(mine, (a - b for a, b in zip(scores[::2], scores[1::2], strict=True)), strict=True)
-    return [margin for _, margin in sorted(dict(gather_object(list(margins))).items())]
+    margins = [chosen - rejected for chosen, rejected in zip(scores[::2], scores[1::2], strict=True)]
+    return margins if sharded else gather_in_order(margins)
 
 
-def _compare_reloaded(ctx: StageContext, trainer: Any) -> float:
-    """Largest difference between the scores of the trained model and of the saved one.
+def _compare_reloaded(ctx: StageContext[Offline], trainer: RewardTrainer, rows: Dataset) -> float:
+    """Return the largest difference between the scores of the trained model and of the saved one.
 
     All processes score (the weights may be sharded); the main one reads the saved model back.
     """
-    sample = trainer.train_dataset.select(range(min(NUM_RELOADED, len(trainer.train_dataset))))
-    sequences = [_whole(row)[side] for row in sample for side in SIDES]
-    trainer.model.eval()
+    sequences = [_whole(row)[side] for row in rows.take(NUM_RELOADED).to_list() for side in SIDES]
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    model.eval()
     pad_token_id = ctx.tokenizer.pad_token_id
     in_memory = scoring.score(model, sequences, pad_token_id)
     assertions.finite_scores(ctx.name, in_memory)

@@ -92,7 +92,7 @@ def run(ctx: StageContext) -> Result:
     assertions.policy_is_parent(model, first, expected)
     # Without a KL penalty TRL keeps no reference.
     metrics = {"initial_kl": _initial_kl(trainer, first)} if trainer.beta else {}
-    return fit(ctx, trainer, datasets, watch.finish, **metrics)
+    return fit(ctx, trainer, datasets, metrics, watch.finish)
 
 
 def _initial_kl(trainer: Any, prompts: list[list[int]]) -> float:

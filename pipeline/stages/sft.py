@@ -2,15 +2,16 @@
 
 from typing import Any
 
-from trl import SFTTrainer
+from trl.trainer.sft_trainer import SFTTrainer
 
+from pipeline.config.schema import Offline
 from pipeline.models.loading import continue_policy, precision_kept
 from pipeline.training import assertions
 from pipeline.training.context import Result, StageContext
 from pipeline.training.fit import fit
 
 
-def run(ctx: StageContext) -> Result:
+def run(ctx: StageContext[Offline]) -> Result:
     rows, eval_rows, datasets = ctx.rows()
     args = ctx.training_args()
     model = continue_policy(ctx.loader, ctx.start(), ctx.stage.lora, ctx.seed)
@@ -19,8 +20,8 @@ def run(ctx: StageContext) -> Result:
     assertions.eos_in_labels(trainer.train_dataset, ctx.tokenizer.eos_token_id)
 
     def first_token() -> dict[str, Any]:
-        sample = rows.select(range(min(assertions.NUM_FIRST, len(rows))))
+        sample = rows.take(assertions.NUM_FIRST).to_list()
         prompts = [row["input_ids"][: row["completion_mask"].index(1)] for row in sample]
         return {"first_token": assertions.first_token(trainer, prompts, ctx.tokenizer)}
 
-    return fit(ctx, trainer, datasets, first_token)
+    return fit(ctx, trainer, datasets, after_training=first_token)

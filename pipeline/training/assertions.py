@@ -1,14 +1,16 @@
-"""Checks at the start and end of a stage. A failed one stops the stage and names its cause."""
+"""Assert at the start and end of a stage that the right thing trains. A failed check stops the stage and says why."""
 
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TypedDict
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather
+from datasets import Dataset
 from torch import nn
+from transformers import PreTrainedTokenizerBase, Trainer
 
 from pipeline.models.loading import to_device
 from pipeline.system.errors import UserError
@@ -21,48 +23,60 @@ class CheckFailed(UserError):
     """The stage would train the wrong thing, or hand on what it did not train."""
 
 
+class FirstToken(TypedDict):
+    """The likeliest first tokens of completions of `prompts` prompts.
+
+    `special` is the share that is special, `likeliest` the most frequent token as text.
+    """
+
+    special: float
+    prompts: int
+    likeliest: str
+
+
 def trains_exactly(modules: Sequence[nn.Module], expected: Callable[[str], bool]) -> None:
-    """Every parameter whose name is `expected` trains, and no other.
+    """Check that every parameter whose name is `expected` trains, and no other.
 
     Switching adapters freezes and unfreezes parameters in several releases of PEFT; a run that trains nothing, or
     the reference too, must not start.
     """
-    names = {name: p.requires_grad for module in modules for name, p in module.named_parameters()}
-    frozen = [name for name, trains in names.items() if expected(name) and not trains]
-    loose = [name for name, trains in names.items() if trains and not expected(name)]
-    if frozen or loose or not any(names.values()):
+    trains = {name: p.requires_grad for module in modules for name, p in module.named_parameters()}
+    frozen = [name for name in trains if expected(name) and not trains[name]]
+    unexpected = [name for name in trains if trains[name] and not expected(name)]
+    if frozen or unexpected or not any(trains.values()):
         missing = f"{len(frozen)} that should are frozen ({', '.join(frozen[:3])})"
-        extra = f"{len(loose)} that should not would train ({', '.join(loose[:3])})"
+        extra = f"{len(unexpected)} that should not would train ({', '.join(unexpected[:3])})"
         raise CheckFailed(f"the wrong parameters would train: {missing}, {extra}")
 
 
 def fingerprint_of(parameters: Sequence[nn.Parameter]) -> list[float]:
-    """A number per parameter that changes when it trains."""
+    """Return a number for each parameter that changes when the parameter trains: the sum of its absolute values."""
     return [p.detach().double().abs().sum().item() for p in parameters]
 
 
 def has_trained(before: list[float], parameters: Sequence[nn.Parameter], what: str) -> None:
+    """Check that some parameter of `what` differs from its `fingerprint_of` before training."""
     if before and before == fingerprint_of(parameters):
         raise CheckFailed(f"{what}: no parameter changed during training, although all {len(before)} should train")
 
 
 @torch.no_grad()
 def parent_log_probs(policy: nn.Module, rows: Sequence[list[int]]) -> list[torch.Tensor]:
-    """What a stage's parent says of `rows`: the log-probability in nats of every token but the first.
+    """Return the log-probabilities in nats that a stage's parent gives to `rows`: of every token but the first.
 
     `policy` is the model that will train, as it was loaded: nothing has been added to it yet. It is placed on this
     process's device.
     """
     training = policy.training
     to_device(policy)
-    found = [divergence.log_probs(policy, ids) for ids in rows]
+    log_probs = [divergence.log_probs(policy, ids) for ids in rows]
     policy.train(training)
-    return found
+    return log_probs
 
 
 @torch.no_grad()
 def policy_is_parent(policy: nn.Module, rows: Sequence[list[int]], expected: Sequence[torch.Tensor]) -> None:
-    """The policy still says of `rows` what `parent_log_probs` found.
+    """Check that the policy gives to `rows` the log-probabilities that `parent_log_probs` returned.
 
     An adapter that changes the weights below it when another one is added would change policy and reference alike.
     """
@@ -79,7 +93,11 @@ def policy_is_parent(policy: nn.Module, rows: Sequence[list[int]], expected: Seq
 
 @torch.no_grad()
 def reference_is_parent(policy: nn.Module, reference: nn.Module, rows: Sequence[list[int]]) -> float:
-    """KL of the policy to the reference on the tokens of `rows`, in nats per token; must be 0 before any update."""
+    """Return the largest KL of the policy to the reference on `rows`, in nats per token.
+
+    Raises:
+        CheckFailed: if it is not 0; no update may have been made yet.
+    """
     training = policy.training
     policy.eval()
     largest = max(divergence.largest_kl(policy, reference, ids) for ids in rows)
@@ -91,28 +109,35 @@ def reference_is_parent(policy: nn.Module, reference: nn.Module, rows: Sequence[
 
 
 def _part_here(parameter: nn.Parameter) -> torch.Tensor:
-    """What this process holds of a parameter: FSDP2 keeps a part of each, ZeRO-3 too, in an attribute of its own."""
+    """Return the part of a parameter that this process holds; under FSDP2 and ZeRO-3 each process holds one.
+
+    FSDP2 gives it by a method, and ZeRO-3 keeps it in an attribute.
+    """
     return getattr(parameter, "ds_tensor", getattr(parameter, "to_local", parameter.detach)())
 
 
 @torch.no_grad()
 def finite(parameters: Iterable[nn.Parameter]) -> bool:
-    """Whether all weights of all processes are finite numbers; of split ones each process looks at its part."""
+    """Tell whether all weights of all processes are finite numbers; of split ones each process looks at its part."""
     parts = [part for part in map(_part_here, parameters) if part.numel() and not part.is_meta]
-    mine = all(torch.stack([part.isfinite().all() for part in parts]).tolist()) if parts else True
-    return bool(gather(torch.tensor([float(mine)], device=PartialState().device)).min())
+    mine = True
+    if parts:
+        mine = all(torch.stack([part.isfinite().all() for part in parts]).tolist())
+    everywhere = gather(torch.tensor([float(mine)], device=PartialState().device))
+    assert isinstance(everywhere, torch.Tensor), "a tensor is gathered into one"
+    return bool(everywhere.min())
 
 
 def finite_weights(name: str, parameters: Iterable[nn.Parameter]) -> None:
-    """What stage `name` trained can be handed on."""
+    """Check that the weights that stage `name` trained are finite numbers."""
     if not finite(parameters):
         seen = "its weights are no longer finite numbers, so training diverged; nothing is handed on"
         raise UserError(f"{name}: {seen}. Lower its learning rate, or train it in bf16 or fp32 rather than fp16")
 
 
-def eos_in_labels(rows: Any, eos_token_id: int) -> None:
-    """The rows end with eos as a label, so that the policy learns to stop."""
-    sample = rows.select(range(min(64, len(rows))))
+def eos_in_labels(rows: Dataset, eos_token_id: int) -> None:
+    """Check that eos is among the labels of the first rows, so that the policy learns to stop."""
+    sample = rows.take(64)
     column = "labels" if "labels" in sample.column_names else "input_ids"
     if not any(eos_token_id in labels for labels in sample[column]):
         mend = "set tokenizer.eos_token to the token that ends an answer in the chat template"
@@ -120,19 +145,20 @@ def eos_in_labels(rows: Any, eos_token_id: int) -> None:
 
 
 @torch.no_grad()
-def first_token(trainer: Any, prompts: Sequence[list[int]], tokenizer: Any) -> dict[str, Any]:
-    """The likeliest first tokens of completions: the share that is special, and the most frequent of all, as text."""
+def first_token(trainer: Trainer, prompts: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase) -> FirstToken:
+    """Look at the likeliest first token of a completion of each prompt, by the trained model."""
     model = trainer.model
+    assert model is not None
     training = model.training
     model.eval()
-    found = [divergence.last_logits(model, ids).argmax().item() for ids in prompts]
+    tokens = [int(divergence.last_logits(model, ids).argmax()) for ids in prompts]
     model.train(training)
-    special = sum(token in tokenizer.all_special_ids for token in found) / len(found)
-    return {"special": special, "prompts": len(found), "likeliest": tokenizer.decode(statistics.mode(found))}
+    special = sum(token in tokenizer.all_special_ids for token in tokens) / len(tokens)
+    return {"special": special, "prompts": len(tokens), "likeliest": str(tokenizer.decode(statistics.mode(tokens)))}
 
 
 def finite_values(name: str, what: str, values: Sequence[float]) -> None:
-    """What was measured of the policy of stage `name` are numbers."""
+    """Check that what was measured of the policy of stage `name` is finite on every completion."""
     wrong = sum(not math.isfinite(value) for value in values)
     if wrong:
         mend = "Its weights have diverged: train it again with a lower learning rate"
@@ -140,7 +166,7 @@ def finite_values(name: str, what: str, values: Sequence[float]) -> None:
 
 
 def finite_scores(name: str, scores: Sequence[float]) -> None:
-    """Scores of the reward model of stage `name` are numbers."""
+    """Check that the scores of the reward model of stage `name` are finite."""
     wrong = sum(not math.isfinite(score) for score in scores)
     if wrong:
         mend = "lower its learning rate, or train it in bf16 or fp32 rather than fp16"
@@ -148,7 +174,11 @@ def finite_scores(name: str, scores: Sequence[float]) -> None:
 
 
 def same_scores(before: Sequence[float], after: Sequence[float], tolerance: float) -> float:
-    """Scores of the reward model in memory and of the one read back from disk."""
+    """Return the largest difference between scores of the reward model in memory and of the one read back from disk.
+
+    Raises:
+        CheckFailed: if it is larger than `tolerance`.
+    """
     largest = max(abs(a - b) for a, b in zip(before, after, strict=True))
     if not largest <= tolerance:
         raise CheckFailed(f"the saved reward model scores differently when reloaded: by {largest:.4g}, expected 0")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pipeline.system.digests import checksums
 from pipeline.system.errors import UserError
@@ -21,9 +21,10 @@ PROCESSES = "num_processes.txt"
 
 
 class MarkComplete(TrainerCallback):
-    """Writes the marker once every process has saved its part."""
+    """Write the marker once every process has saved its part."""
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        assert args.output_dir is not None, "every stage has one"
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         PartialState().wait_for_everyone()
         if PartialState().is_main_process and folder.is_dir():
@@ -32,15 +33,15 @@ class MarkComplete(TrainerCallback):
 
 
 def _fault(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+    """Say what is wrong with a checkpoint; None: it is complete."""
     try:
         expected = json.loads((folder / MARKER).read_text())
     except FileNotFoundError:
         return "was not completed"
     except ValueError:
         return "has a damaged marker"
-    found = checksums(folder, [folder])
-    damaged = [name for name, checksum in expected.items() if found.get(name) != checksum]
+    actual = checksums(folder, [folder])
+    damaged = [name for name, checksum in expected.items() if actual.get(name) != checksum]
     return f"is damaged ({damaged[0]})" if damaged else None
 
 
@@ -49,16 +50,16 @@ def step_of(checkpoint: Path) -> int:
 
 
 def is_last(checkpoint: Path) -> bool:
-    """Whether a checkpoint was made after the last step of its training."""
+    """Tell whether a checkpoint was made after the last step of its training."""
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     return state["global_step"] >= state["max_steps"]
 
 
 def newest_complete(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that can be resumed from, and a message for each newer one that cannot."""
+    """Find the newest checkpoint that can be resumed from; return with it a message for each newer one that cannot."""
     messages = []
-    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    for path in sorted(found, key=step_of, reverse=True):
+    saves = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    for path in sorted(saves, key=step_of, reverse=True):
         fault = _fault(path)
         if fault is None:
             return path, messages
@@ -67,7 +68,7 @@ def newest_complete(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def check_processes(folder: Path, stage: str, identity: str, num_processes: int) -> None:
-    """Whether a stage can go on from its checkpoints with so many processes.
+    """Check that a stage can go on from its checkpoints with so many processes.
 
     The trainer finds its place in the data by the number of steps, and a step is one batch of every process.
 

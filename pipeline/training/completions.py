@@ -1,13 +1,8 @@
 """Completions of policies, sampled once for a run and kept."""
 
-import json
 from dataclasses import asdict
-from pathlib import Path
 
-from accelerate import PartialState
-from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
-from filelock import FileLock
 from torch import nn
 
 from pipeline.base import base_model
@@ -17,8 +12,9 @@ from pipeline.models.generation import Ids, Sampling, batches, generate
 from pipeline.models.loading import Weights, load_policy, to_device
 from pipeline.records import manifest
 from pipeline.system.digests import digest
-from pipeline.system.processes import same_everywhere, share_of
+from pipeline.system.processes import share_of
 from pipeline.training.context import StageContext
+from pipeline.training.store import Store
 
 
 def weights_of(ctx: StageContext[Stage], policy: str) -> Weights:
@@ -55,48 +51,24 @@ def completions(
     """
     identity = [identity_of(ctx, policy), ctx.tokenizer_key, asdict(sampling)]
     file = ctx.cache / f"completions-{digest(identity)[:16]}.jsonl"
-    store = same_everywhere(lambda: _read(file))
+    store: Store[list[Ids]] = Store(file, "batch", "completions")
+    by_key = store.read()
     in_batches = list(batches(prompts, sampling.batch_size))
     # Batches by their key in the store: the number of the draw, and the prompts.
     wanted = {digest((draw, batch)): (draw, batch) for draw in range(num_completions) for batch in in_batches}
-    lacking = [key for key in wanted if key not in store]
+    lacking = [key for key in wanted if key not in by_key]
     if lacking:
         ctx.say(f"{ctx.name}: sampling {sum(len(wanted[key][1]) for key in lacking)} completions from {policy}")
         loads = model is None
         if model is None:
             model = to_device(load_policy(ctx.loader, weights_of(ctx, policy)))
-        sampled = []
+        sampled = {}
         for key in share_of(lacking):
             draw, batch = wanted[key]
-            sampled.append((key, generate(model, batch, sampling, ctx.tokenizer, draw)))
+            sampled[key] = generate(model, batch, sampling, ctx.tokenizer, draw)
         del model
         if loads:
             clear_device_cache(garbage_collection=True)
-        sampled = gather_object(sampled)
-        store |= dict(sampled)
-        if PartialState().is_main_process:
-            _add(file, sampled)
-        PartialState().wait_for_everyone()  # whoever reads the file next must see all of it
-    draws = [[ids for batch in in_batches for ids in store[digest((draw, batch))]] for draw in range(num_completions)]
+        by_key |= store.add(sampled)
+    draws = [[ids for batch in in_batches for ids in by_key[digest((draw, batch))]] for draw in range(num_completions)]
     return [list(of_prompt) for of_prompt in zip(*draws, strict=True)]
-
-
-def _read(file: Path) -> dict[str, list[Ids]]:
-    """Read the completions of each batch. A line that a stopped process left unfinished is passed over."""
-    store: dict[str, list[Ids]] = {}
-    if not file.exists():
-        return store
-    for line in file.read_text().splitlines():
-        try:
-            entry = json.loads(line)
-            store[entry["batch"]] = entry["completions"]
-        except (ValueError, KeyError, TypeError):
-            continue
-    return store
-
-
-def _add(file: Path, sampled: list[tuple[str, list[Ids]]]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{file}.lock"), file.open("a") as out:
-        out.write("\n" if file.stat().st_size else "")  # after a line that was cut off
-        out.writelines(json.dumps({"batch": key, "completions": ids}) + "\n" for key, ids in sampled)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedConfig
 
 Ids = list[int]  # token ids
 Model = Callable[..., Any]  # maps `input_ids` and `attention_mask` of shape (rows, length) to an output with `logits`
@@ -24,65 +25,66 @@ MAX_COMPARED = 2**20
 def kl_of_completions(
     policy: nn.Module, reference: Model, prompts: Sequence[Ids], completions: Sequence[Ids], temperature: float = 1.0
 ) -> list[float]:
-    """KL(policy || reference) of each completion in nats: summed over its positions, exact over the vocabulary at each.
+    """Return KL(policy || reference) of each completion in nats, summed over positions, exact over the vocabulary.
 
     The whole distribution at every visited position has far less variance than the log-ratio of the sampled tokens.
     The models have one architecture.
     """
     rows = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
     lengths = [len(completion) for completion in completions]
-    found: list[float] = []
+    divergences: list[float] = []
     for start, stop in _batches(lengths, _vocabulary(policy)):
         inputs = _inputs(policy, rows[start:stop], max(lengths[start:stop]) + 1)
-        p = policy(**inputs).logits
-        q = reference(**inputs).logits
+        # Both are freed before the next ones are computed.
+        logits = (policy(**inputs).logits, reference(**inputs).logits)
         for row, length in enumerate(lengths[start:stop]):
             # The logits at position t - 1 are the distribution of token t; rows end at the right edge.
-            ours, theirs = (logits[row, -length - 1 : -1] for logits in (p, q))
-            found.append(kl_per_token(ours, theirs, temperature).sum().item())
-        del p, q, ours, theirs  # before the next ones are made
-    return found
+            ours, theirs = (of_model[row, -length - 1 : -1] for of_model in logits)
+            divergences.append(kl_per_token(ours, theirs, temperature).sum().item())
+            del ours, theirs
+        del logits
+    return divergences
 
 
 def kl_per_token(p: torch.Tensor, q: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """KL(p || q) in nats at each position, from logits of shape (positions, vocabulary)."""
-    found = []
+    """Return KL(p || q) in nats at each position, from logits of shape (positions, vocabulary)."""
+    pieces = []
     for ours, theirs in _pieces(p, q):
         p_logs = ours.float().div(temperature).log_softmax(-1)
         q_logs = theirs.float().div(temperature).log_softmax(-1)
-        found.append((p_logs.exp() * (p_logs - q_logs)).sum(-1))
-    return torch.cat(found)
+        pieces.append((p_logs.exp() * (p_logs - q_logs)).sum(-1))
+    return torch.cat(pieces)
 
 
 def largest_kl(policy: nn.Module, reference: Model, ids: Ids) -> float:
-    """The largest KL(policy || reference) in nats over the positions of one row."""
+    """Return the largest KL(policy || reference) in nats over the positions of one row."""
     inputs = _inputs(policy, [ids], len(ids))
     return kl_per_token(policy(**inputs).logits[0], reference(**inputs).logits[0]).abs().max().item()
 
 
 def log_probs(model: nn.Module, ids: Ids) -> torch.Tensor:
-    """The log-probability in nats of every token but the first, given those before it; shape (tokens - 1,)."""
+    """Return the log-probability in nats of every token but the first, given those before it; shape (tokens - 1,)."""
     logits = model(**_inputs(model, [ids], len(ids))).logits[0, :-1]
     tokens = torch.tensor(ids[1:], device=logits.device).unsqueeze(1)
-    found = []
+    pieces = []
     for part, targets in _pieces(logits, tokens):
-        found.append(part.float().log_softmax(-1).gather(1, targets).squeeze(1))
-    return torch.cat(found)
+        pieces.append(part.float().log_softmax(-1).gather(1, targets).squeeze(1))
+    return torch.cat(pieces)
 
 
 def last_logits(model: nn.Module, ids: Ids) -> torch.Tensor:
-    """The logits of the token after a prompt, shape (vocabulary,)."""
+    """Return the logits of the token after a prompt, shape (vocabulary,)."""
     return model(**_inputs(model, [ids], 1)).logits[0, -1]
 
 
 def _pieces(logits: torch.Tensor, other: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Both tensors, cut into pieces of few positions, so that what is computed from a piece is small."""
+    """Cut both tensors into pieces of few positions, so that what is computed from a piece is small."""
     step = max(1, MAX_COMPARED // logits.shape[-1])
     return zip(logits.split(step), other.split(step), strict=True)
 
 
 def _inputs(model: nn.Module, rows: Sequence[Ids], number: int) -> dict[str, Any]:
-    """Inputs of rows, padded on the left, for the logits of their last `number` positions where the model can do so."""
+    """Pad rows on the left, and ask for the logits of their last `number` positions where the model can do so."""
     device = next(model.parameters()).device
     ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_side="left")
     mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], True, 0, "left")
@@ -95,16 +97,19 @@ def _inputs(model: nn.Module, rows: Sequence[Ids], number: int) -> dict[str, Any
 
 
 def _bare(model: nn.Module) -> nn.Module:
-    """The language model without PEFT around it."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    """Return the language model without PEFT around it."""
+    get_base_model = getattr(model, "get_base_model", None)
+    return model if get_base_model is None else get_base_model()
 
 
 def _vocabulary(model: nn.Module) -> int:
-    return _bare(model).config.get_text_config().vocab_size
+    config = _bare(model).config
+    assert isinstance(config, PreTrainedConfig)
+    return config.get_text_config().vocab_size
 
 
 def _batches(lengths: Sequence[int], vocabulary: int) -> Iterator[tuple[int, int]]:
-    """Ranges of rows, by their completions' lengths, whose logits stay below `MAX_LOGITS`; one row at least."""
+    """Yield ranges of rows, by their completions' lengths, whose logits stay below `MAX_LOGITS`; one row at least."""
     start = 0
     while start < len(lengths):
         stop = start + 1

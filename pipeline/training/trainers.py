@@ -10,11 +10,16 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+import torch
+from datasets import Dataset
+from torch import nn
+
 from pipeline.system.digests import digest
 
-if TYPE_CHECKING:  # also for the stage to name
+if TYPE_CHECKING:  # the first two are also for the stage to name
     from trl.experimental.ppo.ppo_config import PPOConfig as PPOConfig
     from trl.experimental.ppo.ppo_trainer import PPOTrainer as PPOTrainer
+    from trl.trainer.dpo_trainer import DPOTrainer
 
 
 def ppo_trainer_class(observe: Callable[[], dict[str, float]] = dict) -> "Callable[..., PPOTrainer]":
@@ -31,8 +36,8 @@ def ppo_trainer_class(observe: Callable[[], dict[str, float]] = dict) -> "Callab
     return ObservedPPOTrainer
 
 
-def dpo_trainer_class(identity: str) -> type:
-    """TRL's DPOTrainer for rows that are tokenised already (`prompt_ids`, `chosen_ids`, `rejected_ids`).
+def dpo_trainer_class(identity: str) -> "type[DPOTrainer]":
+    """Return TRL's DPOTrainer for rows that are tokenised already (`prompt_ids`, `chosen_ids`, `rejected_ids`).
 
     SFTTrainer and RewardTrainer accept tokenised rows; DPOTrainer 1.12 has no such door.
 
@@ -41,18 +46,20 @@ def dpo_trainer_class(identity: str) -> type:
     on, becomes part of the key. And they are computed in the precision of the training, or the first margins would
     not be 0.
     """
-    from trl import DPOTrainer
+    from trl.trainer.dpo_trainer import DPOTrainer
 
     class TokenisedDPOTrainer(DPOTrainer):
-        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+        # upstream: no option says that rows are token ids.
+        def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:  # type: ignore[override]
             return dataset
 
-        def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        # upstream: the cache's key is the fingerprint of the rows, which nothing public changes.
+        def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
             keyed = copy.copy(dataset)
             keyed._fingerprint = digest([dataset._fingerprint, identity])
             return super()._precompute_ref_logps(keyed, name, batch_size)
 
-        def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
+        def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
             with self.accelerator.autocast():
                 return super().compute_ref_log_probs(model, inputs)
 
@@ -60,12 +67,13 @@ def dpo_trainer_class(identity: str) -> type:
 
 
 @contextlib.contextmanager
-def reference_given(stage_type: str, reference: Any) -> Iterator[None]:
+def reference_given(stage_type: str, reference: nn.Module | None) -> Iterator[None]:
     """Let RLOOTrainer or GRPOTrainer, made inside, take this reference where it would load one by itself.
 
     It would load it in float32 and without revision or attention implementation: another model than the parent is, as
     the policy was loaded. With adapters it loads none.
     """
+    # upstream: these trainers take no reference, and import the function that loads one by its name.
     module = importlib.import_module(f"trl.trainer.{stage_type}_trainer")
     with mock.patch.object(module, "create_model_from_path", lambda *_, **__: reference):
         yield
