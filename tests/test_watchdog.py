@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerControl, TrainingArguments
 
-from pipeline.models.generation import same_random_numbers
 from pipeline.config.stage_types import STAGE_TYPES
+from pipeline.models.generation import same_random_numbers
 from pipeline.rl.best_policy import BestPolicy
 from pipeline.rl.healthy_ranges import HEALTHY, measures_of
 from pipeline.rl.watchdog import Stopped, Watchdog
