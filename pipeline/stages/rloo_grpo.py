@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftModel
 from trl.trainer.grpo_config import GRPOConfig
@@ -93,8 +93,9 @@ def run(ctx: StageContext[Online]) -> Result:
     policy = trainer.accelerator.unwrap_model(trainer.model)
     watch = Watch(ctx, trainer, {name: p for name, p in policy.named_parameters() if should_train(ctx, name)})
     if eval_rows is not None:
+        assert reward_model is not None, "the config refuses it"
         size = min(args.per_device_train_batch_size, stage.num_eval_prompts)
-        sampling = Sampling(args.temperature, args.max_completion_length, size, ctx.seed)
+        sampling = Sampling(args.temperature, cast(int, args.max_completion_length), size, ctx.seed)
         watch.hold_out(eval_rows["prompt_ids"][:], sampling, policy, reward_model)
     assertions.policy_is_parent(model, first, expected)
     # Without a KL penalty TRL keeps no reference.
