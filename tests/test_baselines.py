@@ -27,9 +27,10 @@ from pipeline.models import scoring
 from pipeline.models.generation import Sampling, generate
 from pipeline.models.loading import load_policy, load_reward
 from pipeline.records import manifest
-from pipeline.rl import stress, watch, watchdog
-from pipeline.rl.baselines import CentredReward, LeaveOneOut, Offline, Rollout, Watched, reliability
-from pipeline.stages import ppo
+from pipeline.rl import best_policy, stress, watchdog
+from pipeline.rl.baselines import LeaveOneOut, Offline, make_baseline, reliability
+from pipeline.rl.centred_reward import CentredReward, Rollout, Subtraction, Watched
+from pipeline.rl.healthy_ranges import Range
 from pipeline.system.errors import UserError
 from pipeline.training.completions import completions, identity_of
 from pipeline.training.context import StageContext
@@ -236,9 +237,8 @@ def test_centred_score_by_hand(parents):
     start = inputs["input_ids"].shape[1]
     assert len(set(map(len, prompts))) > 2
 
-    centred = CentredReward(load_reward(ctx.loader, place), eos, (2.0, 7))
-    centred.baseline = lambda prompts, scores: scores.new_tensor([len(prompt) / 3 for prompt in prompts])
-    centred.watch(value)
+    subtraction = Subtraction(lambda prompts, scores: scores.new_tensor([len(p) / 3 for p in prompts]), 2.0, 7)
+    centred = CentredReward(load_reward(ctx.loader, place), value, eos, subtraction)
     centred.rollout.see(inputs)
     sequences = torch.cat([inputs["input_ids"], torch.tensor(answers)], 1)
     scores, values = [], []
@@ -318,8 +318,9 @@ def test_a_level_within_the_reward_model_is_not_in_the_advantages(
 def test_prompts_that_are_not_trained_on_are_scored_as_they_are(parents):
     ctx = context(parents, "as-they-are")
     pad = ctx.tokenizer.pad_token_id
-    centred = CentredReward(load_reward(ctx.loader, ctx.weights_of("reward")), ctx.tokenizer.eos_token_id, (2.0, 7))
-    centred.baseline = lambda prompts, scores: pytest.fail("a baseline was taken off")
+    reward, value = (load_reward(ctx.loader, ctx.weights_of("reward")) for _ in range(2))
+    subtraction = Subtraction(lambda prompts, scores: pytest.fail("a baseline was taken off"), 2.0, 7)
+    centred = CentredReward(reward, value, ctx.tokenizer.eos_token_id, subtraction)
     prompts = prompts_of(ctx, TASKS[:3])
     inputs = scoring.padded(prompts, pad, torch.device("cpu"), "left")
     centred.rollout.forget(inputs)
@@ -551,7 +552,7 @@ def test_shrinkage_is_by_the_measured_icc(parents, monkeypatch, capsys, method, 
     monkeypatch.setattr(StageContext, "record_of", lambda _, name: SimpleNamespace(metrics=measured))
     reward = load_reward(ctx.loader, ctx.weights_of("reward"))
     answers = {(5, 6): [[7, 8], [9]], (5, 7): [[10]]}
-    baseline = ppo._baseline(ctx, reward, answers, 4)
+    baseline = make_baseline(ctx, reward, answers, 4)
     assert baseline._weight == expected and f"counts {expected:.2f}" in capsys.readouterr().out
     if method != "leave_one_out":
         means = [np.mean(scoring.score(reward, [[*p, *ids] for ids in answers[p]], 0)) for p in answers]
@@ -559,7 +560,7 @@ def test_shrinkage_is_by_the_measured_icc(parents, monkeypatch, capsys, method, 
         np.testing.assert_allclose(baseline(list(answers), torch.zeros(2)), shrunk, atol=1e-5)
     measured["icc"] = None
     with pytest.raises(UserError, match="ICC"):
-        ppo._baseline(ctx, reward, answers, 4)
+        make_baseline(ctx, reward, answers, 4)
 
 
 def test_shrinkage_reads_the_stage_of_type_shift(parents):
@@ -611,19 +612,19 @@ def test_watching_does_not_change_what_is_trained_on():
 
 STOP = {"eval_data": "heldout", "eval_every": 1, "num_eval_prompts": 6}
 # A length that no completion has, from the third update on.
-IMPOSSIBLE = watchdog.Range("length", 1000.0, math.inf, 1, "none", "none", warm_up=2)
+IMPOSSIBLE = Range("length", 1000.0, math.inf, 1, "none", "none", warm_up=2)
 
 
 @pytest.mark.parametrize(("method", "stops_at"), [("sft_mean", 3), ("rloo", 3), ("grpo", 3)])
 def test_an_alarm_ends_it_with_the_best_policy(parents, monkeypatch, capsys, method, stops_at):
     monkeypatch.setattr(watchdog, "HEALTHY", (IMPOSSIBLE,))
-    look, states = watch.BestPolicy._look, {}
+    look, states = best_policy.BestPolicy._look, {}
 
     def look_and_keep(self, update):
         look(self, update)
         states[update] = {name: p.detach().clone() for name, p in self.parameters.items()}
 
-    monkeypatch.setattr(watch.BestPolicy, "_look", look_and_keep)
+    monkeypatch.setattr(best_policy.BestPolicy, "_look", look_and_keep)
     name = f"{method}-stop"
     # A learning rate that makes the policy worse.
     record = train(parents, name, method, {"learning_rate": 5e-2}, on_alarm="stop", **STOP)
@@ -773,6 +774,7 @@ def stored(folder: Path) -> dict[str, dict]:
     """What is kept in a run's store, by file and key."""
     found = {}
     for name, content in files_of(folder).items():
-        lines = [json.loads(line) for line in content.splitlines() if line]
-        found[name] = lines[0] if name.startswith("scores") else {e["batch"]: e["completions"] for e in lines}
+        entries = [json.loads(line) for line in content.splitlines() if line]
+        key, value = ("answers", "scores") if name.startswith("scores") else ("batch", "completions")
+        found[name] = {entry[key]: entry[value] for entry in entries}
     return found

@@ -28,6 +28,7 @@ from pipeline.config.load import load
 from pipeline.config.stage_types import config_class
 from pipeline.models import scoring
 from pipeline.models.loading import Loader, Weights, continue_policy, load_reward, merge
+from pipeline.models.ppo import Models, shared_models
 from pipeline.records import manifest
 from pipeline.show import results
 from pipeline.stages import ppo
@@ -235,7 +236,7 @@ def test_the_shown_code_gives_the_scores_of_the_run(tmp_path, lora, pad, dtype, 
     np.testing.assert_allclose(here, there, rtol=0, atol=1e-2 if quantization else 1e-6)
 
 
-def four_separate_models(base: Path, parent: Path, reward: Path) -> ppo.Models:
+def four_separate_models(base: Path, parent: Path, reward: Path) -> Models:
     """PPO's four models as plain PEFT models, each on a base of its own."""
 
     def policy(trainable: bool):
@@ -247,10 +248,10 @@ def four_separate_models(base: Path, parent: Path, reward: Path) -> ppo.Models:
         model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=torch.float32)
         return PeftModel.from_pretrained(model, reward, is_trainable=trainable)
 
-    return ppo.Models(policy(True), policy(False), score(False), score(True))
+    return Models(policy(True), policy(False), score(False), score(True))
 
 
-def ppo_metrics(models: ppo.Models, tokenizer, folder: Path, gradient_checkpointing: bool) -> list[dict[str, float]]:
+def ppo_metrics(models: Models, tokenizer, folder: Path, gradient_checkpointing: bool) -> list[dict[str, float]]:
     options = (
         tiny.TRAINING | {"max_steps": -1} | tiny.PPO["training"] | {"gradient_checkpointing": gradient_checkpointing}
     )
@@ -296,7 +297,7 @@ def test_shared_backbone_ppo_is_four_separate_models(sft_and_reward, tmp_path, g
     tokenizer = AutoTokenizer.from_pretrained(outputs / "tokenizer", padding_side="left")
     loader = Loader(base=str(base), pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
     policy = continue_policy(loader, Weights(str(base), str(parent)), tiny.LORA, 0)
-    shared = ppo.shared_models(policy, Weights(str(base), str(reward)))
+    shared = shared_models(policy, Weights(str(base), str(reward)))
     before = {name: p.detach().clone() for name, p in shared.policy.named_parameters()}
     heads = [copy.deepcopy(view.score.weight) for view in (shared.reward, shared.value)]
     separate = four_separate_models(base, parent, reward)

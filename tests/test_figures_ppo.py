@@ -15,7 +15,8 @@ from pipeline.config.load import load
 from pipeline.models.generation import Sampling, generate
 from pipeline.records import manifest
 from pipeline.rl import stress
-from pipeline.rl.baselines import CentredReward, LeaveOneOut, Offline, reliability
+from pipeline.rl.baselines import LeaveOneOut, Offline, reliability
+from pipeline.rl.centred_reward import CentredReward
 
 # Prompts of several lengths, the first one twice with another answer: a reference baseline has both.
 TASKS = [

@@ -9,7 +9,8 @@ from torch import nn
 from transformers import TrainerControl
 
 from pipeline.rl.best_policy import BestPolicy
-from pipeline.rl.watchdog import HEALTHY, Watchdog
+from pipeline.rl.healthy_ranges import HEALTHY
+from pipeline.rl.watchdog import Watchdog
 
 LENGTH = 8.0  # tokens, a power of two: means times it are exact
 UP, DOWN = math.inf, -math.inf

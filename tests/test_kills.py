@@ -39,7 +39,7 @@ POINTS = [
     "sft: before the record",
     "data cache: a dataset as prepared",
     "ppo: completions",
-    "ppo: scores, not in their place",
+    "ppo: scores",
 ]
 
 

@@ -25,7 +25,7 @@ from pipeline.config import options, schema, stage_types
 from pipeline.config.load import load
 from pipeline.data import formats, run_tokenizer
 from pipeline.records import manifest
-from pipeline.rl.watchdog import HEALTHY, Range
+from pipeline.rl.healthy_ranges import HEALTHY, Range
 from pipeline.shift.advice import RULES
 from pipeline.show import check_data
 from pipeline.system.errors import UserError

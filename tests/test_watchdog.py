@@ -11,10 +11,13 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerControl, TrainingArguments
 
+from pipeline.config.stage_types import STAGE_TYPES
 from pipeline.models.generation import same_random_numbers
 from pipeline.rl.best_policy import BestPolicy
-from pipeline.rl.watchdog import HEALTHY, MEASURES, Stopped, Watchdog, measures_of
+from pipeline.rl.healthy_ranges import HEALTHY, measures_of
+from pipeline.rl.watchdog import Stopped, Watchdog
 
+MEASURES = {name: row.watched for name, row in STAGE_TYPES.items() if row.watched}
 RANGES = {healthy.measure: healthy for healthy in HEALTHY}
 # PPO of a small model as TRL logged it, 30 updates whose score rose from -0.43 to 1.43.
 KL = [0, 0.35, 0.84, 1.63, 2.79, 3.26, 3.72, 3.75, 3.97, 3.36, 3.09, 3.68, 4.14, 3.96, 3.44, 3.85, 3.66, 3.66, 3.84]
@@ -43,7 +46,7 @@ def healthy_logs(stage_type, num_updates=30):
 def watch(stage_type, logs, on_alarm="warn", finite=lambda: True, centred=False):
     """What a watchdog says and decides about a run whose trainer logs these."""
     said, control, state = [], TrainerControl(), SimpleNamespace(global_step=0, log_history=[])
-    watchdog = Watchdog(stage_type, on_alarm, said.append, finite, centred)
+    watchdog = Watchdog(stage_type, on_alarm, said.append, finite, centred, raises=stage_type == "ppo")
     watchdog.on_train_begin(None, state, control)
     for update, entry in enumerate(logs, start=1):
         state.global_step = update

@@ -1,4 +1,4 @@
-"""Models: the run's one base, one adapter per stage, and how a stage's weights follow from its parent's.
+"""Load models: the run's one base, one adapter per stage, and how a stage's weights follow from its parent's.
 
 An adapter of the parent's shape is continued; everything else first becomes a folder of full weights. So a stage
 meets two kinds of parents only, a full folder or an adapter on one, and the reference is always the parent.
@@ -8,7 +8,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import PartialState
@@ -22,17 +22,22 @@ from transformers import (
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
     GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
+from transformers.modeling_outputs import CausalLMOutput
 from transformers.trainer_utils import set_seed
 
 from pipeline.base.weights import quiet_loading, unfit
 from pipeline.system.errors import UserError
 
-Options = dict[str, Any]
+Options = dict[str, Any]  # of LoRA, of a quantisation, of an architecture: their libraries check them
+Model = PreTrainedModel | PeftModel
+M = TypeVar("M", bound=nn.Module)
 
 
 class ScoreHead(nn.Linear):
-    """The linear map from a hidden state to a score; its weights and its arithmetic are float32, whatever the model's.
+    """Map a hidden state to a score; weights and arithmetic are float32, whatever the model's.
 
     A bfloat16 weight of 0.02 has steps of 1.2e-4, so steps of an optimizer at 1e-5 would round to nothing, and a score
     of 5 would have steps of 0.03.
@@ -43,15 +48,15 @@ class ScoreHead(nn.Linear):
         super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")  # draws no random numbers
         self.weight = nn.Parameter(weight.detach().to(torch.float32, copy=True))
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Scores of hidden states: (..., hidden size) of any precision -> (..., 1) in float32."""
-        with torch.autocast(hidden.device.type, enabled=False):
-            return functional.linear(hidden.float(), self.weight.float())
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return scores of hidden states: (..., hidden size) of any precision -> (..., 1) in float32."""
+        with torch.autocast(input.device.type, enabled=False):
+            return functional.linear(input.float(), self.weight.float())
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Where the weights of a policy or reward model lie: a full folder (or hub id), and an adapter on it or none."""
+    """Say where the weights of a model lie: in a full folder (or under a hub id), and perhaps an adapter on it."""
 
     full: str
     adapter: str | None = None
@@ -59,7 +64,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Loader:
-    """How this run loads full weights: precision, quantisation, token ids; the same in every stage.
+    """Load full weights as this run does: precision, quantisation, token ids; the same in every stage.
 
     `base` is the run's base model, the only one that is quantised and that has a revision.
     """
@@ -73,7 +78,8 @@ class Loader:
     pad_token_id: int | None = None
     eos_token_id: int | None = None
 
-    def _load(self, auto_class: Any, full: str, **extra: Any) -> Any:
+    # `auto_class`: transformers' auto classes have no class in common that has `from_pretrained`.
+    def _load(self, auto_class: Any, full: str, **extra: Any) -> PreTrainedModel:
         # What a stage puts out in full carries the base's own code, if it has any.
         options = extra | {"dtype": getattr(torch, self.dtype), "trust_remote_code": self.trust_remote_code}
         if full == self.base:
@@ -87,32 +93,32 @@ class Loader:
         if fault := unfit(model, info):
             raise UserError(f"{full}: its weights are not those of its config.json: {fault}")
         for module in model.modules():
-            # bitsandbytes packs 4-bit weights for CPU inference at the first forward in eval mode, and never unpacks
-            # them for training: whatever trains after that gets no gradient, in silence.
+            # upstream: bitsandbytes packs 4-bit weights for CPU inference at the first forward in eval mode, and never
+            # unpacks them for training: whatever trains after that gets no gradient, in silence.
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
         model.config.pad_token_id = self.pad_token_id
         model.config.eos_token_id = self.eos_token_id
         return model
 
-    def causal(self, full: str) -> Any:
-        """A causal language model, to be sampled from as it is."""
+    def causal(self, full: str) -> PreTrainedModel:
+        """Load a causal language model, to be sampled from as it is."""
         model = self._load(AutoModelForCausalLM, full)
         # What it was shipped with (repetition penalty, min_p) would be laid under every sampling config, and the
         # policy would not be sampled as its log-probabilities are computed.
         model.generation_config = GenerationConfig(pad_token_id=self.pad_token_id, eos_token_id=self.eos_token_id)
         return model
 
-    def score(self, full: str) -> Any:
-        """A model with one score per sequence; its head is float32, and new where `full` holds a language model."""
+    def score(self, full: str) -> PreTrainedModel:
+        """Load a model with one score per sequence. Its head is float32, and new where `full` is a language model."""
         with quiet_loading():  # it would report the missing head as a fault
             model = self._load(AutoModelForSequenceClassification, full, num_labels=1)
-        model.score = ScoreHead(model.score.weight)
+        model.score = ScoreHead(model.get_parameter("score.weight"))
         return model
 
 
-def from_scratch(architecture: Options, tokenizer: Any, dtype: str, seed: int) -> Any:
-    """A new causal language model with random weights, for this tokenizer."""
+def from_scratch(architecture: Options, tokenizer: PreTrainedTokenizerBase, dtype: str, seed: int) -> PreTrainedModel:
+    """Make a causal language model with random weights, for this tokenizer."""
     set_seed(seed)
     ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "eos_token_id")}
     config = AutoConfig.for_model(**(architecture | ids | {"vocab_size": len(tokenizer), "bos_token_id": None}))
@@ -120,53 +126,57 @@ def from_scratch(architecture: Options, tokenizer: Any, dtype: str, seed: int) -
 
 
 def lora_config(options: Options, task_type: str) -> LoraConfig:
+    """Make PEFT's config of a `lora:` section; a reward model's adapter keeps the score head whole."""
     return LoraConfig(**options, task_type=task_type, modules_to_save=["score"] if task_type == "SEQ_CLS" else None)
 
 
-def load_policy(loader: Loader, weights: Weights, trainable: bool = False) -> Any:
-    """A policy as some stage left it: a PeftModel where it is an adapter, else the plain model."""
+def load_policy(loader: Loader, weights: Weights, trainable: bool = False) -> Model:
+    """Load a policy as some stage left it: a PeftModel where it is an adapter, else the plain model."""
     return _with_adapter(loader.causal(weights.full), weights, trainable)
 
 
-def _with_adapter(model: Any, weights: Weights, trainable: bool) -> Any:
+def _with_adapter(model: PreTrainedModel, weights: Weights, trainable: bool) -> Model:
     if weights.adapter is None:
         return model
-    model = PeftModel.from_pretrained(model, weights.adapter, is_trainable=trainable)
+    with_adapter = PeftModel.from_pretrained(model, weights.adapter, is_trainable=trainable)
     # As saved it is relative to the adapter's folder; PEFT looks it up from the working directory.
-    model.peft_config["default"].base_model_name_or_path = weights.full
+    with_adapter.peft_config["default"].base_model_name_or_path = weights.full
+    return with_adapter
+
+
+def continue_policy(loader: Loader, parent: Weights, lora: Options | None, seed: int) -> Model:
+    """Load the policy a stage trains: its parent, with a new adapter where the parent has none and `lora` is given."""
+    set_seed(seed)
+    if lora is None:
+        return load_policy(loader, parent, trainable=True)
+    if parent.adapter is None:
+        return cast(PeftModel, get_peft_model(loader.causal(parent.full), lora_config(lora, "CAUSAL_LM")))
+    model = load_policy(loader, parent, trainable=True)
+    for module in model.modules():
+        # The stage's own dropout, on the parent's adapter.
+        if isinstance(dropouts := getattr(module, "lora_dropout", None), nn.ModuleDict):
+            dropouts["default"] = nn.Dropout(lora.get("lora_dropout", 0.0))
     return model
 
 
-def continue_policy(loader: Loader, parent: Weights, lora: Options | None, seed: int) -> Any:
-    """The policy a stage trains: its parent, with a new adapter where the parent has none and `lora` is given."""
-    set_seed(seed)
-    if lora is None or parent.adapter is not None:
-        model = load_policy(loader, parent, trainable=True)
-        for module in model.modules() if lora is not None else ():
-            if hasattr(module, "lora_dropout"):  # the stage's own dropout, on the parent's adapter
-                module.lora_dropout["default"] = torch.nn.Dropout(lora.get("lora_dropout", 0.0))
-        return model
-    return get_peft_model(loader.causal(parent.full), lora_config(lora, "CAUSAL_LM"))
-
-
-def load_reward(loader: Loader, weights: Weights, trainable: bool = False) -> Any:
-    """A trained reward model, head included."""
+def load_reward(loader: Loader, weights: Weights, trainable: bool = False) -> Model:
+    """Load a trained reward model, head included."""
     model = _with_adapter(loader.score(weights.full), weights, trainable)
     return model if weights.adapter else model.requires_grad_(trainable)
 
 
-def new_reward(loader: Loader, parent: Weights, lora: Options | None, seed: int) -> Any:
-    """A reward model that starts from a policy's weights, with a new score head.
+def new_reward(loader: Loader, parent: Weights, lora: Options | None, seed: int) -> Model:
+    """Make a reward model that starts from a policy's weights, with a new score head.
 
-    With LoRA its adapter starts from the parent's adapter. PEFT 0.21 refuses a state without the head's key, so the
-    parent's weights are laid over the model's own state.
+    With LoRA its adapter starts from the parent's adapter.
     """
     set_seed(seed)
-    model = loader.score(parent.full)
+    full = loader.score(parent.full)
     if lora is None:
-        return model
-    model = get_peft_model(model, lora_config(lora, "SEQ_CLS"))
+        return full
+    model = cast(PeftModel, get_peft_model(full, lora_config(lora, "SEQ_CLS")))
     if parent.adapter is not None:
+        # upstream: PEFT 0.21 refuses a state without the head's key, so the parent's weights are laid over the model's.
         state = get_peft_model_state_dict(model)
         inherited = load_peft_weights(parent.adapter, device="cpu")
         foreign = inherited.keys() - state.keys()
@@ -175,17 +185,18 @@ def new_reward(loader: Loader, parent: Weights, lora: Options | None, seed: int)
     return model
 
 
-def merge(loader: Loader, weights: Weights, folder: Path, tokenizer: Any) -> Weights:
+def merge(loader: Loader, weights: Weights, folder: Path, tokenizer: PreTrainedTokenizerBase) -> Weights:
     """Write a policy's adapter merged into its base as a full folder. Never done on a quantised base."""
     quantised = loader.quantization and weights.full == loader.base
     assert not quantised, "the config refuses merging into quantised weights"
-    model = load_policy(loader, weights).merge_and_unload()
-    model.save_pretrained(folder)
+    policy = load_policy(loader, weights)
+    assert isinstance(policy, PeftModel), "only an adapter is merged"
+    policy.merge_and_unload().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return Weights(str(folder))
 
 
-def float32_logits(model: Any) -> None:
+def float32_logits(model: Model) -> None:
     """Let a policy give its logits in float32, so that log-probabilities are computed in it, whatever the weights are.
 
     The sum of a completion's log-probabilities is hundreds of nats, where bfloat16 has steps of one nat.
@@ -194,18 +205,17 @@ def float32_logits(model: Any) -> None:
     inner.register_forward_hook(_logits_to_float32)
 
 
-def _logits_to_float32(_: nn.Module, __: Any, output: Any) -> Any:
+def _logits_to_float32(_: nn.Module, __: Any, output: CausalLMOutput) -> CausalLMOutput:
+    assert output.logits is not None
     output.logits = output.logits.float()
     return output
 
 
 @contextlib.contextmanager
-def precision_kept(model: Any) -> Iterator[None]:
-    """Keep the precision of what trains on a quantised base while a trainer is made of the model.
-
-    TRL casts it to bfloat16, rounded, where small steps of the optimizer are lost; and not the reference's copy of it,
-    so that policy and reference would differ from the first step.
-    """
+def precision_kept(model: Model) -> Iterator[None]:
+    """Keep the precision of what trains on a quantised base while a trainer is made of the model."""
+    # upstream: TRL casts it to bfloat16, rounded, where small steps of the optimizer are lost; and TRL does not cast
+    # the reference's copy of it, so that policy and reference would differ from the first step.
     saved = {}
     if is_quantised(model):
         saved = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -215,22 +225,29 @@ def precision_kept(model: Any) -> Iterator[None]:
             parameter.data = saved[name].to(parameter.device)
 
 
-def to_device(model: Any) -> Any:
-    """The model in eval mode on this process's device; a quantised one was loaded there."""
+def to_device(model: M) -> M:
+    """Put a model in eval mode and on this process's device, where a quantised one is already; return it."""
     if not is_quantised(model):
-        model = model.to(PartialState().device)
+        model.to(PartialState().device)
     return model.eval()
 
 
-def is_quantised(model: Any) -> bool:
+def is_quantised(model: nn.Module) -> bool:
+    """Tell whether a model's weights are packed; PEFT's models hand on what transformers sets on them."""
     return getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
 
 
-def num_parameters(*models: torch.nn.Module) -> dict[str, int]:
-    """Trainable and total parameters; what models share counts once, 4-bit weights (two packed to a byte) as two."""
-    counts = {"trainable": 0, "total": 0}
-    for parameter in {id(p): p for model in models for p in model.parameters()}.values():
+def num_parameters(*models: nn.Module) -> dict[str, int]:
+    """Count trainable and total parameters; what models share counts once, 4-bit weights (two packed to a byte) as two.
+
+    PEFT counts those of one model only, and what views of one backbone share would count several times.
+    """
+    unique = {id(parameter): parameter for model in models for parameter in model.parameters()}
+    trainable = 0
+    total = 0
+    for parameter in unique.values():
         count = parameter.numel() * (2 if type(parameter).__name__ == "Params4bit" else 1)
-        counts["total"] += count
-        counts["trainable"] += count if parameter.requires_grad else 0
-    return counts
+        total += count
+        if parameter.requires_grad:
+            trainable += count
+    return {"trainable": trainable, "total": total}

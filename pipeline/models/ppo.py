@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from torch import nn
-from transformers import PreTrainedModel
 
-from pipeline.models.loading import Loader, ScoreHead, Weights, float32_logits, load_policy, load_reward
+from pipeline.models.loading import Loader, Model, ScoreHead, Weights, float32_logits, load_policy, load_reward
 from pipeline.models.views import POLICY, REFERENCE, REWARD, VALUE, Backbone, ReferenceView, ScoreView
 
 
@@ -19,10 +18,10 @@ from pipeline.models.views import POLICY, REFERENCE, REWARD, VALUE, Backbone, Re
 class Models:
     """Hold PPO's four models, in the form PPOTrainer takes them."""
 
-    policy: PreTrainedModel | PeftModel
-    reference: PreTrainedModel | PeftModel | ReferenceView
-    reward: PreTrainedModel | PeftModel | ScoreView
-    value: PreTrainedModel | PeftModel | ScoreView
+    policy: Model
+    reference: Model | ReferenceView
+    reward: Model | ScoreView
+    value: Model | ScoreView
 
 
 def shared_models(policy: PeftModel, reward: Weights) -> Models:
@@ -62,7 +61,7 @@ def _add_copy(model: PeftModel, adapter: str, copy: str) -> None:
             parameters[name.replace(f".{adapter}.", f".{copy}.")].data.copy_(parameter.data)
 
 
-def separate_models(loader: Loader, policy: PreTrainedModel | PeftModel, parent: Weights, reward: Weights) -> Models:
+def separate_models(loader: Loader, policy: Model, parent: Weights, reward: Weights) -> Models:
     """Build the four models one by one, as full fine-tuning and reward models on another base need them."""
     reference = load_policy(loader, parent).requires_grad_(False)
     float32_logits(reference)

@@ -6,13 +6,13 @@ from typing import Any, Literal
 
 import torch
 from accelerate.utils import gather_object
-from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pipeline.config.schema import Reinforced
 from pipeline.models import scoring
 from pipeline.models.generation import Ids, Sampling, batches, generate
+from pipeline.models.loading import Model
 from pipeline.rl.best_policy import BestPolicy
 from pipeline.rl.healthy_ranges import CENTRED, HEALTHY, NOT_FINITE, WEIGHTS, Range, measures_of
 from pipeline.system.processes import share_of
@@ -172,9 +172,7 @@ class Watch:
     def _say(self, message: str) -> None:
         self._ctx.say(f"{self._ctx.name}: {message}")
 
-    def hold_out(
-        self, prompts: list[Ids], sampling: Sampling, policy: PreTrainedModel | PeftModel, reward: nn.Module
-    ) -> None:
+    def hold_out(self, prompts: list[Ids], sampling: Sampling, policy: Model, reward: nn.Module) -> None:
         """Score the policy's completions of these prompts as it trains."""
         ctx = self._ctx
         all_batches = list(batches(prompts[: ctx.stage.num_eval_prompts], sampling.batch_size))

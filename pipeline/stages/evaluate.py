@@ -10,14 +10,13 @@ from accelerate import PartialState
 from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from scipy import stats
-from torch import nn
 
 from pipeline.config import functions
 from pipeline.config.schema import BASE, Evaluate
 from pipeline.data.joints import eos_id, pad_id
 from pipeline.models import scoring
 from pipeline.models.generation import Ids, Sampling
-from pipeline.models.loading import load_policy, load_reward, to_device
+from pipeline.models.loading import Model, load_policy, load_reward, to_device
 from pipeline.shift.estimate import LEVEL, Estimate
 from pipeline.system.processes import gather_in_order, share_of
 from pipeline.training import assertions, divergence
@@ -74,7 +73,7 @@ def run(ctx: StageContext[Evaluate]) -> Result:
 
 
 @torch.no_grad()
-def _sample(ctx: StageContext[Evaluate], policy: str, baseline: nn.Module, rows: Dataset) -> list[Sample]:
+def _sample(ctx: StageContext[Evaluate], policy: str, baseline: Model, rows: Dataset) -> list[Sample]:
     """Sample a policy and measure its KL to the baseline, on this process's share of the rows.
 
     The policy's weights are loaded once for both. The baseline is loaded already.

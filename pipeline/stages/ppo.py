@@ -7,13 +7,13 @@ and a subclass adds figures to its log.
 import contextlib
 import gc
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
-from transformers import Trainer
+from transformers import PreTrainedModel
 
 from pipeline.chain.preflight import check_batch
 from pipeline.config.lineage import shares_backbone
@@ -31,6 +31,9 @@ from pipeline.training.context import Result, StageContext
 from pipeline.training.fit import first_and_last, save_log, save_policy, should_train
 from pipeline.training.trainers import ppo_trainer_class
 
+if TYPE_CHECKING:
+    from pipeline.training.trainers import PPOConfig, PPOTrainer
+
 METRICS = {
     "objective/kl": "kl",
     "objective/raw_scores": "score",
@@ -46,7 +49,7 @@ NUM_COMPARED = 4  # prompts on which the policy is compared with its parent and 
 
 def run(ctx: StageContext[Ppo]) -> Result:
     rows, eval_rows, datasets = ctx.rows()
-    args = ctx.training_args(bf16=False, fp16=False, stop_token="eos", save_strategy="no")
+    args: PPOConfig = ctx.training_args(bf16=False, fp16=False, stop_token="eos", save_strategy="no")
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
     check_batch(len(rows), batch * PartialState().num_processes, f"stages.{ctx.name}: ")
     prompts = _prompts(rows)
@@ -72,8 +75,8 @@ def run(ctx: StageContext[Ppo]) -> Result:
     return Result(metrics, num_parameters(models.policy, models.value), datasets)
 
 
-def sampling(ctx: StageContext[Ppo], args: Any) -> Sampling:
-    """Say how the policy is sampled in training; `args` is TRL's PPOConfig."""
+def sampling(ctx: StageContext[Ppo], args: "PPOConfig") -> Sampling:
+    """Say how the policy is sampled in training."""
     return Sampling(args.temperature, args.response_length, args.local_rollout_forward_batch_size, ctx.seed)
 
 
@@ -92,7 +95,7 @@ def _prompts(rows: Dataset) -> Dataset:
     return rows.map(cut, remove_columns=rows.column_names, desc="Taking answers apart")
 
 
-def _load_models(ctx: StageContext[Ppo], args: Any, prompts: list[Ids]) -> Models:
+def _load_models(ctx: StageContext[Ppo], args: "PPOConfig", prompts: list[Ids]) -> Models:
     """Load the four models, the reward model on this process's device, and check on `prompts` that the policy is sound.
 
     The trainer would move the reward model there too, but the baseline is scored with it before.
@@ -116,16 +119,15 @@ def _load_models(ctx: StageContext[Ppo], args: Any, prompts: list[Ids]) -> Model
     if stage.prompt_baseline != "none":
         start_from_zero(models.value)
     if args.gradient_checkpointing:  # PPOTrainer's own loop never enables it
-        models.policy.gradient_checkpointing_enable()
-        if not shared:
-            models.value.gradient_checkpointing_enable()
+        for model in [models.policy] if shared else [models.policy, models.value]:
+            cast(PreTrainedModel, model).gradient_checkpointing_enable()  # a PeftModel hands it on
     to_device(models.reward)
     return models
 
 
 def _make_trainer(
-    ctx: StageContext[Ppo], args: Any, models: Models, baseline: Baseline | None, prompts: Dataset
-) -> Trainer:
+    ctx: StageContext[Ppo], args: "PPOConfig", models: Models, baseline: Baseline | None, prompts: Dataset
+) -> "PPOTrainer":
     """Make TRL's trainer, which learns from the scores less the baseline, and logs what is scored."""
     stage = ctx.stage
     subtraction = Subtraction(baseline, stage.added_shift, ctx.seed)
@@ -148,7 +150,7 @@ def _make_trainer(
     return trainer
 
 
-def one_step_per_accumulation(trainer: Trainer) -> None:
+def one_step_per_accumulation(trainer: "PPOTrainer") -> None:
     """Keep PPOTrainer at one optimizer step per `gradient_accumulation_steps`.
 
     It draws the next prompts before it trains on the last ones, and at the end of each pass over the prompts
@@ -158,7 +160,7 @@ def one_step_per_accumulation(trainer: Trainer) -> None:
     trainer.accelerator.gradient_state.plugin_kwargs["sync_with_dataloader"] = False
 
 
-def _train(ctx: StageContext[Ppo], trainer: Trainer, models: Models, prompts: list[Ids]) -> float:
+def _train(ctx: StageContext[Ppo], trainer: "PPOTrainer", models: Models, prompts: list[Ids]) -> float:
     """Train, with the checks before and after; return the KL to the reference on `prompts` before any update."""
     assertions.trains_exactly([models.policy], lambda name: should_train(ctx, name) or f".{VALUE}." in name)
     groups: dict[str, list[nn.Parameter]] = {"policy": [], "value model": []}

@@ -2,12 +2,15 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftModel
-from trl import GRPOTrainer, RLOOTrainer
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
+from trl.trainer.rloo_trainer import RLOOTrainer
 
 from pipeline.config import functions
+from pipeline.config.schema import Online
 from pipeline.data.encode import prompt_ids
 from pipeline.models import scoring
 from pipeline.models.generation import Sampling
@@ -24,7 +27,7 @@ NUM_COMPARED = 4  # prompts on which the policy is compared with its parent and 
 RewardFunction = Callable[..., list[float]]
 
 
-def reward_model_function(ctx: StageContext, model: Any) -> RewardFunction:
+def reward_model_function(ctx: StageContext[Online], model: Any) -> RewardFunction:
     """TRL's form of a reward, from the ids that were sampled; completions are not tokenised a second time."""
 
     def reward_model(prompts: list[Any], completion_ids: list[list[int]], **_: Any) -> list[float]:
@@ -48,20 +51,23 @@ def judge_function(judge: functions.Judge, name: str) -> RewardFunction:
     return function
 
 
-def with_shift(ctx: StageContext, reward: RewardFunction) -> RewardFunction:
+def with_shift(ctx: StageContext[Online], reward: RewardFunction) -> RewardFunction:
     """A reward with the stage's `added_shift`."""
 
     @functools.wraps(reward)
-    def shifted(prompts: list[Any], **given: Any) -> list[float]:
+    def shifted(prompts: list[Any], **columns: Any) -> list[float]:
         ids = [prompt_ids(ctx.tokenizer, prompt) for prompt in prompts]
         offsets = [stress.added_shift(prompt, ctx.stage.added_shift, ctx.seed) for prompt in ids]
-        return [score + offset for score, offset in zip(reward(prompts=prompts, **given), offsets, strict=True)]
+        return [score + offset for score, offset in zip(reward(prompts=prompts, **columns), offsets, strict=True)]
 
     return shifted
 
 
-def run(ctx: StageContext) -> Result:
-    stage, args, rewards, reward_model = ctx.stage, ctx.training_args(), [], None
+def run(ctx: StageContext[Online]) -> Result:
+    stage = ctx.stage
+    args = ctx.training_args()
+    rewards: list[Any] = []  # RewardFunctions; TRL's own type is a list, which takes no other type
+    reward_model = None
     rows, eval_rows, datasets = ctx.rows()
     if stage.reward:
         reward_model = load_reward(ctx.loader, ctx.weights_of(stage.reward)).to(args.device)
@@ -80,14 +86,16 @@ def run(ctx: StageContext) -> Result:
     if reference is not None:
         float32_logits(reference)
     prompts = rows.remove_columns(["prompt_ids"])
-    trainer_class = GRPOTrainer if stage.type == "grpo" else RLOOTrainer
+    # Any: the two classes have one form, but no class in common that shows it.
+    trainer_class: Any = GRPOTrainer if isinstance(args, GRPOConfig) else RLOOTrainer
     with precision_kept(model), reference_given(stage.type, reference):
         trainer = trainer_class(model, rewards, args, train_dataset=prompts, processing_class=ctx.tokenizer)
     policy = trainer.accelerator.unwrap_model(trainer.model)
     watch = Watch(ctx, trainer, {name: p for name, p in policy.named_parameters() if should_train(ctx, name)})
     if eval_rows is not None:
+        assert reward_model is not None, "the config refuses it"
         size = min(args.per_device_train_batch_size, stage.num_eval_prompts)
-        sampling = Sampling(args.temperature, args.max_completion_length, size, ctx.seed)
+        sampling = Sampling(args.temperature, cast(int, args.max_completion_length), size, ctx.seed)
         watch.hold_out(eval_rows["prompt_ids"][:], sampling, policy, reward_model)
     assertions.policy_is_parent(model, first, expected)
     # Without a KL penalty TRL keeps no reference.

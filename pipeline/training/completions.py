@@ -3,13 +3,12 @@
 from dataclasses import asdict
 
 from accelerate.utils.memory import clear_device_cache
-from torch import nn
 
 from pipeline.base import base_model
 from pipeline.config.lineage import root
 from pipeline.config.schema import BASE, Stage
 from pipeline.models.generation import Ids, Sampling, batches, generate
-from pipeline.models.loading import Weights, load_policy, to_device
+from pipeline.models.loading import Model, Weights, load_policy, to_device
 from pipeline.records import manifest
 from pipeline.system.digests import digest
 from pipeline.system.processes import share_of
@@ -42,7 +41,7 @@ def completions(
     prompts: list[Ids],
     sampling: Sampling,
     num_completions: int = 1,
-    model: nn.Module | None = None,
+    model: Model | None = None,
 ) -> list[list[Ids]]:
     """Return the policy's completions of each prompt, the same in all processes; those that are kept are not drawn.
 

@@ -16,20 +16,22 @@ from torch import nn
 
 from pipeline.system.digests import digest
 
-if TYPE_CHECKING:
-    from trl.experimental.ppo import PPOTrainer
+if TYPE_CHECKING:  # the first two are also for the stage to name
+    from trl.experimental.ppo.ppo_config import PPOConfig as PPOConfig
+    from trl.experimental.ppo.ppo_trainer import PPOTrainer as PPOTrainer
     from trl.trainer.dpo_trainer import DPOTrainer
 
 
-def ppo_trainer_class() -> "type[PPOTrainer]":
-    """Return TRL's PPOTrainer with one change: it logs the figures of `observe` beside its own figures."""
+def ppo_trainer_class(observe: Callable[[], dict[str, float]] = dict) -> "Callable[..., PPOTrainer]":
+    """Return TRL's PPOTrainer with one change: what `observe` returns is added to each entry of its log.
+
+    Its arguments have no types: TRL names PreTrainedModel, and takes any module that has the same parts.
+    """
     from trl.experimental.ppo import PPOTrainer
 
     class ObservedPPOTrainer(PPOTrainer):
-        observe: Callable[[], dict[str, float]] = dict
-
         def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-            super().log(logs | self.observe(), start_time)
+            super().log(logs | observe(), start_time)
 
     return ObservedPPOTrainer
 

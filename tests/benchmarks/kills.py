@@ -101,12 +101,12 @@ def _points() -> list[Point]:
         Point("sft: first manifest, in its place", "sft", replace, "after", "manifest.json"),
         Point("sft: manifest with the record, half written", "sft", "os:fsync", "torn", nth=2),
         Point("sft: manifest with the record, not in its place", "sft", replace, "before", "manifest.json", 2),
-        Point("ppo: completions, not written", "ppo", "pipeline.training.completions:_add", "before"),
-        Point("ppo: completions", "ppo", "pipeline.training.completions:_add", "torn"),
-        Point("ppo: completions, written", "ppo", "pipeline.training.completions:_add", "after"),
-        Point("ppo: scores", "ppo", write, "torn", "/scores-"),
-        Point("ppo: scores, not in their place", "ppo", replace, "before", "/scores-"),
-        Point("ppo: scores, in their place", "ppo", replace, "after", "/scores-"),
+        Point("ppo: completions, not written", "ppo", "pipeline.training.store:append", "before", "/completions-"),
+        Point("ppo: completions", "ppo", "pipeline.training.store:append", "torn", "/completions-"),
+        Point("ppo: completions, written", "ppo", "pipeline.training.store:append", "after", "/completions-"),
+        Point("ppo: scores, not written", "ppo", "pipeline.training.store:append", "before", "/scores-"),
+        Point("ppo: scores", "ppo", "pipeline.training.store:append", "torn", "/scores-"),
+        Point("ppo: scores, written", "ppo", "pipeline.training.store:append", "after", "/scores-"),
         Point("ppo: in its first update", "ppo", "torch.optim.adamw:AdamW.step", "after", nth=2),
         Point("ppo: weights of the output", "ppo", "peft.peft_model:safe_save_file", "torn", "output.new"),
         Point("dpo: merged weights", "dpo", "transformers.modeling_utils:safe_save_file", "torn", "merged"),
@@ -115,7 +115,7 @@ def _points() -> list[Point]:
               again=True),
         Point("dpo: checkpoint of the new shape", "dpo", write, "after", "checkpoint-2/complete.json"),
         Point("evaluate: table", "evaluate", write, "torn", "table.json"),
-        Point("evaluate: completions", "evaluate", "pipeline.training.completions:_add", "torn"),
+        Point("evaluate: completions", "evaluate", "pipeline.training.store:append", "torn", "/completions-"),
         Point("data cache: a dataset as read", "sft", finalize, "before", by="launcher", cold=True),
         Point("data cache: a dataset as prepared", "sft", finalize, "before", nth=2, by="launcher", cold=True),
         Point("data cache: not in its place", "sft", "shutil:move", "before", "rlhf-pipeline/", 1, "launcher", True),
@@ -515,7 +515,7 @@ def contents(folder: Path) -> dict[str, Any]:
         elif path.name == "log_history.json":
             entries = json.loads(path.read_text())
             found[name] = _without(entries, lambda key: key in SINCE_START or key.endswith(("_runtime", "_per_second")))
-        elif path.name.startswith("completions-") and path.suffix == ".jsonl":
+        elif path.name.startswith(("completions-", "scores-")) and path.suffix == ".jsonl":
             found[name] = sorted(_entries(path))
         else:
             found[name] = path.read_bytes()
@@ -523,7 +523,7 @@ def contents(folder: Path) -> dict[str, Any]:
 
 
 def _entries(path: Path) -> Iterator[str]:
-    """The whole lines of cached completions; what a killed process left of one is passed over, as the package does."""
+    """The whole lines of a store; what a killed process left of one is passed over, as the package does."""
     for line in path.read_text().splitlines():
         with contextlib.suppress(ValueError):
             yield json.dumps(json.loads(line), sort_keys=True)
