@@ -100,8 +100,8 @@ def tokenizer_of(config: RunConfig, recorded: Manifest) -> tuple[PreTrainedToken
     now = TokenizerRecord(
         source=source,
         fingerprint=run_tokenizer.fingerprint(tokenizer),
-        pad_token=tokenizer.pad_token,
-        eos_token=tokenizer.eos_token,
+        pad_token=str(tokenizer.pad_token),
+        eos_token=str(tokenizer.eos_token),
         template=digest(tokenizer.chat_template),
     )
     if recorded.stages and before is not None and before.fingerprint != now.fingerprint:
