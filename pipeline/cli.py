@@ -1,9 +1,9 @@
-"""The `rlhf` command. Heavy imports happen inside the commands: `--help` and `status` answer at once."""
+"""Offer the `rlhf` command. Heavy imports happen inside the commands: `--help` and `status` answer at once."""
 
 import contextlib
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,6 +12,9 @@ from pipeline.system import quiet, streams
 from pipeline.system.errors import StageFailed, UserError
 from pipeline.system.signals import Stopped, stopping
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="rlhf")
@@ -19,7 +22,7 @@ def cli() -> None:
     """From a pretrained language model to an aligned one: pretrain, SFT, reward model, PPO / RLOO / GRPO or DPO."""
 
 
-def _console() -> Any:
+def _console() -> "Console":
     from pipeline.show.screen import open_console
 
     return open_console()

@@ -5,17 +5,15 @@ stage's module trains; here are what comes before it (locks, hand-over checks) a
 """
 
 import contextlib
+import dataclasses
 import datetime
 import importlib
-import importlib.metadata
 import os
 import shutil
-import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
-from typing import Any
+from typing import Literal, cast
 
 from pipeline.chain import run_folder
 from pipeline.config import graph
@@ -23,14 +21,15 @@ from pipeline.system import digests
 
 from pipeline.system.quiet import quieten_transformers  # isort: skip
 
-import psutil
 import torch
 import transformers
 from accelerate import DistributedType, PartialState
 from filelock import FileLock, Timeout
+from transformers import PreTrainedTokenizerFast
 
 from pipeline.base import base_model
 from pipeline.chain import gate, staleness
+from pipeline.chain.staleness import Decision
 from pipeline.config import options
 from pipeline.config.graph import parents
 from pipeline.config.lineage import output_folder, place_of
@@ -38,18 +37,16 @@ from pipeline.config.load import load
 from pipeline.config.schema import Options, RunConfig, Stage, TrainingStage
 from pipeline.config.stage_types import type_of
 from pipeline.data import run_tokenizer
-from pipeline.launch import sharding
-from pipeline.launcher import LAUNCHER, REDO
+from pipeline.launch import channel, sharding
 from pipeline.models.loading import Loader
 from pipeline.records import manifest
 from pipeline.records.manifest import Output, Record
-from pipeline.system import disk, streams
+from pipeline.records.stage_folder import CHECKPOINTS, LOCK
+from pipeline.system import disk, streams, versions
 from pipeline.system.errors import UserError
 from pipeline.system.processes import same_everywhere
 from pipeline.training import checkpoints
 from pipeline.training.context import Result, StageContext
-
-PACKAGES = ("rlhf-pipeline", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
 
 
 def main() -> None:
@@ -57,15 +54,16 @@ def main() -> None:
     if len(sys.argv) < 3:
         raise SystemExit("usage: accelerate launch -m pipeline.stage CONFIG STAGE [KEY=VALUE ...]")
     streams.prepare()
-    if LAUNCHER in os.environ:
+    if channel.LAUNCHER in os.environ:
         os.environ.pop("PYTHONSAFEPATH", None)  # it was for this process, not for what a user's function starts
     path, name, *overrides = sys.argv[1:]
-    threading.Thread(target=_end_with_launcher, args=[os.environ.get(LAUNCHER)], daemon=True).start()
+    threading.Thread(target=channel.end_with_launcher, daemon=True).start()
     try:
         config = load(path, tuple(overrides))
         with disk.reported(config.run_path):
             run(config, name)
     except UserError as error:
+        channel.report_error(str(error))
         # Any process may be the one that found it, and a progress bar may be in the middle of its line.
         print(f"\nerror: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
@@ -90,13 +88,12 @@ def run(config: RunConfig, name: str) -> None:
         for message in ignored:
             print(f"{name}: {message}", flush=True)
     with _locked(config, name) if state.is_main_process else contextlib.nullcontext():
-        decided = same_everywhere(lambda: _prepare(config, name))
-        if isinstance(decided, UserError):
-            raise decided
-        if decided is not None:
-            _execute(config, name, decided, state)
+        decision = same_everywhere(lambda: _prepare(config, name))
+        if decision.run:
+            _execute(config, name, decision, state)
         elif state.is_main_process:
-            shutil.rmtree(config.run_path / name / "checkpoints", ignore_errors=True)  # if it was killed at its end
+            # It may have been killed at its end.
+            shutil.rmtree(config.run_path / name / CHECKPOINTS, ignore_errors=True)
             print(f"{name}: finished already, and nothing changed", flush=True)
 
 
@@ -118,6 +115,7 @@ def _join_processes(training: Options) -> PartialState:
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if state.num_processes != world_size:
         raise UserError(f"{world_size} processes were started, but only {state.num_processes} found each other")
+    assert state.device is not None, "it has just been made"
     num_gpus = torch.cuda.device_count() if state.device.type == "cuda" else 0
     if state.distributed_type == DistributedType.NO and num_gpus > 1:
         raise UserError(
@@ -150,36 +148,45 @@ def _forget_options(stage: Stage) -> list[str]:
     return said
 
 
-def _prepare(config: RunConfig, name: str) -> staleness.Identity | UserError | None:
-    """The identity of the stage to run now; None if its record is current; the error that forbids it."""
-    try:
-        recorded = run_folder.prepare_run(config)
-        decisions = {decision.stage: decision for decision in staleness.decide(config, recorded)}
-        if not decisions[name].run:
-            return None
-        for role, parent in parents(config.stages[name]).items():
-            if decisions[parent].run:
-                why = f"which is not finished: {decisions[parent].reason}"
-                return UserError(f"stage {name!r} needs {parent!r} ({role}), {why}. Run it first")
-            manifest.verify(config.run_path, parent, recorded.stages[parent])
-        for verdict in gate.check(config, name, recorded):
-            print(f"{name}: gate: {verdict}", flush=True)
-        identity = staleness.identify(config, name, recorded)  # before anything is dropped: it may not be readable
-        folder = config.run_path / name / "checkpoints"
-        if os.environ.get(REDO):
-            shutil.rmtree(folder, ignore_errors=True)
-        checkpoints.check_processes(folder, name, identity.digest(), PartialState().num_processes)
-        return identity
-    except UserError as error:
-        return error
+def _prepare(config: RunConfig, name: str) -> Decision:
+    """Decide whether a stage runs, from its record and those of the stages that it builds on.
+
+    Raises:
+        UserError: if it may not start: a parent is not finished or damaged, the gate failed, or its checkpoints are
+            of another number of processes.
+    """
+    recorded = run_folder.prepare_run(config)
+    needed = [*graph.ancestors(config, name), name]
+    decisions = {decision.stage: decision for decision in staleness.decide(config, recorded, names=needed)}
+    decision = decisions[name]
+    if not decision.run:
+        return decision
+    for role, parent in parents(config.stages[name]).items():
+        if decisions[parent].run:
+            why = f"which is not finished: {decisions[parent].reason}"
+            raise UserError(f"stage {name!r} needs {parent!r} ({role}), {why}. Run it first")
+        manifest.verify(config.run_path, parent, recorded.stages[parent])
+    for verdict in gate.check(config, name, recorded):
+        print(f"{name}: gate: {verdict}", flush=True)
+    if decision.fault is not None:
+        raise decision.fault
+    assert decision.identity is not None, "all parents are finished"
+    folder = config.run_path / name / CHECKPOINTS
+    if os.environ.get(channel.REDO):
+        shutil.rmtree(folder, ignore_errors=True)
+    checkpoints.check_processes(folder, name, decision.identity.digest(), PartialState().num_processes)
+    # The launcher decided when the records of all stages were still there.
+    return dataclasses.replace(decision, reason=os.environ.get(channel.REASON, decision.reason))
 
 
-def _execute(config: RunConfig, name: str, identity: staleness.Identity, state: PartialState) -> None:
+def _execute(config: RunConfig, name: str, decision: Decision, state: PartialState) -> None:
+    """Run the stage's module, and put its output and its record in the run folder."""
+    assert decision.identity is not None, "a stage that may start has one"
     started = time.time()
     tokenizer = run_tokenizer.open_saved(config.run_path / "tokenizer", config.model.trust_remote_code)
-    key = run_tokenizer.fingerprint(tokenizer)
-    _same_tokenizer(config, name, key)
-    ctx = StageContext(config, name, tokenizer, key, _loader(config, tokenizer), identity.digest())
+    fingerprint = run_tokenizer.fingerprint(tokenizer)
+    _same_tokenizer(config, name, fingerprint)
+    ctx = StageContext(config, name, tokenizer, fingerprint, _loader(config, tokenizer), decision.identity.digest())
     quieten_transformers()
     ctx.rows()  # refused before the record is dropped, where the launcher has not looked at them
     if state.is_main_process:
@@ -192,102 +199,100 @@ def _execute(config: RunConfig, name: str, identity: staleness.Identity, state: 
     result: Result = importlib.import_module(f"pipeline.stages.{module}").run(ctx)
     state.wait_for_everyone()
     if state.is_main_process:
-        _finish(ctx, identity, result, started, state.num_processes)
+        _finish(ctx, decision, result, started, state.num_processes)
     state.wait_for_everyone()
 
 
-def _finish(ctx: StageContext, identity: staleness.Identity, result: Result, started: float, world_size: int) -> None:
+def _finish(ctx: StageContext[Stage], decision: Decision, result: Result, started: float, world_size: int) -> None:
     """Put the new output in the old one's place, and commit the record last."""
+    assert decision.identity is not None, "a stage that has run has one"
     run_dir = ctx.config.run_path
-    output = run_dir / output_folder(ctx.name)
-    kind, full = "report", None
-    if isinstance(ctx.stage, TrainingStage):
-        ctx.tokenizer.save_pretrained(ctx.new_output)
-        place = place_of(ctx.config, ctx.name)
-        kind, full = ("adapter", place.full) if place.adapter else ("full", None)
-    shutil.rmtree(output, ignore_errors=True)
-    ctx.new_output.rename(output)
-    merged = ctx.folder / "merged"
-    if full != f"{ctx.name}/merged":
-        shutil.rmtree(merged, ignore_errors=True)
-    files = digests.checksums(run_dir, [output, merged])
     record = Record(
-        **vars(identity),  # config, inputs
+        **vars(decision.identity),  # config, inputs
         **vars(result),  # metrics, parameters, datasets, resumed_from_step
         type=ctx.stage.type,
         parents=parents(ctx.stage),
-        config_digest=digests.digest(identity.config),
-        output=Output(kind=kind, path=output_folder(ctx.name), full=full, files=files),
+        config_digest=digests.digest(decision.identity.config),
+        output=_replace_output(ctx),
         tokenizer=ctx.tokenizer_key,
         seed=ctx.seed,
-        versions=_versions(),
+        versions=versions.of_packages(),
         world_size=world_size,
         started=datetime.datetime.fromtimestamp(started, datetime.UTC).isoformat(timespec="seconds"),
         duration=round(time.time() - started, 2),
-        git_revision=_git_revision(ctx.config.folder),
+        git_revision=versions.git_revision(ctx.config.folder),
+        reason=decision.reason,
     )
     manifest.commit(run_dir, ctx.name, record)
-    shutil.rmtree(ctx.folder / "checkpoints", ignore_errors=True)
-    ctx.say(f"{ctx.name}: finished in {record.duration:.0f} s, output in {output}")
+    shutil.rmtree(ctx.folder / CHECKPOINTS, ignore_errors=True)
+    ctx.say(f"{ctx.name}: finished in {record.duration:.0f} s, output in {run_dir / record.output.path}")
 
 
-def _loader(config: RunConfig, tokenizer: Any) -> Loader:
-    base = config.resolve(config.model.path) if config.model.path else ""
-    options = config.model.model_dump(exclude={"path", "scratch"}) | {"quantization": config.quantization}
-    options["revision"] = base_model.revision_of(config)
-    return Loader(base, **options, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
+def _replace_output(ctx: StageContext[Stage]) -> Output:
+    """Put the new output in the old one's place; returns what to record of it."""
+    path = output_folder(ctx.name)
+    folder = ctx.config.run_path / path
+    kind: Literal["full", "adapter", "report"] = "report"
+    full = None
+    if isinstance(ctx.stage, TrainingStage):
+        ctx.tokenizer.save_pretrained(ctx.new_output)
+        place = place_of(ctx.config, ctx.name)
+        kind = "full" if place.adapter is None else "adapter"
+        full = None if place.adapter is None else place.full
+    shutil.rmtree(folder, ignore_errors=True)
+    ctx.new_output.rename(folder)
+    merged = ctx.folder / "merged"
+    if full != f"{ctx.name}/merged":
+        shutil.rmtree(merged, ignore_errors=True)
+    files = digests.checksums(ctx.config.run_path, [folder, merged])
+    return Output(kind=kind, path=path, full=full, files=files)
 
 
-def _same_tokenizer(config: RunConfig, name: str, key: str) -> None:
-    """The run's tokenizer is the one on record, and every parent's output carries it."""
+def _loader(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> Loader:
+    """Return what loads the run's weights, in every stage alike."""
+    return Loader(
+        base=config.resolve(config.model.path) if config.model.path else "",
+        dtype=config.model.dtype,
+        revision=base_model.revision_of(config),
+        attn_implementation=config.model.attn_implementation,
+        trust_remote_code=config.model.trust_remote_code,
+        quantization=config.quantization,
+        pad_token_id=cast("int | None", tokenizer.pad_token_id),
+        eos_token_id=cast("int | None", tokenizer.eos_token_id),
+    )
+
+
+def _same_tokenizer(config: RunConfig, name: str, fingerprint: str) -> None:
+    """Compare the run's tokenizer with the one on record, and with that of every parent.
+
+    A parent's own files are as they were when it finished: their checksums have been compared.
+
+    Raises:
+        UserError: if one is another tokenizer.
+    """
     mend = "Start a new run folder, or restore the tokenizer"
-    if key != manifest.read(config.run_path).tokenizer.fingerprint:
+    recorded = run_folder.open_run(config)
+    if recorded.tokenizer is None or fingerprint != recorded.tokenizer.fingerprint:
         raise UserError(f"{config.run_path / 'tokenizer'} is not the tokenizer this run was started with. {mend}")
     for parent in parents(config.stages[name]).values():
-        if not isinstance(config.stages[parent], TrainingStage):
-            continue  # a report has no tokenizer
-        folder = config.run_path / output_folder(parent)
-        carried = run_tokenizer.open_saved(folder, config.model.trust_remote_code)
-        if run_tokenizer.fingerprint(carried) != key:
+        if recorded.stages[parent].tokenizer != fingerprint:
+            folder = config.run_path / output_folder(parent)
             raise UserError(f"{folder} holds another tokenizer than the run's; {name!r} cannot use it. {mend}")
 
 
-def _locked(config: RunConfig, name: str) -> contextlib.AbstractContextManager:
-    """One process group at a time works on a stage. The lock dies with its holder, also under `kill -9`."""
+def _locked(config: RunConfig, name: str) -> contextlib.AbstractContextManager[object]:
+    """Take the stage's lock: one process group at a time works on it. It dies with its holder, also under `kill -9`.
+
+    Raises:
+        UserError: if another process group holds it.
+    """
     run_folder.open_run(config)  # a folder with a lock counts as one of the run's
     folder = config.run_path / name
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        return FileLock(folder / run_folder.LOCK).acquire(timeout=15)
+        return FileLock(folder / LOCK).acquire(timeout=15)
     except Timeout:
         raise UserError(f"stage {name!r} is being run by another process; wait for it or stop it") from None
-
-
-def _end_with_launcher(number: str | None) -> None:
-    """End this process when the `rlhf run` that started it is gone, so that a killed run leaves nothing training."""
-    if number is None:
-        return
-    with contextlib.suppress(psutil.NoSuchProcess):
-        launcher = psutil.Process(int(number))
-        # A killed process keeps its number until its own parent has asked how it ended.
-        while launcher.is_running() and launcher.status() != psutil.STATUS_ZOMBIE:
-            time.sleep(1)
-    os._exit(1)
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": sys.version.split()[0]}
-    for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return versions
-
-
-def _git_revision(folder: Path) -> str | None:
-    command = ["git", "-C", folder, "rev-parse", "HEAD"]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
-    return None
 
 
 if __name__ == "__main__":

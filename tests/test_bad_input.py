@@ -41,7 +41,7 @@ def refused(cli, monkeypatch, tmp_path):
     def call(*args):
         before = snapshot(tmp_path)
         with monkeypatch.context() as patch:
-            patch.setattr("pipeline.launcher.subprocess.Popen", start)
+            patch.setattr(subprocess, "Popen", start)
             exit_code, _, stderr = cli(*args)
         check_message(exit_code, stderr)
         assert snapshot(tmp_path) == before

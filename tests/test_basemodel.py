@@ -42,30 +42,30 @@ def change_in_the_middle(weights):
 
 def test_a_change_in_the_middle_of_the_weights_counts(model):
     config, weights = model
-    before = base_model.digest_of(config)
+    before = base_model.fingerprint(config)
     change_in_the_middle(weights)
-    assert base_model.digest_of(config) != before
+    assert base_model.fingerprint(config) != before
 
 
 def test_weights_are_read_once(model, monkeypatch):
     config, weights = model
-    found = base_model.digest_of(config)
+    found = base_model.fingerprint(config)
     read = []
     digest = digests.file_digest
-    monkeypatch.setattr(manifest, "file_digest", lambda file: (read.append(file), digest(file))[1])
-    assert base_model.digest_of(config) == found
+    monkeypatch.setattr(digests, "file_digest", lambda file: (read.append(file), digest(file))[1])
+    assert base_model.fingerprint(config) == found
     assert not read
     change_in_the_middle(weights)
-    assert base_model.digest_of(config) != found
+    assert base_model.fingerprint(config) != found
     assert read == [weights]
 
 
 def test_a_copy_elsewhere_is_the_same_model(model):
     config, weights = model
-    found = base_model.digest_of(config)
+    found = base_model.fingerprint(config)
     (weights.parent / "README.md").write_text("No part of the model.")
     moved = weights.parent.rename(weights.parent.with_name("moved"))
-    assert base_model.digest_of(load(config.source, (f"model.path={moved}",))) == found
+    assert base_model.fingerprint(load(config.source, (f"model.path={moved}",))) == found
 
 
 def test_a_run_keeps_the_commit_it_began_with(tmp_path):

@@ -89,6 +89,10 @@ def test_a_finished_run_is_skipped_and_one_key_reruns_its_dependents(finished):
     assert "training.kl_coef" in output
     after = records(finished)
     assert {name for name in CHAIN if after[name].started != before[name].started} == {"ppo", "evaluate"}
+    assert before["ppo"].reason == "not finished yet"
+    assert after["ppo"].reason == "config changed: training.kl_coef ('unset' -> 0.2)"
+    assert after["evaluate"].reason == "ppo runs again"  # its record was gone when its process began
+    assert "why it ran: config changed: training.kl_coef ('unset' -> 0.2)" in rlhf("status", finished.parent / "run")
 
 
 def test_changed_data_reruns_all_that_depends_on_it(finished, tmp_path):
@@ -187,7 +191,8 @@ def test_a_stage_goes_on_with_the_number_of_processes_it_had(tmp_path, monkeypat
         assert words in refused.stderr
     assert digests.checksums(tmp_path, [tmp_path / "run" / "sft" / "checkpoints"]) == left
     shutil.copytree(tmp_path / "run", tmp_path / "left")
-    assert run(config, "sft").stages["sft"].resumed_from_step == 2
+    by_hand = run(config, "sft").stages["sft"]
+    assert by_hand.resumed_from_step == 2 and by_hand.reason == "not finished yet"
     expected = (tmp_path / "run" / "sft" / "output" / "adapter_model.safetensors").read_bytes()
     shutil.rmtree(tmp_path / "run")
     (tmp_path / "left").rename(tmp_path / "run")
@@ -195,6 +200,7 @@ def test_a_stage_goes_on_with_the_number_of_processes_it_had(tmp_path, monkeypat
     assert "resuming" not in output
     record = records(config)["sft"]
     assert record.resumed_from_step is None and record.config["training.max_steps"] == 4
+    assert record.reason == "asked for with --redo"
     assert (tmp_path / "run" / "sft" / "output" / "adapter_model.safetensors").read_bytes() == expected
 
 

@@ -10,8 +10,9 @@ from rich.console import Console
 
 from pipeline.config.load import load
 from pipeline.config.schema import Source
-from pipeline.data import joints, prepare, run_tokenizer, sources
+from pipeline.data import fingerprints, joints, prepare, run_tokenizer, sources
 from pipeline.data.audit import Finding
+from pipeline.data.places import Part
 from pipeline.show import check_data
 from pipeline.system.errors import UserError
 
@@ -408,15 +409,15 @@ def test_processes_and_slices_change_nothing(read, monkeypatch, tmp_path):
 
 
 def test_large_files_are_fingerprinted_by_samples(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_LARGE", 1 << 20)
+    monkeypatch.setattr(fingerprints, "_LARGE", 1 << 20)
     path = tmp_path / "big.txt"
     path.write_bytes(b"a" * (3 << 20))
-    part = sources.Part("big", Source(path="big.txt"), "text", (path,))
-    before = sources.fingerprint(part)
+    part = Part("big", Source(path="big.txt"), "text", (path,))
+    before = fingerprints.of_source(part)
     with path.open("r+b") as file:
         file.seek(1 << 20)
         file.write(b"b")
-    assert sources.fingerprint(part) != before
+    assert fingerprints.of_source(part) != before
 
 
 def test_a_dialogue_cut_at_its_start_is_no_fault(read):

@@ -15,9 +15,10 @@ import tiny
 from filelock import FileLock
 from rich.console import Console
 
-from pipeline import launcher, stage
+from pipeline import stage
 from pipeline.chain import run_folder, staleness
 from pipeline.config.load import load
+from pipeline.launch import channel, process
 from pipeline.records import manifest
 from pipeline.system.errors import UserError
 from pipeline.system.signals import Interrupted, Stopped, stopping
@@ -161,7 +162,7 @@ time.sleep(100)
 def stop(config, monkeypatch, tmp_path, program, number, said=2):
     """Run a program in the place of stage sft until it has said its pids, then send a signal to this process alone."""
     argv = [sys.executable, "-c", program, str(config.run_path)]
-    monkeypatch.setattr(launcher, "command", lambda *_: argv)
+    monkeypatch.setattr(process, "command", lambda *_: argv)
     log = config.run_path / "sft" / "log.txt"
 
     def send():
@@ -172,7 +173,7 @@ def stop(config, monkeypatch, tmp_path, program, number, said=2):
 
     threading.Thread(target=send, daemon=True).start()
     with (tmp_path / "shown.txt").open("w") as shown, pytest.raises(Stopped) as stopped, stopping():
-        launcher._run_stage(config, "sft", (), None, False, Console(file=shown, width=1000))
+        process.run_stage(config, "sft", (), None, "not finished yet", False, Console(file=shown, width=1000))
     assert stopped.value.exit_code == 128 + number
     pids = [int(line.split()[1]) for line in log.read_text().splitlines() if line.startswith("pid")]
     return (tmp_path / "shown.txt").read_text(), pids
@@ -239,6 +240,7 @@ def test_a_stage_ends_though_nobody_asked_how_its_launcher_ended():
         time.sleep(0.01)
     pid = os.fork()
     if pid == 0:
-        stage._end_with_launcher(str(gone.pid))
+        os.environ[channel.LAUNCHER] = str(gone.pid)
+        channel.end_with_launcher()
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
     gone.wait()

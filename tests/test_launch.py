@@ -14,14 +14,15 @@ import torch
 from accelerate import DistributedType
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState, PartialState
+from rich.console import Console
 from test_equalities import run
 
 from pipeline import launcher, stage
 from pipeline.config.load import load
-from pipeline.launch import sharding
+from pipeline.launch import channel, process, sharding
 from pipeline.records import manifest
 from pipeline.stages import ppo
-from pipeline.system.errors import UserError
+from pipeline.system.errors import StageFailed, UserError
 from pipeline.training.assertions import finite
 
 ROOT = Path(__file__).parents[1]
@@ -122,7 +123,7 @@ def every_type(tmp_path_factory):
 
 
 def test_every_file_is_in_the_table():
-    assert {file.name for file in FILES.iterdir()} == set(REFUSED)
+    assert {file.name for file in FILES.glob("*.yaml")} == set(REFUSED)
 
 
 @pytest.mark.parametrize("file", REFUSED)
@@ -220,19 +221,68 @@ def test_finite_weights():
         assert not finite([good, split_away])
 
 
-def test_an_error_that_another_process_finds_is_said(monkeypatch, capsys):
+def test_an_error_that_another_process_finds_is_said(monkeypatch, capsys, tmp_path):
     """A judge's value of a row that is not the first process's, for example."""
 
     def find(*_):
         raise UserError("row 3 is bad")
 
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv(channel.ERRORS, str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["stage", "config.yaml", "evaluate"])
     monkeypatch.setattr(stage, "load", find)
     with pytest.raises(SystemExit) as stopped:
         stage.main()
     assert stopped.value.code == 2
     assert capsys.readouterr().err == "\nerror: row 3 is bad\n"
+    assert channel.error_in(tmp_path) == "row 3 is bad"  # for the launcher
+
+
+def test_of_several_errors_the_first_is_told(monkeypatch, tmp_path):
+    """Another process may fail only since the first has gone; a file that is half written is no error."""
+    monkeypatch.setenv(channel.ERRORS, str(tmp_path))
+    assert channel.error_in(tmp_path) is None
+    (tmp_path / "7.partial").write_text("row")
+    assert channel.error_in(tmp_path) is None
+    message = "row 3 is bad:\n  it ends in \udcff"
+    channel.report_error(message)
+    os.utime(next(tmp_path.glob("*.txt")), (1, 1))
+    (tmp_path / "9.txt").write_text("the others are gone")
+    assert channel.error_in(tmp_path) == "row 3 is bad:\n  it ends in \\udcff"
+
+
+def test_an_error_by_hand_leaves_no_file(monkeypatch, tmp_path):
+    monkeypatch.delenv(channel.ERRORS, raising=False)
+    monkeypatch.chdir(tmp_path)
+    channel.report_error("row 3 is bad")
+    assert list(tmp_path.iterdir()) == []
+
+
+# In the place of a stage: a process of a launch leaves an error, and the launch ends as torchrun does; then a crash
+# whose log looks like a user's error.
+FAILS = """
+import sys
+from pipeline.launch import channel
+if sys.argv[1] == "user":
+    channel.report_error("judge gave None")
+print("error: an old message\\nexitcode : 2 \\nChildFailedError", flush=True)
+raise SystemExit(1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "exit_code", "words"),
+    [("user", 2, "stage 'sft' stopped: judge gave None"), ("crash", 1, "stage 'sft' ended with exit code 1. The last")],
+)
+def test_the_launcher_reads_the_error_and_not_the_log(tmp_path, monkeypatch, kind, exit_code, words):
+    config = load(tiny.make_run(tmp_path, {"sft": tiny.SFT}))
+    monkeypatch.setattr(process, "command", lambda *_: [sys.executable, "-c", FAILS, kind])
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    with (tmp_path / "shown.txt").open("w") as shown, pytest.raises(StageFailed) as failed:
+        process.run_stage(config, "sft", (), None, "not finished yet", False, Console(file=shown))
+    assert failed.value.exit_code == exit_code
+    assert str(failed.value).startswith(words)
+    assert [path.name for path in (config.run_path / "sft").iterdir()] == ["log.txt"]
 
 
 def test_one_process_does_not_share_its_batch_among_gpus(monkeypatch):
@@ -257,7 +307,7 @@ def test_one_process_sees_one_gpu_under_accelerate_too(every_type, tmp_path, mon
         own[name].write_text(f"distributed_type: 'NO'\n{text}")
 
     def gpu_ids(file):
-        argv = launcher.command(config, "sft", (), str(file))
+        argv = process.command(config, "sft", (), str(file))
         return argv[argv.index("--gpu_ids") + 1] if "--gpu_ids" in argv else None
 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

@@ -1,7 +1,7 @@
 """Every type of training stage in every precision, with TRL's default options, with LoRA and with all weights.
 
 A cell of the table trains what it should, starts at its parent, and its output read back from disk says the same; or
-the plan refuses it. The README's table is the one that is found here.
+the plan refuses it. The table of configs/README.md is the one that is found here.
 """
 
 import functools
@@ -14,7 +14,7 @@ import tiny
 import torch
 from peft import PeftModel
 from test_equalities import run
-from test_readme import table
+from test_readme import README, table
 
 from pipeline.config.lineage import place_of
 from pipeline.config.load import load
@@ -34,7 +34,6 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "float32, no autocast": {"bf16": False},
     "4-bit, bf16 autocast": {"dtype": "bfloat16", "quantization": FOUR_BIT},
 }
-README = Path(__file__).parents[1] / "README.md"
 WEIGHTS = {"LoRA": tiny.LORA, "all": None}
 CHAIN = ("pretrain", "sft", "reward", "ppo", "rloo", "grpo", "dpo", "shift", "evaluate")
 TRAINED = CHAIN[:-2]
@@ -176,7 +175,7 @@ def refusals(error: UserError) -> dict[str, str]:
 
 
 def in_readme(precision: str, weights: str, found: dict[str, str]) -> str:
-    """The README's row of a precision."""
+    """The row of a precision, as configs/README.md has it."""
     cells = [precision, weights, *(found.get(name, "-") for name in CHAIN), found.get("why", "")]
     return f"| {' | '.join(cells)} |".replace("|  |", "| |")
 
@@ -193,7 +192,7 @@ def test_every_stage_in_every_precision(tmp_path, monkeypatch, kept, precision, 
     except UserError as error:
         found = refusals(error)
     row = in_readme(precision, weights, found)
-    assert row in README.read_text(encoding="utf-8").splitlines(), f"README.md has no such row:\n{row}"
+    assert row in README.splitlines(), f"the README files have no such row:\n{row}"
 
 
 def test_the_table_has_no_other_rows():

@@ -174,7 +174,7 @@ def test_long_words_change_no_other_tokenizer(write_config, tmp_path):
     texts = ["b" * 999, "c d " * 300, "e" * 999 + " f"]
     tiny.write_rows(tmp_path / "corpus.jsonl", [{"text": text} for text in texts])
     config = load(write_config(tmp_path / "run", **{"data.corpus.path": str(tmp_path / "corpus.jsonl")}))
-    assert list(run_tokenizer._texts(config))[: len(texts)] == texts
+    assert list(run_tokenizer._texts(config, config.model.scratch.tokenizer.data))[: len(texts)] == texts
 
 
 # Chat templates

@@ -1,10 +1,16 @@
-"""README.md against the code: commands, configs and files it names exist, and its tables are the schema's."""
+"""All README files against the code: commands, configs, files and links exist, and tables are the schema's.
 
+What is tested is found by a marker, `<!-- marker -->`, whichever of the files it stands in.
+"""
+
+import ast
 import contextlib
 import json
 import math
 import re
 import shlex
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +20,25 @@ from pydantic import BaseModel
 from rich.console import Console
 from ruamel.yaml import YAML
 
+import pipeline
 from pipeline.config import options, schema, stage_types
 from pipeline.config.load import load
 from pipeline.data import formats, run_tokenizer
+from pipeline.records import manifest
 from pipeline.rl.healthy_ranges import HEALTHY, Range
 from pipeline.shift.advice import RULES
 from pipeline.show import check_data
 from pipeline.system.errors import UserError
 
 REPO = Path(__file__).resolve().parent.parent
-README = (REPO / "README.md").read_text(encoding="utf-8")
+PACKAGE = REPO / "pipeline"
+FRONT = "README.md"
+BENCHMARKS = "tests/benchmarks/README.md"
+FOLDERS = ("accelerate_configs", "configs", "pipeline", "tests")
+FILES = [REPO / FRONT, *(path for folder in FOLDERS for path in sorted((REPO / folder).rglob("README.md")))]
+READMES = {path.relative_to(REPO).as_posix(): path.read_text(encoding="utf-8") for path in FILES}
+README = "\n".join(READMES.values())
+LONGEST = 230  # lines of the front page
 ALL, TRAINING = "all", "training"  # groups in the column "in" of the stages' table
 # Defaults that users see and pydantic does not: a stage's section is filled in before it is parsed.
 SEEN_DEFAULTS = {"type": "its name", "lora": "the run's"}
@@ -86,6 +101,34 @@ SECTIONS = {
     "keys: Checks": [("", schema.Checks)],
     "keys: GateLimits": [("", schema.GateLimits)],
 }
+# Every other marker that a test looks for.
+MARKERS = {
+    "baselines",
+    "citation",
+    "command: quickstart",
+    "command: tests",
+    "config",
+    "data",
+    "defaults",
+    "experiment",
+    "failures",
+    "healthy",
+    "keys by type",
+    "output: quickstart",
+    "output: sample",
+    "owned",
+    "precision",
+    "private names",
+    "record",
+    "rows",
+    "rules",
+    "tree",
+}
+
+
+def test_every_marker_is_found_once():
+    found = re.findall(r"^<!-- (.*?) -->$", README, re.MULTILINE)
+    assert Counter(found) == Counter([*SECTIONS, *MARKERS])
 
 
 @pytest.mark.parametrize("marker", SECTIONS)
@@ -163,7 +206,7 @@ def test_the_table_of_healthy_ranges_is_the_code():
 
 def test_every_prompt_baseline_is_explained():
     kinds = schema.Ppo.model_fields["prompt_baseline"].annotation.__args__
-    assert [kind for kind in kinds if f"| `{kind}` | " not in README] == []
+    assert [key_of(row[0]) for row in table("baselines")] == list(kinds)
 
 
 def test_the_experiment_is_that_of_its_results(monkeypatch, capsys, tmp_path):
@@ -173,9 +216,10 @@ def test_the_experiment_is_that_of_its_results(monkeypatch, capsys, tmp_path):
     from shift_report import report
 
     report(shift.read(shift.RESULTS), tmp_path / "figure.png", shift.SHIFTS, shift.LABELS)
-    assert capsys.readouterr().out.strip() in README
+    assert f"<!-- experiment -->\n{capsys.readouterr().out}" in READMES[BENCHMARKS]
     figure = shift.RESULTS.with_suffix(".png")
-    assert figure.is_file() and f"({figure.relative_to(REPO).as_posix()})" in README
+    assert f"]({figure.name})" in READMES[BENCHMARKS]
+    assert f"]({figure.relative_to(REPO).as_posix()})" in READMES[FRONT]
 
 
 WANTS = {row.rows for row in stage_types.STAGE_TYPES.values()}
@@ -239,8 +283,11 @@ def test_the_sample_is_that_of_the_quickstart(monkeypatch, capsys, tmp_path):
 
 
 def test_both_marked_commands_exist():
+    """On the front page, where `.ci/run` looks for the one of the tests too."""
     (quickstart,) = fences("command: quickstart")
     (tests,) = fences("command: tests")
+    assert quickstart in READMES[FRONT]
+    assert tests in READMES[FRONT]
     for command in (quickstart, tests):
         assert len(command.splitlines()) == 1
         assert command.startswith("python3 -m venv .venv && .venv/bin/pip install -e ")
@@ -278,6 +325,8 @@ def test_every_rlhf_command_is_valid(monkeypatch):
     assert {words[0] for words in commands} == set(cli.commands)
     for name, *arguments in commands:
         given = cli.commands[name].make_context(name, arguments).params
+        if given.get("accelerate_config"):
+            assert (REPO / given["accelerate_config"]).is_file()
         if "config" in given:
             config = load(given["config"], given["overrides"])
             stages = {given.get("until"), given.get("only"), *given.get("redo", ()), *given.get("stages", ())} - {None}
@@ -299,5 +348,165 @@ def test_every_shipped_file_is_named():
     shipped += [path.name for path in sorted((REPO / "accelerate_configs").glob("*.yaml"))]
     assert len(shipped) > 8
     assert [name for name in shipped if f"`{name}`" not in README] == []
-    templates = [path.stem for path in (REPO / "pipeline" / "data" / "templates").glob("*.jinja")]
+    templates = [path.stem for path in PACKAGE.rglob("*.jinja")]
     assert templates and all(f"`{name}`" in README for name in templates)
+
+
+def test_every_benchmark_is_named_and_its_commands_are_valid():
+    commands = [words for words in _shell_lines() if words[0] == "python"]
+    assert commands
+    for _, script, *arguments in commands:
+        source = (REPO / script).read_text(encoding="utf-8")
+        options = [word for word in arguments if word.startswith("--")]
+        assert [option for option in options if f'add_argument("{option}"' not in source] == []
+    scripts = {path.name for path in (REPO / "tests" / "benchmarks").glob("*.py")}
+    assert [name for name in sorted(scripts) if name not in READMES[BENCHMARKS]] == []
+
+
+def test_the_front_page_is_short():
+    assert len(READMES[FRONT].splitlines()) <= LONGEST
+
+
+@pytest.mark.parametrize("name", sorted(READMES.keys() - {FRONT}))
+def test_a_folders_page_begins_with_what_goes_in_and_out(name):
+    """In three sentences: what the folder is for, what comes in, what goes out."""
+    title, first, *_ = READMES[name].split("\n\n")
+    assert title.startswith("# ")
+    sentences = re.split(r"(?<=[.?!])\s+", first.strip())
+    assert len(sentences) == 3
+    assert sentences[1].startswith("What comes in")
+    assert sentences[2].startswith("What goes out")
+
+
+def _without_fences(text: str) -> str:
+    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def _anchors(text: str) -> set[str]:
+    """The anchors that GitHub makes of the headings of a page."""
+    anchors: set[str] = set()
+    for heading in re.findall(r"^#+ (.*)$", _without_fences(text), re.MULTILINE):
+        anchor = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        assert anchor not in anchors, f"two headings {heading!r}: GitHub would number the second"
+        anchors.add(anchor)
+    return anchors
+
+
+def _links(text: str) -> list[str]:
+    """The targets of a page's links and pictures that are not on the web."""
+    prose = re.sub(r"`[^`\n]*`", "", _without_fences(text))
+    return [target for target in re.findall(r"\]\(([^)\s]+)\)", prose) if "://" not in target]
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_links_lead_to_files_and_headings(name):
+    for target in _links(READMES[name]):
+        place, _, anchor = target.partition("#")
+        path = (REPO / name).parent / place if place else REPO / name
+        assert path.exists(), target
+        if anchor:
+            page = path.resolve().relative_to(REPO).as_posix()
+            assert anchor in _anchors(READMES[page]), target
+
+
+def test_every_page_is_linked_from_the_front_page():
+    linked = {target.partition("#")[0] for target in _links(READMES[FRONT])}
+    assert sorted(READMES.keys() - {FRONT} - linked) == []
+
+
+def _tree() -> Iterator[str]:
+    """The paths that the tree names: files, and folders with a slash at their end."""
+    (text,) = fences("tree")
+    above: list[str] = []
+    for line in filter(None, text.splitlines()):
+        name, *description = line.split(maxsplit=1)
+        depth = (len(line) - len(line.lstrip())) // 2
+        above = above[:depth]
+        yield "".join([*above, name])
+        if name.endswith("/"):
+            above.append(name)
+        else:
+            assert description, f"{line!r} says nothing of the file"
+
+
+def test_the_tree_is_the_package():
+    """Every module once; `__init__.py` of a folder is the folder's own line."""
+    expected = Counter()
+    for path in PACKAGE.rglob("*.py"):
+        relative = path.relative_to(REPO).as_posix()
+        if path.name == "__init__.py":
+            expected[f"{relative.removesuffix('__init__.py')}"] += 1
+        if path.name != "__init__.py" or path.parent == PACKAGE:
+            expected[relative] += 1
+    assert Counter(_tree()) == expected
+
+
+def test_the_table_of_the_record_is_the_code():
+    rows = table("record")
+    assert sorted(name for row in rows for name in in_backticks(row[0])) == sorted(manifest.Record.model_fields)
+    (output,) = [row[1] for row in rows if row[0] == "`output`"]
+    assert in_backticks(output) == list(manifest.Output.model_fields)
+
+
+def test_the_citation_is_of_this_version():
+    (text,) = fences("citation")
+    assert f"version = {{{pipeline.__version__}}}" in text
+
+
+def _syntax_trees() -> dict[str, ast.Module]:
+    """The syntax tree of every module, by its path in the package."""
+    paths = sorted(PACKAGE.rglob("*.py"))
+    return {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in paths}
+
+
+def _private_names(trees: dict[str, ast.Module]) -> set[str]:
+    """The private attributes that the package reads or sets and does not define itself."""
+    own: set[str] = set()
+    used: set[str] = set()
+    for node in (node for tree in trees.values() for node in ast.walk(tree)):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            own.add(node.name)
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            own.add(node.target.id)
+        elif isinstance(node, ast.Assign):
+            own |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        elif isinstance(node, ast.Attribute) and re.match(r"_[a-z]", node.attr):
+            holder = node.value.id if isinstance(node.value, ast.Name) else ""
+            if holder in ("self", "cls"):
+                own.add(node.attr)
+            elif holder != "os":
+                used.add(node.attr)
+    return used - own
+
+
+def test_the_private_names_are_those_of_the_code():
+    rows = [(key_of(row[0]), key_of(row[2])) for row in table("private names")]
+    for name, file in rows:
+        assert name in (PACKAGE / file).read_text(encoding="utf-8"), f"{file} does not use {name}"
+    assert _private_names(_syntax_trees()) <= {name for name, _ in rows}
+
+
+def _texts(trees: dict[str, ast.Module]) -> set[str]:
+    """The texts of the package without backticks; of an f-string the parts between its values."""
+    nodes = [node for tree in trees.values() for node in ast.walk(tree)]
+    return {
+        node.value.replace("`", "") for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+
+
+def test_messages_of_failures_are_those_of_the_code():
+    """What is left of a message without the package's own texts are values: a name, a number, a few words at most."""
+    texts = [text for text in _texts(_syntax_trees()) if len(text) >= 4]
+    rows = table("failures")
+    assert len(rows) >= 10
+    for cell, _ in rows:
+        message = in_backticks(cell)[0]
+        covered = [False] * len(message)
+        for text in texts:
+            start = message.find(text)
+            while start >= 0:
+                covered[start : start + len(text)] = [True] * len(text)
+                start = message.find(text, start + 1)
+        rest = "".join("\0" if of_ours else letter for letter, of_ours in zip(message, covered, strict=True))
+        values = [part.strip() for part in rest.split("\0")]
+        assert [value for value in values if len(value.split()) > 4] == [], cell

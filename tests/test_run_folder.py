@@ -10,6 +10,7 @@ import pytest
 import tiny
 
 from pipeline import stage
+from pipeline.chain import run_folder
 from pipeline.config.load import load
 from pipeline.records import manifest
 from pipeline.system.cache import cache_folder
@@ -112,7 +113,7 @@ def test_a_damaged_tokenizer_is_refused_before_rows_are_cached_under_its_name(fi
         )
     assert {path for path in cache.rglob("*.arrow") if "raw" not in path.parts} == before
     shutil.rmtree(saved.parent)
-    assert stage.plan.prepare_run(load(finished.config)).stages.keys() == {"pretrain", "sft", "reward"}
+    assert run_folder.prepare_run(load(finished.config)).stages.keys() == {"pretrain", "sft", "reward"}
     assert saved.read_bytes() == good
 
 

@@ -17,9 +17,10 @@ import tiny
 from test_precision import check_stage
 from test_readme import fences
 
-from pipeline import launcher, stage
+from pipeline import stage
 from pipeline.config.load import load
 from pipeline.config.schema import Ppo, RunConfig, Source, TrainingStage
+from pipeline.launch import process
 from pipeline.records import manifest
 
 Overrides = dict[str, str | int | bool]
@@ -212,7 +213,7 @@ def one_process(cli, monkeypatch):
         assert launch is None
         stage.run(load(config.source, overrides), name)
 
-    monkeypatch.setattr(launcher, "_run_stage", run_stage)
+    monkeypatch.setattr(process, "run_stage", run_stage)
 
     def call(*args: str | Path) -> str:
         code, out, err = cli(*args)

@@ -20,7 +20,7 @@ from datasets import Dataset, DatasetDict
 
 from pipeline.config import load as configs
 from pipeline.config.schema import Data, Model, RunConfig
-from pipeline.data import run_tokenizer, sources
+from pipeline.data import fingerprints, places, run_tokenizer, sources
 from pipeline.system.errors import UserError
 
 ROWS = [
@@ -76,7 +76,7 @@ def find(folder, **spec):
     config = RunConfig(
         name="tiny", model=Model(path="base"), data={"rows": Data(**spec)}, stages={}, source=folder / "config.yaml"
     )
-    (part,) = sources.find("rows", config.data["rows"], config.folder)
+    (part,) = places.find("rows", config.data["rows"], config.folder)
     return part
 
 
@@ -85,7 +85,7 @@ def read(folder, streaming=False, **spec):
 
 
 def fingerprint(folder, **spec):
-    return sources.fingerprint(find(folder, **spec))
+    return fingerprints.of_source(find(folder, **spec))
 
 
 # Kinds of files
@@ -145,6 +145,18 @@ def test_glob(tmp_path, path, expected):
         write(tmp_path / "parts" / name, numbered(2 * i, 2 * i + 2))
     write(tmp_path / "other.jsonl", numbered(90, 99))
     assert read(tmp_path, path=path) == [row for i in expected for row in numbered(i, i + 1)]
+
+
+def test_absolute_glob_beside_the_config(tmp_path):
+    write(tmp_path / "parts" / "a.jsonl", numbered(0, 2))
+    write(tmp_path / "parts" / "b.jsonl", numbered(2, 4))
+    assert read(tmp_path, path=f"{tmp_path}/parts/*.jsonl") == numbered(0, 4)
+
+
+def test_glob_below_a_folder_whose_name_looks_like_one(tmp_path):
+    folder = tmp_path / "run [1]"
+    write(folder / "a.jsonl", numbered(0, 2))
+    assert read(folder, path="*.jsonl") == numbered(0, 2)
 
 
 def test_glob_of_compressed_and_plain_files(tmp_path):
@@ -429,7 +441,7 @@ def test_fingerprint_counts_how_rows_are_read(tmp_path):
 @pytest.mark.parametrize("place", [0, 5, -1])
 def test_fingerprint_of_a_large_file(tmp_path, monkeypatch, place):
     """A large file counts by its size and by samples, its beginning and its end among them."""
-    monkeypatch.setattr(sources, "_LARGE", 1 << 21)
+    monkeypatch.setattr(fingerprints, "_LARGE", 1 << 21)
     content = bytearray(os.urandom(1 << 20) * 3)
     (tmp_path / "a.txt").write_bytes(content)
     content[place] ^= 1

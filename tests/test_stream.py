@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from pipeline import stage
 from pipeline.config.load import load
 from pipeline.data import run_tokenizer
-from pipeline.data.stream import STATE, TextStream
+from pipeline.data.bookmark import STATE, Bookmark
+from pipeline.data.stream import Block, TextStream
 from pipeline.records import manifest
 from pipeline.system.errors import UserError
 
@@ -61,7 +62,7 @@ def stream(tmp_path, model):
 def epochs(stream: TextStream, number: int) -> list[list[list[int]]]:
     """The pieces of the first passes over the documents."""
     found: list[list[list[int]]] = [[] for _ in range(number)]
-    for block, pieces in stream.blocks(stream._block_of(0)):
+    for block, pieces in stream.blocks(Block()):
         if block.epoch == number:
             return found
         found[block.epoch] += pieces
@@ -85,7 +86,7 @@ def test_every_pass_has_every_document_once_in_another_order(stream):
 
 def test_pieces_are_full_but_the_last_of_a_block(stream):
     made = stream()
-    for block, pieces in itertools.islice(made.blocks(made._block_of(0)), 10):
+    for block, pieces in itertools.islice(made.blocks(Block()), 10):
         assert [len(piece) for piece in pieces[:-1]] == [LENGTH] * (len(pieces) - 1)
         assert 0 < len(pieces[-1]) <= LENGTH, block
 
@@ -93,25 +94,26 @@ def test_pieces_are_full_but_the_last_of_a_block(stream):
 def test_resumed_at_any_piece_it_goes_on_there(stream):
     whole = stream()
     number = 3 * sum(len(pieces) for pieces in epochs(whole, 1))
-    pieces = [row["input_ids"] for row in itertools.islice(whole._pieces(), number)]
+    pieces = [row["input_ids"] for row in itertools.islice(Bookmark(whole).pieces(), number)]
     assert len(set(map(tuple, pieces))) > number // 2
     for ahead in (0, 1, 5):  # a trainer reads ahead of what it has trained on
-        reading, read = stream(), []
-        iterator = reading._pieces()
+        reading, read = Bookmark(stream()), []
+        iterator = reading.pieces()
         for place in range(0, number - 8, 1 + 3 * ahead):
             while len(read) < place + ahead:
                 read.append(next(iterator)["input_ids"])
             state = json.loads(json.dumps(reading.state(place)))
-            resumed = stream()
+            resumed = Bookmark(stream())
             resumed.resume(state)
-            following = [row["input_ids"] for row in itertools.islice(resumed._pieces(), 8)]
+            following = [row["input_ids"] for row in itertools.islice(resumed.pieces(), 8)]
             assert following == pieces[place : place + 8], (ahead, place)
 
 
 def test_blank_documents_are_counted(stream):
     made = stream()
-    list(itertools.islice(made._pieces(), 200))
-    record = made.record()
+    bookmark = Bookmark(made)
+    list(itertools.islice(bookmark.pieces(), 200))
+    record = bookmark.record()
     assert record["dropped"]["blank"] * (NUM_DOCUMENTS + 1) >= record["read"] - NUM_DOCUMENTS
     assert made.look().dropped["blank"].count == 1
 
@@ -132,7 +134,7 @@ def test_no_documents(tmp_path, model, content):
     (tmp_path / "corpus.jsonl").write_text(content)
     made = make_stream(tmp_path, model, {"path": "corpus.jsonl"})
     with pytest.raises(UserError, match=r"corpus\.jsonl"):
-        next(made._pieces())
+        next(Bookmark(made).pieces())
 
 
 def test_several_files_and_sources_one_after_the_other(tmp_path, model):
@@ -153,9 +155,10 @@ def test_weights_mix_sources(tmp_path, model):
     found = documents(made, pieces)
     assert set(found) == set(texts("a") + texts("b"))  # the one that ends begins again until both were read through
     assert 2 < sum(text.startswith("a") for text in found) / sum(text.startswith("b") for text in found) < 4
-    (tail,) = [list(itertools.islice(made._pieces(), 30, 60))]
-    made.resume(json.loads(json.dumps(made.state(30))))
-    assert list(itertools.islice(made._pieces(), 30)) == tail
+    bookmark = Bookmark(made)
+    (tail,) = [list(itertools.islice(bookmark.pieces(), 30, 60))]
+    bookmark.resume(json.loads(json.dumps(bookmark.state(30))))
+    assert list(itertools.islice(bookmark.pieces(), 30)) == tail
 
 
 def test_documents_that_are_evaluated_on_are_left_out(tmp_path, model):
@@ -229,7 +232,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, model):
             i += 1
     made = make_stream(tmp_path, model, {"path": "corpus.jsonl", "shuffle_buffer": 200})
     resident = []
-    for block, _ in made.blocks(made._block_of(0)):
+    for block, _ in made.blocks(Block()):
         if block.epoch:
             break
         resident.append(psutil.Process().memory_info().rss)

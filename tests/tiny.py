@@ -19,7 +19,8 @@ from pipeline.config.requests import request, run_data
 from pipeline.config.schema import RunConfig
 from pipeline.data import run_tokenizer
 from pipeline.data.prepare import Datasets, Prepared
-from pipeline.data.rows import ROWS, RowKind
+from pipeline.data.row_kind import RowKind
+from pipeline.data.rows import ROWS
 from pipeline.records.manifest import Output, Record
 
 TOPICS = ["tea", "rain", "books", "the sea", "bread", "music", "cats", "winter", "maps", "clay", "salt", "wool"]

@@ -1,20 +1,21 @@
-"""The gate: whether a reward model can carry RL, and a policy what is built on it; judged by what is on record."""
+"""Decide before an RL or DPO stage starts whether the stages that it builds on are good enough, by their records."""
 
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config.schema import GateLimits, Reinforced, RunConfig
+from pipeline.config.schema import GateLimits, Reinforced, RunConfig, TrainingStage
 from pipeline.config.stage_types import makes
 from pipeline.records.manifest import Manifest, Record
-from pipeline.shift.estimate import estimate
+from pipeline.shift.estimate import Estimate, estimate
 from pipeline.system.errors import UserError
 
 MORE_DATA = "more comparisons, cleaner labels, other training options, or DPO, which needs no reward model"
+NEEDS_PROMPTS = "The report needs two prompts at least; an interval is over prompts"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was looked at, whether it is good enough (None: not measured), the figure, and what helps if not."""
+    """Say what was looked at, whether it is good enough (None: not measured), the figure, and what helps if not."""
 
     stage: str
     what: str
@@ -28,84 +29,102 @@ class Verdict:
 
 
 def verdicts(config: RunConfig, name: str, recorded: Manifest) -> list[Verdict]:
-    """What the gate says of the stages that stage `name` builds on."""
-    stage, limits, found = config.stages[name], config.gate_limits, []
-    if not makes(stage, "aligned policy"):
-        return []
-    if (parent := recorded.stages.get(stage.init)) is not None:
-        found += _policy(stage.init, parent, limits)
+    """Judge the finished stages that stage `name` builds on."""
+    stage = config.stages[name]
+    limits = config.gate_limits
+    judged: list[Verdict] = []
+    if not isinstance(stage, TrainingStage) or not makes(stage, "aligned policy"):
+        return judged
+    if stage.init in recorded.stages:
+        judged += _policy(stage.init, recorded.stages[stage.init], limits)
     if isinstance(stage, Reinforced) and stage.reward in recorded.stages:
-        report = recorded.stages.get(stage.shift)
-        found += _reward(stage.reward, recorded.stages[stage.reward], report, limits)
-    return found
+        report = None if stage.shift is None else recorded.stages.get(stage.shift)
+        reward = recorded.stages[stage.reward]
+        if limits.accuracy is not None:
+            judged.append(_accuracy(stage.reward, reward, limits.accuracy))
+        judged += _report(stage.reward, report, limits)
+    return judged
 
 
 def check(config: RunConfig, name: str, recorded: Manifest) -> list[Verdict]:
-    """The verdicts on what stage `name` builds on.
+    """Return the verdicts on what stage `name` builds on.
 
     Raises:
         UserError: if one failed and the config's `gate` is `stop`.
     """
-    found = [] if config.gate == "off" else verdicts(config, name, recorded)
-    failed = [str(verdict) for verdict in found if verdict.passed is False]
+    judged = [] if config.gate == "off" else verdicts(config, name, recorded)
+    failed = [str(verdict) for verdict in judged if verdict.passed is False]
     if failed and config.gate == "stop":
         how = "Limits are in `gate_limits`; `gate: warn` goes on all the same"
         raise UserError("\n  ".join([f"{name} does not start, the gate failed:", *failed, how]))
-    return found
+    return judged
 
 
 def _policy(name: str, record: Record, limits: GateLimits) -> list[Verdict]:
-    found, metrics = [], record.metrics
+    """Judge the policy that a stage starts from: it learned something, and its completions are not empty."""
+    judged: list[Verdict] = []
+    metrics = record.metrics
     before = metrics.get("initial_eval_loss")
     if "eval_loss" in metrics and before is not None:
         loss = metrics["eval_loss"]  # the manifest holds NaN as null
         seen = f"{float('nan') if loss is None else loss:.3f} after training, {before:.3f} before"
         mend = "It learned nothing that holds beyond its rows: look at its learning rate, epochs and data"
-        found.append(Verdict(name, "held-out loss", loss is not None and loss < before, seen, mend))
+        judged.append(Verdict(name, "held-out loss", loss is not None and loss < before, seen, mend))
     if limits.first_token is not None and "first_token" in metrics:
         first = metrics["first_token"]
         seen = f"{first['special']:.0%} of {first['prompts']} prompts have a special token as likeliest first token"
         mend = f"Completions would be empty: look at the chat template and tokenizer.eos_token ({first['likeliest']!r})"
-        found.append(Verdict(name, "first token", first["special"] <= limits.first_token, seen, mend))
-    return found
+        judged.append(Verdict(name, "first token", first["special"] <= limits.first_token, seen, mend))
+    return judged
 
 
-def _reward(name: str, record: Record, report: Record | None, limits: GateLimits) -> list[Verdict]:
-    found: list[Verdict] = []
-    unmeasured = "Give it `eval_data`; of a dataset that is trained on too, the share `heldout` is then kept apart"
+def _accuracy(name: str, record: Record, limit: float) -> Verdict:
+    """Judge a reward model by its accuracy on held-out comparisons: all of the interval must be above the limit."""
+    what = "held-out accuracy"
     held_out: dict[str, Any] | None = record.metrics.get("held_out")
-    if limits.accuracy is not None and held_out is None:
-        found.append(Verdict(name, "held-out accuracy", None, "it has no held-out comparisons", unmeasured))
-    elif limits.accuracy is not None:
-        accuracy = held_out["accuracy"]
-        seen = f"{estimate(accuracy)} on {held_out['count']} comparisons; all of the interval must be above "
-        passed = accuracy["low"] > limits.accuracy
-        mend = f"RL would climb noise: {MORE_DATA}"
-        found.append(Verdict(name, "held-out accuracy", passed, seen + f"{limits.accuracy:g}", mend))
+    if held_out is None:
+        mend = "Give it `eval_data`; of a dataset that is trained on too, the share `heldout` is then kept apart"
+        return Verdict(name, what, None, "it has no held-out comparisons", mend)
+    accuracy = held_out["accuracy"]
+    shown = f"{estimate(accuracy)} on {held_out['count']} comparisons"
+    seen = f"{shown}; all of the interval must be above {limit:g}"
+    return Verdict(name, what, accuracy["low"] > limit, seen, f"RL would climb noise: {MORE_DATA}")
+
+
+def _report(name: str, report: Record | None, limits: GateLimits) -> list[Verdict]:
+    """Judge a reward model by its shift report, as far as there are limits."""
     if limits.within_sd is None and limits.length_correlation is None:
-        return found
+        return []
     if report is None:
-        unmeasured = "Add a stage of type shift, or a stage of type evaluate whose prompts it can use"
-        return [*found, Verdict(name, "shift report", None, "there is none", unmeasured)]
-    spread, length = report.metrics["within_sd"], report.metrics["length_correlation"]
-    more = "The report needs two prompts at least; an interval is over prompts"
+        mend = "Add a stage of type shift, or a stage of type evaluate whose prompts it can use"
+        return [Verdict(name, "shift report", None, "there is none", mend)]
+    judged: list[Verdict] = []
+    spread = estimate(report.metrics["within_sd"])
     if limits.within_sd is not None and spread is not None:
-        if spread["high"] is None:
-            found.append(Verdict(name, "within-prompt SD", None, f"{estimate(spread)} has no interval", more))
-        else:
-            seen = f"{estimate(spread)} log-odds; its interval must reach {limits.within_sd:g}"
-            mend = f"Completions of one prompt all score alike, so RL has no signal: {MORE_DATA}"
-            found.append(Verdict(name, "within-prompt SD", spread["high"] >= limits.within_sd, seen, mend))
+        judged.append(_spread(name, spread, limits.within_sd))
+    length = estimate(report.metrics["length_correlation"])
     if limits.length_correlation is not None and length is not None:
-        if length["low"] is None:  # two completions of one prompt always correlate by 1
-            found.append(Verdict(name, "score and length", None, f"{estimate(length)} has no interval", more))
-        else:
-            crosses = length["low"] < 0 < length["high"]
-            nearest = 0.0 if crosses else min(abs(length["low"]), abs(length["high"]))
-            seen = f"{estimate(length)} within prompts; its interval must reach below {limits.length_correlation:g}"
-            mend = (
-                "The score tracks length, and RL would too: balance the lengths of chosen and rejected "
-                "(`rlhf check-data`)"
-            )
-            found.append(Verdict(name, "score and length", nearest < limits.length_correlation, seen, mend))
-    return found
+        judged.append(_length(name, length, limits.length_correlation))
+    return judged
+
+
+def _spread(name: str, spread: Estimate, limit: float) -> Verdict:
+    """Judge the SD of the scores of one prompt's completions: the interval must reach the limit."""
+    what = "within-prompt SD"
+    if spread.high is None:
+        return Verdict(name, what, None, f"{spread} has no interval", NEEDS_PROMPTS)
+    seen = f"{spread} log-odds; its interval must reach {limit:g}"
+    mend = f"Completions of one prompt all score alike, so RL has no signal: {MORE_DATA}"
+    return Verdict(name, what, spread.high >= limit, seen, mend)
+
+
+def _length(name: str, length: Estimate, limit: float) -> Verdict:
+    """Judge the correlation of score and length within prompts: the interval must reach below the limit, either way."""
+    what = "score and length"
+    if length.low is None or length.high is None:  # two completions of one prompt always correlate by 1
+        return Verdict(name, what, None, f"{length} has no interval", NEEDS_PROMPTS)
+    includes_zero = length.low < 0 < length.high
+    nearest = 0.0 if includes_zero else min(abs(length.low), abs(length.high))
+    seen = f"{length} within prompts; its interval must reach below {limit:g}"
+    mend = "The score tracks length, and RL would too: balance the lengths of chosen and rejected (`rlhf check-data`)"
+    return Verdict(name, what, nearest < limit, seen, mend)

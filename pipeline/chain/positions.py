@@ -1,11 +1,10 @@
-"""The longest sequence of a stage against the positions of the model."""
+"""Compare the longest sequence of a stage with the positions of the model."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from pipeline.base import base_model
 from pipeline.config.options import effective, value_at
-from pipeline.config.schema import RunConfig
+from pipeline.config.schema import RunConfig, Stage, TrainingStage
 from pipeline.config.stage_types import type_of
 from pipeline.data.audit import Audit
 from pipeline.system.errors import UserError
@@ -30,10 +29,10 @@ def check(config: RunConfig, name: str, audits: Mapping[str, Audit]) -> None:
             raise UserError(f"{audit.dataset}: {seen}; {mend}")
 
 
-def _longest(stage: Any, audit: Audit) -> tuple[int, str, str]:
-    """The longest sequence in tokens, what it is made of, and how to make it shorter."""
+def _longest(stage: Stage, audit: Audit) -> tuple[int, str, str]:
+    """Return the longest sequence in tokens, what it is made of, and how to make it shorter."""
     longest = audit.lengths["row"][-1] if audit.lengths else 0
-    if type_of(stage).rows == "text":
+    if isinstance(stage, TrainingStage) and type_of(stage).rows == "text":
         options = effective(stage.type, stage.training)
         limit = options["max_length"]
         if limit is not None and (audit.streamed or options["packing"]):

@@ -1,14 +1,19 @@
-"""What a plan shows and what must hold before anything is trained: rows, tokens, steps, parameters, functions."""
+"""Look at what must hold before anything is trained, and at what a plan shows: rows, tokens, steps, parameters."""
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from pipeline.base import base_model, weights
 from pipeline.chain import positions
@@ -16,7 +21,7 @@ from pipeline.config import functions
 from pipeline.config.graph import datasets, functions_of
 from pipeline.config.options import effective
 from pipeline.config.requests import request, run_data
-from pipeline.config.schema import Online, Ppo, RunConfig, TrainingStage
+from pipeline.config.schema import Online, Options, Ppo, RunConfig, TrainingStage
 from pipeline.config.stage_types import makes
 from pipeline.data.audit import Audit
 from pipeline.data.prepare import Datasets
@@ -37,8 +42,10 @@ class Facts:
     parameters: dict[str, int] | None = None
 
 
-def check(config: RunConfig, names: list[str], tokenizer: Any, key: str) -> dict[str, Facts]:
-    """Read every dataset and import every function of the stages `names`.
+def check(
+    config: RunConfig, names: list[str], tokenizer: PreTrainedTokenizerFast, fingerprint: str
+) -> dict[str, Facts]:
+    """Read every dataset and import every function of the stages `names`; `fingerprint`: of the tokenizer.
 
     Raises:
         UserError: with one line for each stage that could not run.
@@ -48,14 +55,13 @@ def check(config: RunConfig, names: list[str], tokenizer: Any, key: str) -> dict
         weights.check_base(config, tokenizer)
     problems: list[str] = []
     facts: dict[str, Facts] = {}
-    read = Datasets(run_data(config), tokenizer, key)
-    for name in names:
+    data = Datasets(run_data(config), tokenizer, fingerprint)
+    for name, audits, faults in audits_of(config, data, names):
+        problems += faults
+        if faults:
+            continue
         try:
-            audits = audit(config, read, name)
-            faults = [fault for found in audits.values() for fault in found.problems(config.checks.model_dump())]
-            problems += [f"stages.{name}: {fault}" for fault in faults]
-            if not faults:
-                facts[name] = _facts(config, read, name, audits)
+            facts[name] = _facts(config, data, tokenizer, name, audits)
         except UserError as error:
             problems.append(f"stages.{name}: {error}")
     if problems:
@@ -63,43 +69,69 @@ def check(config: RunConfig, names: list[str], tokenizer: Any, key: str) -> dict
     return facts
 
 
-def audit(config: RunConfig, read: Datasets, name: str) -> dict[str, Audit]:
-    """The account of the datasets of a stage, by role; of a stream that of its first documents.
+def audits_of(
+    config: RunConfig, data: Datasets, names: Iterable[str]
+) -> Iterator[tuple[str, dict[str, Audit], list[str]]]:
+    """Read the datasets of each stage; yields its name, their audits by role, and why they cannot be used.
+
+    There is no audit of a stage whose data cannot be read.
+    """
+    for name in names:
+        try:
+            audits = _audits(config, data, name)
+        except UserError as error:
+            yield name, {}, [f"stages.{name}: {error}"]
+            continue
+        limits = config.checks.model_dump()
+        yield name, audits, [f"stages.{name}: {fault}" for audit in audits.values() for fault in audit.problems(limits)]
+
+
+def _audits(config: RunConfig, data: Datasets, name: str) -> dict[str, Audit]:
+    """Return the audit of each dataset of a stage, by role; of a stream that of its first documents.
 
     Raises:
         UserError: if one cannot be read or does not fit the stage.
     """
-    stage, audits = config.stages[name], {}
+    stage = config.stages[name]
+    audits: dict[str, Audit] = {}
     for role, dataset in datasets(stage).items():
         if config.data[dataset].streaming:
+            assert isinstance(stage, TrainingStage), "only pretraining reads a stream"
             length = effective(stage.type, stage.training)["max_length"]
-            audits[role] = TextStream(read, dataset, length, config.seed_of(name)).look()
+            audits[role] = TextStream(data, dataset, length, config.seed_of(name)).look()
         else:
-            audits[role] = read.prepare(request(config, name, role)).audit
+            audits[role] = data.prepare(request(config, name, role)).audit
     return audits
 
 
-def _facts(config: RunConfig, read: Datasets, name: str, audits: dict[str, Audit]) -> Facts:
+def _facts(
+    config: RunConfig, data: Datasets, tokenizer: PreTrainedTokenizerFast, name: str, audits: dict[str, Audit]
+) -> Facts:
     stage = config.stages[name]
     for field, reference in functions_of(stage):
-        prompt = read.prepare(request(config, name, "data")).rows[0]["prompt"][-1]["content"]
+        prompt = data.prepare(request(config, name, "data")).rows[0]["prompt"][-1]["content"]
         functions.check(reference, config.folder, f"stages.{name}.{field}", prompt)
     positions.check(config, name, audits)
     if not isinstance(stage, TrainingStage):
         return Facts(audits)
-    return Facts(audits, _steps(stage, audits["data"]), _parameters(config, stage, read.tokenizer))
+    return Facts(audits, _steps(stage, audits["data"]), _parameters(config, stage, tokenizer))
 
 
 def _only_linear(model: PeftModel) -> None:
-    """An adapter is on linear layers alone, and the output layer is not among them.
+    """Refuse an adapter that is not on linear layers alone, or that is on the output layer.
 
     PEFT keeps the adapters of embeddings under other names, and copies and loads them in other ways.
+
+    Raises:
+        ValueError: with the name of the first other layer.
     """
     inner = model.get_base_model()
+    assert isinstance(inner, PreTrainedModel), "the model that the adapter was put on"
     outputs = inner.get_output_embeddings()
     for name, module in model.named_modules():
         if not isinstance(module, BaseTunerLayer):
             continue
+        assert isinstance(module, torch.nn.Module), "a tuner layer is a mixin of one"
         path = name.removeprefix("base_model.model.")
         if not any(parameter.requires_grad for key, parameter in module.named_parameters() if ".default." in key):
             raise ValueError(f"target_modules: {path!r} is no linear layer; name linear layers, or `all-linear`")
@@ -108,12 +140,28 @@ def _only_linear(model: PeftModel) -> None:
             raise ValueError(f"target_modules: {path!r} {fault}; name other layers, or `all-linear`")
 
 
-def _steps(stage: TrainingStage, found: Audit) -> int:
-    """Optimizer steps in one process (PPO: updates of the policy); fewer under several processes."""
-    options, rows, tokens = effective(stage.type, stage.training), found.sequences, found.tokens
-    batch = options["per_device_train_batch_size"] * options["gradient_accumulation_steps"]
-    if isinstance(stage, Ppo) and rows < batch:
-        raise UserError(f"{rows} prompts are fewer than one batch of {batch}; lower the batch sizes")
+def batch_of(options: Options, num_processes: int = 1) -> int:
+    """Return the rows of one optimizer step (PPO: of one update of the policy); `options`: all of `training:`."""
+    return options["per_device_train_batch_size"] * options["gradient_accumulation_steps"] * num_processes
+
+
+def check_batch(num_rows: int, batch: int, where: str = "") -> None:
+    """Compare the prompts of a PPO stage with its batch, which only the stage itself knows in several processes.
+
+    Raises:
+        UserError: if they are fewer: PPOTrainer would make no update.
+    """
+    if num_rows < batch:
+        raise UserError(f"{where}{num_rows} prompts are fewer than one batch of {batch}; lower the batch sizes")
+
+
+def _steps(stage: TrainingStage, audit: Audit) -> int:
+    """Return the optimizer steps in one process (PPO: updates of the policy); there are fewer in several processes."""
+    options = effective(stage.type, stage.training)
+    rows = audit.sequences
+    batch = batch_of(options)
+    if isinstance(stage, Ppo):
+        check_batch(rows, batch)
     if options["max_steps"] > 0:
         return int(options["max_steps"])
     if isinstance(stage, Ppo):
@@ -121,12 +169,12 @@ def _steps(stage: TrainingStage, found: Audit) -> int:
     if isinstance(stage, Online):
         rows *= options["num_generations"]
     if options.get("packing"):
-        rows = math.ceil(tokens / options["max_length"])  # the last piece is shorter
+        rows = math.ceil(audit.tokens / options["max_length"])  # the last piece is shorter
     return math.ceil(math.ceil(rows / batch) * options["num_train_epochs"])
 
 
-def _parameters(config: RunConfig, stage: TrainingStage, tokenizer: Any) -> dict[str, int]:
-    """Trainable and total parameters, counted on a model without memory. A reward model adds its score head."""
+def _parameters(config: RunConfig, stage: TrainingStage, tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+    """Count the trainable and all parameters on a model without memory. A reward model adds its score head."""
     with init_empty_weights(include_buffers=False):
         model = _model(config, tokenizer)
         if makes(stage, "reward model"):
@@ -141,8 +189,8 @@ def _parameters(config: RunConfig, stage: TrainingStage, tokenizer: Any) -> dict
     return num_parameters(model)
 
 
-def _model(config: RunConfig, tokenizer: Any) -> Any:
-    """The run's base model, without weights."""
+def _model(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """Build the run's base model, without weights."""
     base = config.model
     if base.scratch:
         try:
@@ -157,8 +205,12 @@ def _model(config: RunConfig, tokenizer: Any) -> Any:
         raise base_model.unreadable(config, "model", error) from None
 
 
-def _has_score_head(config: RunConfig, model: Any) -> None:
-    """There is a class for the base's weights with a score head; models with code of their own may have none."""
+def _has_score_head(config: RunConfig, model: PreTrainedModel) -> None:
+    """Look for a class that has a score head on the base's weights; models with code of their own may lack it.
+
+    Raises:
+        UserError: if there is no such class.
+    """
     wrong = "this model has no class for sequences with a score (AutoModelForSequenceClassification)"
     try:
         scored = AutoModelForSequenceClassification.from_config(

@@ -1,20 +1,20 @@
-"""Whether a folder may be a run's folder: what somebody else keeps there is never written over."""
+"""Open a run's folder and prepare it: what somebody else keeps there is never written over."""
 
 from pathlib import Path
-from typing import Any
+
+from transformers import PreTrainedTokenizerFast
 
 from pipeline.base import base_model
 from pipeline.config.schema import RunConfig
-from pipeline.data import run_tokenizer, sources
+from pipeline.data import fingerprints, run_tokenizer
 from pipeline.records import manifest
 from pipeline.records.manifest import Manifest, TokenizerRecord
+from pipeline.records.stage_folder import CHECKPOINTS, LOCK, LOG
 from pipeline.system import digests
 from pipeline.system.digests import digest
 from pipeline.system.errors import UserError
 
-LOCK = ".lock"  # in every stage folder that a run has made, as long as dotfiles are copied with it
-_SIGNS = (LOCK, "checkpoints/identity.txt", "log_history.json")
-LOG = "log.txt"  # the launcher's; it only ever grows
+_SIGNS = (LOCK, f"{CHECKPOINTS}/identity.txt", "log_history.json")
 
 
 def check(config: RunConfig, recorded: Manifest | None) -> None:
@@ -26,9 +26,8 @@ def check(config: RunConfig, recorded: Manifest | None) -> None:
         UserError: if the folder lies within another run, or holds files where this run would put its own.
     """
     folder = config.run_path
-    for above in folder.parents if recorded is None else ():
-        if (above / manifest.FILE).is_file() and _is_manifest(above):
-            raise UserError(f"run_dir: {folder} lies within the run folder {above}; give another `run_dir`")
+    if recorded is None:
+        _check_above(folder)
     finished = {} if recorded is None else recorded.stages
     names = [name for name in config.stages if name not in finished]
     foreign = [folder / name for name in names if _is_foreign(folder / name)]
@@ -40,6 +39,13 @@ def check(config: RunConfig, recorded: Manifest | None) -> None:
         raise UserError(f"run_dir: {seen}; {mend}")
 
 
+def _check_above(folder: Path) -> None:
+    """Refuse a run folder within another one."""
+    for above in folder.parents:
+        if (above / manifest.FILE).is_file() and _is_manifest(above):
+            raise UserError(f"run_dir: {folder} lies within the run folder {above}; give another `run_dir`")
+
+
 def _is_manifest(folder: Path) -> bool:
     """Whether a run wrote the file; other programs have files of that name."""
     try:
@@ -49,24 +55,27 @@ def _is_manifest(folder: Path) -> bool:
 
 
 def _is_foreign(folder: Path) -> bool:
+    """Whether somebody else's files lie where a stage would have its folder."""
     if folder.is_dir():
         return _holds_files(folder) and not any((folder / sign).exists() for sign in _SIGNS)
     return folder.exists() or folder.is_symlink()
 
 
 def _holds_files(folder: Path) -> bool:
+    """Whether a folder holds other files than those that a run makes before it does anything else."""
     return folder.is_dir() and any(path.name not in (LOCK, LOG) for path in folder.iterdir())
 
 
 def open_run(config: RunConfig) -> Manifest:
-    """The manifest of the config's run folder, empty before the first run.
+    """Read the manifest of the config's run folder; it is empty before the first run.
 
     Raises:
         UserError: if it is damaged or belongs to a run of another name, or the folder is no run folder.
     """
-    found = manifest.read(config.run_path)
-    check(config, found)
-    recorded = found or Manifest(name=config.name)
+    recorded = manifest.read(config.run_path)
+    check(config, recorded)
+    if recorded is None:
+        return Manifest(name=config.name)
     if recorded.name != config.name:
         seen = f"holds the run {recorded.name!r}, this config is {config.name!r}"
         raise UserError(f"{config.run_path} {seen}; give another `run_dir`, or the name of that run")
@@ -76,59 +85,65 @@ def open_run(config: RunConfig) -> Manifest:
     return recorded
 
 
-def _tokenizer_source(config: RunConfig) -> str:
-    """Digest of everything the run's tokenizer is made from."""
-    settings = config.tokenizer.model_dump()
-    template = config.folder / (settings["chat_template"] or "")
-    if template.is_file():
-        settings["chat_template"] = digests.file_digest(template)
-    if config.model.path:
-        return digest([settings, base_model.digest_of(config)])
-    scratch = config.model.scratch.tokenizer
-    content = [sources.fingerprint_of(name, config.data[name], config.folder) for name in scratch.data]
-    return digest([settings, scratch.vocab_size, content])
-
-
-def tokenizer_of(config: RunConfig, recorded: Manifest) -> tuple[Any, TokenizerRecord]:
-    """The run's tokenizer with its record: the saved one while what it is made from is unchanged, else a new one.
+def tokenizer_of(config: RunConfig, recorded: Manifest) -> tuple[PreTrainedTokenizerFast, TokenizerRecord]:
+    """Return the run's tokenizer and its record: the saved one while what it is made from is unchanged, or a new one.
 
     Raises:
         UserError: if a new one differs from the one that finished stages were made with.
     """
-    source, saved, old = _tokenizer_source(config), config.run_path / "tokenizer", recorded.tokenizer
-    if old and old.source == source and saved.is_dir():
-        return _as_recorded(saved, old, config.model.trust_remote_code), old
+    source = _tokenizer_source(config)
+    saved = config.run_path / "tokenizer"
+    before = recorded.tokenizer
+    if before is not None and before.source == source and saved.is_dir():
+        return _as_recorded(saved, before, config.model.trust_remote_code), before
     tokenizer = run_tokenizer.build(config)
-    made = TokenizerRecord(
+    now = TokenizerRecord(
         source=source,
         fingerprint=run_tokenizer.fingerprint(tokenizer),
         pad_token=tokenizer.pad_token,
         eos_token=tokenizer.eos_token,
         template=digest(tokenizer.chat_template),
     )
-    if recorded.stages and old.fingerprint != made.fingerprint:
-        template = "unchanged" if old.template == made.template else "changed"
+    if recorded.stages and before is not None and before.fingerprint != now.fingerprint:
+        template = "unchanged" if before.template == now.template else "changed"
         raise UserError(
             f"finished with another tokenizer than the config now gives: {', '.join(recorded.stages)} (pad "
-            f"{old.pad_token!r} -> {made.pad_token!r}, eos {old.eos_token!r} -> {made.eos_token!r}, chat template "
+            f"{before.pad_token!r} -> {now.pad_token!r}, eos {before.eos_token!r} -> {now.eos_token!r}, chat template "
             f"{template}). Undo the change, give a new `run_dir`, or give `--redo` of the first stages"
         )
-    return tokenizer, made
+    return tokenizer, now
 
 
-def _as_recorded(saved: Path, old: TokenizerRecord, trust_remote_code: bool) -> Any:
-    """The run's saved tokenizer, which is still the one on record: cached rows are looked up by its fingerprint."""
+def _tokenizer_source(config: RunConfig) -> str:
+    """Return a digest of everything that the run's tokenizer is made from."""
+    settings = config.tokenizer.model_dump()
+    template = config.folder / (settings["chat_template"] or "")
+    if template.is_file():
+        settings["chat_template"] = digests.file_digest(template)
+    if config.model.scratch is None:
+        return digest([settings, base_model.fingerprint(config)])
+    scratch = config.model.scratch.tokenizer
+    content = [fingerprints.of_dataset(name, config.data[name], config.folder) for name in scratch.data]
+    return digest([settings, scratch.vocab_size, content])
+
+
+def _as_recorded(saved: Path, record: TokenizerRecord, trust_remote_code: bool) -> PreTrainedTokenizerFast:
+    """Open the run's saved tokenizer. Cached rows are looked up by the fingerprint on record.
+
+    Raises:
+        UserError: if it is another tokenizer than the one on record.
+    """
     tokenizer = run_tokenizer.open_saved(saved, trust_remote_code)
-    if run_tokenizer.fingerprint(tokenizer) != old.fingerprint:
+    if run_tokenizer.fingerprint(tokenizer) != record.fingerprint:
         mend = "Restore that folder, or remove it: it is made again then"
         raise UserError(f"{saved} is not the tokenizer this run was started with. {mend}")
     return tokenizer
 
 
 def prepare_run(config: RunConfig) -> Manifest:
-    """Make sure that the run folder has its manifest and tokenizer; the first write to a run folder."""
+    """Make sure that the run folder has its manifest and tokenizer; this is the first write to a run folder."""
     recorded = open_run(config)
-    tokenizer, made = tokenizer_of(config, recorded)
+    tokenizer, tokenizer_record = tokenizer_of(config, recorded)
     manifest.update(config.run_path, config.name)  # from here on what lies in the folder is the run's
     saved = config.run_path / "tokenizer"
     # The base's folder as it is here: whoever loads an output from the run folder does not know the config's place.
@@ -136,10 +151,10 @@ def prepare_run(config: RunConfig) -> Manifest:
     model = config.model.model_dump(mode="json", exclude={"scratch"}) | {"path": path}
     model["quantization"] = config.quantization
     model["commit"] = base_model.commit_of(config, recorded)  # later stages load the same, whatever the hub has then
-    if recorded.tokenizer == made and saved.is_dir():
+    if recorded.tokenizer == tokenizer_record and saved.is_dir():
         return recorded if recorded.model == model else manifest.update(config.run_path, config.name, model=model)
     try:
         tokenizer.save_pretrained(saved)
     except OSError as error:
         raise UserError(f"run_dir: cannot write to {config.run_path}: {error.strerror}") from None
-    return manifest.update(config.run_path, config.name, tokenizer=made, model=model)
+    return manifest.update(config.run_path, config.name, tokenizer=tokenizer_record, model=model)

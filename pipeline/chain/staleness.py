@@ -2,21 +2,30 @@
 
 A stage is current when it has a record, its config and inputs are those of the record, and its parents are current:
 the three questions of every build tool. Inputs are compared by content, so a moved run folder stays current.
+
+The config of a stage is all that this package decides: the keys of our schema with their defaults, and the options of
+`training:` over our defaults for TRL. A key that a record lacks counts as the default that the key has now, so a new
+key makes no finished stage stale, and neither does writing a default out. A default whose value changes is a change
+for every record that holds the old value. TRL's own defaults are not part of it: they belong to the version of TRL,
+which is on record, so an option that is added or taken out is a change even if its value is TRL's default.
 """
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
+
+from pydantic import BaseModel
 
 from pipeline.base import base_model
 from pipeline.config import functions, graph
 from pipeline.config.graph import datasets, functions_of, parents
+from pipeline.config.options import with_defaults
 from pipeline.config.requests import run_data
 from pipeline.config.schema import RunConfig, TrainingStage
 from pipeline.config.stage_types import type_of
-from pipeline.data import sources
+from pipeline.data import fingerprints
 from pipeline.data.prepare import Datasets
-from pipeline.records import manifest
-from pipeline.records.manifest import Manifest
+from pipeline.records.manifest import Manifest, Record
 from pipeline.system import digests
 from pipeline.system.digests import digest
 from pipeline.system.errors import UserError
@@ -25,58 +34,158 @@ from pipeline.system.errors import UserError
 _LOADING = ("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers")
 NEUTRAL = ("logging_", "log_", "save_", "report_to", "run_name", "disable_tqdm", *_LOADING)
 _WIRING = {"init", "reward", "shift", "policy", "baseline", "policies", "data", "eval_data", "accelerate_config"}
+NOT_FINISHED = "not finished yet"
+CURRENT = "finished, nothing changed"
+_UNSET = "unset"  # shown for a key that one side lacks
+_MISSING = object()  # equal to no value
+
+Flat = dict[str, Any]  # a config without nesting: {"training.learning_rate": 1e-4, ...}; values as JSON has them
 
 
 @dataclass(frozen=True)
 class Identity:
     """What a stage's result depends on: its config, and its inputs by content."""
 
-    config: dict[str, Any]
+    config: Flat
     inputs: dict[str, str]
 
     def digest(self) -> str:
-        return digest(asdict(self))
+        return digest({"config": self.config, "inputs": self.inputs})
 
 
 @dataclass(frozen=True)
 class Decision:
-    """Whether a stage runs, and why, or why not."""
+    """Whether a stage runs, and why, or why not.
+
+    `identity`: None if a parent runs first, since its output is not there yet, or if there is a `fault`.
+    `fault`: why the data or functions cannot be read. The checks before the first stage tell it with all others.
+    """
 
     stage: str
     run: bool
     reason: str
+    identity: Identity | None = None
+    fault: UserError | None = None
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix.removesuffix("."): value}
-    return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}{key}.").items()}
+def decide(
+    config: RunConfig, recorded: Manifest, redo: tuple[str, ...] = (), names: Iterable[str] | None = None
+) -> list[Decision]:
+    """Decide what happens to each stage, in order; `names`: to these alone, with all their ancestors among them."""
+    decisions: dict[str, Decision] = {}
+    data = Datasets(run_data(config))
+    for name in config.stages if names is None else names:
+        first = [parent for parent in dict.fromkeys(parents(config.stages[name]).values()) if decisions[parent].run]
+        decisions[name] = _decide_one(config, name, recorded, data, first, name in redo)
+    return list(decisions.values())
 
 
-def _config_of(config: RunConfig, name: str) -> dict[str, Any]:
-    """The part of the config that decides a stage's result, flat: {"training.learning_rate": 1e-4, ...}."""
+def _decide_one(
+    config: RunConfig, name: str, recorded: Manifest, data: Datasets, first: list[str], redo: bool
+) -> Decision:
+    """Decide what happens to a stage; `first`: the parents that run before it."""
+    record = recorded.stages.get(name)
+    identity = None
+    fault = None
+    if not first:
+        try:
+            identity = identify(config, name, recorded, data)
+        except UserError as error:
+            fault = error
+    if redo:
+        reason = "asked for with --redo"
+    elif record is None:
+        reason = NOT_FINISHED
+    elif first:
+        reason = f"{', '.join(first)} {'runs' if len(first) == 1 else 'run'} again"
+    elif identity is None:
+        reason = "its data or functions cannot be read"
+    else:
+        reason = _stale(identity, record, _defaults(config, name))
+    return Decision(name, reason is not None, reason or CURRENT, identity, fault)
+
+
+def identify(config: RunConfig, name: str, recorded: Manifest, data: Datasets | None = None) -> Identity:
+    """Return the identity of a stage whose parents are finished; a parent that is not has an empty digest.
+
+    Raises:
+        UserError: if its data or functions cannot be read.
+    """
+    inputs = _data_inputs(config, name, data or Datasets(run_data(config)))
+    inputs |= _function_inputs(config, name)
+    if config.model.path:
+        inputs["base model"] = base_model.fingerprint(config)
+    for role, parent in parents(config.stages[name]).items():
+        record = recorded.stages.get(parent)
+        inputs[role] = digest(record.output.files) if record else ""
+    return Identity(_config_of(config, name), inputs)
+
+
+def _config_of(config: RunConfig, name: str) -> Flat:
+    """Return the part of the config that decides a stage's result."""
     stage = config.stages[name]
-    own = {key: value for key, value in stage.model_dump(mode="json").items() if key not in _WIRING}
+    own = stage.model_dump(mode="json")
     if isinstance(stage, TrainingStage):
-        own["training"] = {key: value for key, value in stage.training.items() if not key.startswith(NEUTRAL)}
+        training = with_defaults(stage.type, stage.training)
+        own["training"] = {key: value for key, value in training.items() if not key.startswith(NEUTRAL)}
     own["seed"] = config.seed_of(name)
     model = config.model.model_dump(mode="json", exclude={"path"})
     if model["scratch"]:
         model["scratch"] = model["scratch"]["architecture"]
     shared = {"model": model, "quantization": config.quantization}
-    return _flat(own | shared | ({} if type_of(stage).rows == "text" else {"too_long": config.too_long}))
+    if type_of(stage).rows != "text":
+        shared["too_long"] = config.too_long
+    return _flat({key: value for key, value in own.items() if key not in _WIRING} | shared)
 
 
-def _data_inputs(config: RunConfig, name: str, read: Datasets) -> dict[str, str]:
-    stage, inputs = config.stages[name], {}
+def _defaults(config: RunConfig, name: str) -> Flat:
+    """Return the default that each key of a stage's config has in this version."""
+    stage = config.stages[name]
+    own = _defaults_of(stage)
+    if isinstance(stage, TrainingStage):
+        own["training"] = with_defaults(stage.type, {})
+    shared = _defaults_of(config)
+    return _flat(own | {key: shared[key] for key in ("model", "quantization", "too_long")})
+
+
+def _defaults_of(section: BaseModel) -> dict[str, Any]:
+    """Return the defaults of a section's keys, and of those of the sections in it; some keys have none."""
+    defaults = {}
+    for key, field in type(section).model_fields.items():
+        value = getattr(section, key)
+        if isinstance(value, BaseModel):
+            defaults[key] = _defaults_of(value)
+        elif not field.is_required():
+            defaults[key] = field.get_default(call_default_factory=True)
+    return defaults
+
+
+def _flat(value: Any, prefix: str = "") -> Flat:
+    """Flatten nested sections; a section without keys stays as `{}`, since `lora: {}` is another thing than null."""
+    if not isinstance(value, dict) or not value:
+        return {prefix.removesuffix("."): value}
+    return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}{key}.").items()}
+
+
+def _data_inputs(config: RunConfig, name: str, data: Datasets) -> dict[str, str]:
+    """Return a digest of each dataset of a stage, and what else decides which of its rows the stage gets."""
+    stage = config.stages[name]
+    inputs: dict[str, str] = {}
     for role, dataset in datasets(stage).items():
-        inputs[role] = sources.fingerprint_of(dataset, config.data[dataset], config.folder)
+        inputs[role] = fingerprints.of_dataset(dataset, config.data[dataset], config.folder)
         if graph.is_shared(config, dataset):
             inputs[f"{role}: held-out share"] = str(config.data[dataset].heldout)
         trained_on = graph.role_split(role, isinstance(stage, TrainingStage)) == graph.TRAIN
-        if trained_on and (removed := read.removed(dataset)):
+        removed = data.removed(dataset) if trained_on else None
+        if removed:
             inputs[f"{role}: held-out prompts in it"] = removed
-    for field, reference in functions_of(stage):
+    return inputs
+
+
+def _function_inputs(config: RunConfig, name: str) -> dict[str, str]:
+    """Return a digest of the source of each function that a stage calls."""
+    inputs: dict[str, str] = {}
+    for field, reference in functions_of(config.stages[name]):
         files = functions.sources_of(reference, config.folder, f"stages.{name}.{field}")
         if len(files) == 1:
             inputs[f"function {reference}"] = digests.file_digest(files[0])
@@ -85,60 +194,40 @@ def _data_inputs(config: RunConfig, name: str, read: Datasets) -> dict[str, str]
     return inputs
 
 
-def identify(config: RunConfig, name: str, recorded: Manifest, read: Datasets | None = None) -> Identity:
-    """The identity of a stage whose parents are finished; a parent that is not has an empty digest."""
-    inputs = _data_inputs(config, name, read or Datasets(run_data(config)))
-    if config.model.path:
-        inputs["base model"] = base_model.digest_of(config)
-    for role, parent in parents(config.stages[name]).items():
-        record = recorded.stages.get(parent)
-        inputs[role] = digest(record.output.files) if record else ""
-    return Identity(_config_of(config, name), inputs)
-
-
-def _identity_now(config: RunConfig, name: str, recorded: Manifest, read: Datasets) -> Identity:
-    """The identity of a stage, with an unknown input where its data or functions cannot be read.
-
-    That is for the checks before the first stage to tell, with all other problems.
-    """
-    try:
-        return identify(config, name, recorded, read)
-    except UserError as error:
-        return Identity(_config_of(config, name), {"data": f"cannot be read: {error}"})
-
-
-def _changed(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """The keys in which two flat mappings differ."""
-    return sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-
-
-def _stale(identity: Identity, record: manifest.Record | None) -> str | None:
-    """Why a record is no longer what the stage would give, or None."""
-    if record is None:
-        return "not finished yet"
-    if changed := _changed(record.config, identity.config):
-        shown = []
-        for key in changed[:3]:
-            old, new = (repr(values.get(key, "unset")) for values in (record.config, identity.config))
-            shown.append(f"{key} ({old} -> {new})" if max(len(old), len(new)) < 40 else key)
+def _stale(identity: Identity, record: Record, defaults: Flat) -> str | None:
+    """Say why a record is no longer what the stage would give; None if it is."""
+    before = _completed(record.config, identity.config, defaults)
+    changed = [key for key in _changed(before, identity.config) if not _is_told_by_keys(key, before, identity.config)]
+    if changed:
+        words = [_words(key, before, identity.config) for key in changed[:3]]
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        return f"config changed: {', '.join(shown)}{more}"
+        return f"config changed: {', '.join(words)}{more}"
     changed = _changed(record.inputs, identity.inputs)
     return f"input changed: {', '.join(changed)}" if changed else None
 
 
-def decide(config: RunConfig, recorded: Manifest, redo: tuple[str, ...] = ()) -> list[Decision]:
-    """What would happen to each stage, in order."""
-    decisions: dict[str, Decision] = {}
-    read = Datasets(run_data(config))
-    for name, stage in config.stages.items():
-        again = [parent for parent in dict.fromkeys(parents(stage).values()) if decisions[parent].run]
-        record = recorded.stages.get(name)
-        if name in redo:
-            reason = "asked for with --redo"
-        elif again and record is not None:
-            reason = f"{', '.join(again)} {'runs' if len(again) == 1 else 'run'} again"
-        else:
-            reason = _stale(_identity_now(config, name, recorded, read), record)
-        decisions[name] = Decision(name, reason is not None, reason or "finished, nothing changed")
-    return list(decisions.values())
+def _completed(recorded: Flat, now: Flat, defaults: Flat) -> Flat:
+    """Return a recorded config with the keys that it lacks, as far as they have a default now.
+
+    Records of earlier versions also lack sections without keys.
+    """
+    lacking = {key: value for key, value in now.items() if key not in recorded}
+    empty = {key: value for key, value in lacking.items() if value == {}}
+    return {key: defaults[key] for key in lacking if key in defaults} | empty | recorded
+
+
+def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return the keys in which two flat mappings differ."""
+    return sorted(key for key in old.keys() | new.keys() if old.get(key, _MISSING) != new.get(key, _MISSING))
+
+
+def _is_told_by_keys(key: str, old: Flat, new: Flat) -> bool:
+    """Whether a section was null or empty on one side and has keys on the other, which say what changed."""
+    other = new if key in old else old
+    return (key in old) != (key in new) and any(one.startswith(f"{key}.") for one in other)
+
+
+def _words(key: str, old: Flat, new: Flat) -> str:
+    """Name a key that changed, with both values if they are short."""
+    before, after = (repr(values.get(key, _UNSET)) for values in (old, new))
+    return f"{key} ({before} -> {after})" if max(len(before), len(after)) < 40 else key

@@ -1,12 +1,18 @@
 """Check the sizes into which PPOTrainer cuts the batch of an update."""
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from trl.experimental.ppo import PPOConfig  # the import takes seconds
+from typing import Protocol
 
 
-def fault_of_ppo(args: "PPOConfig") -> str | None:
+class PpoSizes(Protocol):
+    """Name the options of TRL's PPOConfig that are looked at; the class itself takes seconds to import."""
+
+    gradient_accumulation_steps: int
+    per_device_train_batch_size: int
+    num_mini_batches: int
+    whiten_rewards: bool
+
+
+def fault_of_ppo(args: PpoSizes) -> str | None:
     """Say what is wrong with the sizes of a PPO stage, or return None.
 
     An update's batch is cut into mini-batches, and these into micro-batches.

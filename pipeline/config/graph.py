@@ -1,43 +1,50 @@
-"""The graph of a run: what each stage takes from which other, and which datasets are trained on."""
+"""Tell what each stage of a run takes from which other, and which datasets are trained on."""
 
 from collections.abc import Callable, Iterable
 
 from pipeline.config.schema import BASE, Ppo, RunConfig, Stage, TrainingStage
 from pipeline.config.stage_types import type_of
 
-TRAIN, HELD_OUT = "train", "held-out"
+TRAIN = "train"
+HELD_OUT = "held-out"
 
 
 def role_split(role: str, trains: bool) -> str:
-    """The side of the split that a stage's dataset gives by its role: `data` of a stage that trains is trained on."""
+    """Return the side of the split that a role gives: `data` of a stage that trains is trained on."""
     return TRAIN if trains and role == "data" else HELD_OUT
 
 
 def uses(config: RunConfig, split: str) -> list[str]:
-    """The datasets of a run that are read on one side of the split, in order."""
-    found = [
+    """Return the datasets of a run that are read on one side of the split, in order."""
+    names = [
         dataset
         for stage in config.stages.values()
         for role, dataset in datasets(stage).items()
         if role_split(role, isinstance(stage, TrainingStage)) == split
     ]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(names))
 
 
 def is_shared(config: RunConfig, dataset: str) -> bool:
-    """Whether a dataset is split: some stage trains on it and some stage evaluates on it."""
+    """Tell whether a dataset is split: some stage trains on it and some stage evaluates on it."""
     return dataset in uses(config, TRAIN) and dataset in uses(config, HELD_OUT)
 
 
 def evaluated_beside(config: RunConfig, dataset: str) -> list[str]:
-    """The other datasets that some stage evaluates on: for raw text those of raw text, for prompts those of prompts."""
-    texts = {name for s in config.stages.values() if type_of(s).rows == "text" for name in datasets(s).values()}
+    """Return the other datasets of the same kind, raw text or prompts, that some stage evaluates on.
+
+    What they are evaluated on must not be trained on.
+    """
+    texts: set[str] = set()
+    for stage in config.stages.values():
+        if type_of(stage).rows == "text":
+            texts |= set(datasets(stage).values())
     others = [other for other in uses(config, HELD_OUT) if other != dataset]
     return [other for other in others if (other in texts) == (dataset in texts)]
 
 
 def parents(stage: Stage) -> dict[str, str]:
-    """The stages a stage takes its inputs from, by role."""
+    """Return the stages that a stage takes its inputs from, by role."""
     roles = _named(stage, "init", "reward", "baseline", "policy")
     roles |= {f"policies.{policy}": policy for policy in getattr(stage, "policies", None) or ()}
     if isinstance(stage, Ppo) and stage.baseline_shrinkage:
@@ -46,27 +53,28 @@ def parents(stage: Stage) -> dict[str, str]:
 
 
 def waits_for(stage: Stage) -> set[str]:
-    """The stages that must be finished before this one: its parents, and the report its gate reads."""
+    """Return the stages that must be finished before this one: its parents, and the report that its gate reads."""
     return {*parents(stage).values(), *_named(stage, "shift").values()}
 
 
 def datasets(stage: Stage) -> dict[str, str]:
-    """The datasets a stage reads, by role."""
+    """Return the datasets that a stage reads, by role."""
     return _named(stage, "data", "eval_data")
 
 
 def functions_of(stage: Stage) -> list[tuple[str, str]]:
-    """The functions a stage calls, as (field, `module:function`)."""
+    """Return the functions that a stage calls, as (field, `module:function`)."""
     rewards = [("reward_functions", reference) for reference in getattr(stage, "reward_functions", ())]
     return rewards + list(_named(stage, "judge").items())
 
 
 def _named(stage: Stage, *fields: str) -> dict[str, str]:
+    """Return those of the fields that a stage's class has and that are filled."""
     return {field: value for field in fields if (value := getattr(stage, field, None)) is not None}
 
 
 def ancestors(config: RunConfig, name: str, needs: Callable[[Stage], Iterable[str]] | None = None) -> list[str]:
-    """The stages `name` takes something from (or those that it `needs`), at any distance, in order."""
+    """Return the stages that `name` takes something from (or those that it `needs`), at any distance, in order."""
     needed = {name}
     for other in reversed(config.stages):
         if other in needed:
@@ -76,5 +84,5 @@ def ancestors(config: RunConfig, name: str, needs: Callable[[Stage], Iterable[st
 
 
 def descendants(config: RunConfig, name: str) -> list[str]:
-    """The stages that take something from `name`, at any distance."""
+    """Return the stages that take something from `name`, at any distance."""
     return [other for other in config.stages if name in ancestors(config, other)]

@@ -73,6 +73,10 @@ def request(config: RunConfig, stage_name: str, role: str) -> Request:
     length_option, max_length = length_limit(stage)
     # TRL renders the prompts of RLOO and GRPO itself, in full and without tools.
     renders = not type_of(stage).trl_tokenises
+    piece_length = None
+    if rows == "text":
+        assert isinstance(stage, TrainingStage)
+        piece_length = _piece_length(stage, role)
     return Request(
         dataset=graph.datasets(stage)[role],
         rows=rows,
@@ -82,7 +86,7 @@ def request(config: RunConfig, stage_name: str, role: str) -> Request:
         truncates=renders and config.too_long == "truncate",
         takes_tools=renders,
         unique_prompts=isinstance(stage, Sampled),  # intervals are over prompts
-        piece_length=_piece_length(stage, role) if rows == "text" else None,
+        piece_length=piece_length,
     )
 
 

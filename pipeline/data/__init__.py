@@ -4,8 +4,13 @@ In come the sources of a dataset, the run's tokenizer, and what a stage asks for
 split and the greatest length. Out go a dataset of token ids and an audit: the number of rows, tokens and faults of
 each kind.
 
-places, reading and sources (files, hub) -> formats (which format) -> convert, messages, tools and media (any format
-to one) -> heldout (one split per run) -> rendering and encode (the chat template's text, token ids) -> prepare (all
-of it over Arrow, cached, every row left out counted). stream does the same for text of any size. faults says what can
-be wrong with a row.
+places (which files) -> sources and reading (their rows) -> formats (which format) -> convert, hh, messages, tools and
+media (any format to one) -> heldout (one split per run) -> rendering, joints and encode (the chat template's text,
+token ids) -> rows (one class for each kind of row) -> batches (a batch of raw rows to columns) -> sieve and audit
+(which rows a stage gets, the account of all others) -> prepare (all of it over Arrow, cached). stream does the same
+for text of any size, and bookmark keeps the place that training has in it. fingerprints tells whether the data have
+changed. faults says what can be wrong with a row, unreadable what can be wrong with a file.
+
+Stages and the run's config are not known here: `config/requests.py` says in plain values what a stage asks of a
+dataset.
 """

@@ -1,11 +1,13 @@
-"""What became of a dataset's rows: counted, with the first places, and held against the thresholds of `checks:`."""
+"""Account for a dataset's rows: count them, name the first places, and hold shares against the limits of `checks:`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.data.faults import FAULTS
+from pipeline.data.places import Part
 from pipeline.data.rows import ROWS
-from pipeline.data.sources import Part, locate
+from pipeline.data.sources import locate
 
 QUANTILES = (0.0, 0.5, 0.9, 0.99, 1.0)
 # Beside the faults of single rows: why else rows are left out, and what is worth a look.
@@ -28,7 +30,7 @@ NOTICED = {
 
 @dataclass(frozen=True)
 class Finding:
-    """Rows that have something in common: how many, the first of them, and what is wrong with the first."""
+    """Name the rows that have something in common: how many, the first of them, and what is wrong with the first."""
 
     count: int
     rows: tuple[int, ...] = ()
@@ -37,7 +39,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Audit:
-    """What became of the rows of a dataset that are on one side of the split.
+    """Tell what became of the rows of a dataset that are on one side of the split.
 
     `read` rows are `rows` and those of `dropped`. `lengths` are quantiles (QUANTILES) in tokens, of the whole row
     (`row`) and of its parts. `limit` is the option that limits a row's length, and the limit. `prompts` are the number
@@ -56,23 +58,27 @@ class Audit:
     limit: tuple[str, int | None]
     prompts: tuple[int, str] = (0, "")
     sequences: int = 0
+    fault: str | None = None  # why the rows cannot be trained on together
     streamed: bool = False
     head: tuple[list[int], ...] = ()  # of a stream: token ids of its first pieces
 
     @property
     def dataset(self) -> str:
+        """The name of the dataset in the config."""
         return self.parts[0][0].dataset
 
     @property
     def label(self) -> str:
+        """The name of the dataset in messages: its only file or source, or its name in the config."""
         return self.parts[0][0].label if len(self.parts) == 1 else f"dataset {self.dataset!r}"
 
     @property
     def num_dropped(self) -> int:
+        """The number of rows that are left out."""
         return sum(finding.count for finding in self.dropped.values())
 
     def place(self, row: int) -> str:
-        """The file of a row and its number there, counted from 0."""
+        """Return the file of a row and its number there, counted from 0."""
         for part, size in self.parts:
             if row < size:
                 return locate(part, row)
@@ -86,11 +92,12 @@ class Audit:
             words |= rows.findings
         return words[kind].format(limit=" = ".join(map(str, self.limit)))
 
-    def problems(self, thresholds: dict[str, float | None]) -> list[str]:
-        """A message for each finding whose share of the rows is above its threshold, and where no row is left."""
+    def problems(self, thresholds: Mapping[str, float | None]) -> list[str]:
+        """Return messages: findings whose share of the rows is above the threshold, and what stops all of the rows."""
         messages = []
         for kind, finding in (self.dropped | self.noticed).items():
-            allowed, base = thresholds.get(kind), self.read if kind in self.dropped else self.rows
+            allowed = thresholds.get(kind)
+            base = self.read if kind in self.dropped else self.rows
             if self.streamed or allowed is None or finding.count <= allowed * base:
                 continue  # a stream is judged as it is read
             first, *more = map(self.place, finding.rows)
@@ -104,12 +111,25 @@ class Audit:
                 total = sum(size for _, size in self.parts)
                 why = [f"all prompts of its {total} rows are on the other side of the split; change its `heldout`"]
             messages.append(f"no row is left on the {self.split} side: {', '.join(why)}")
+        if self.fault is not None:
+            messages.append(self.fault)
         return [f"{self.label}: {message}" for message in messages]
 
     def record(self) -> dict[str, Any]:
-        """What the manifest keeps of it."""
-        found = {"dropped": self.dropped, "noticed": self.noticed}
-        counts = {name: {k: f.count for k, f in kinds.items() if f.count} for name, kinds in found.items()}
+        """Return what the manifest keeps of it."""
         number, digest = self.prompts
-        sizes = {"read": self.read, "rows": self.rows, "tokens": self.tokens}
-        return {"split": self.split, **sizes, "prompts": number, "prompts_digest": digest} | counts
+        return {
+            "split": self.split,
+            "read": self.read,
+            "rows": self.rows,
+            "tokens": self.tokens,
+            "prompts": number,
+            "prompts_digest": digest,
+            "dropped": _counts(self.dropped),
+            "noticed": _counts(self.noticed),
+        }
+
+
+def _counts(findings: dict[str, Finding]) -> dict[str, int]:
+    """Return how many rows each finding has, of those that have some."""
+    return {kind: finding.count for kind, finding in findings.items() if finding.count}

@@ -17,7 +17,8 @@ from pipeline.data.encode import special_tokens
 from pipeline.data.faults import FAULTS, Row, RowFault
 from pipeline.data.heldout import key
 from pipeline.data.joints import begins_with, eos_id
-from pipeline.data.rows import ROWS, RowKind
+from pipeline.data.row_kind import RowKind
+from pipeline.data.rows import ROWS
 from pipeline.data.tools import as_text, refuse_tools
 from pipeline.system.digests import hash64
 

@@ -1,4 +1,4 @@
-"""Chat templates: the built-in ones, files of the user's own, and a first try before any row is read."""
+"""Read chat templates, built-in ones and files of the user's own, and try one before any row is read."""
 
 import contextlib
 import signal
@@ -6,10 +6,10 @@ import threading
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError
 from jinja2.exceptions import SecurityError
+from transformers import PreTrainedTokenizerBase
 
 from pipeline.system.errors import UserError, reason_of
 
@@ -26,11 +26,11 @@ _JINJA_FILES = ("<template>", "<unknown>")
 
 
 class _TooSlow(BaseException):
-    """The time of a template's first try is over. No template can catch it."""
+    """Report that the time of a template's first try is over. No template can catch this class."""
 
 
 def read(name: str, folder: Path) -> str:
-    """The text of a built-in template by name, or of a Jinja file beside the config.
+    """Return the text of a built-in template by name, or of a Jinja file beside the config.
 
     Raises:
         UserError: if there is no such template, or its file is not UTF-8.
@@ -38,15 +38,15 @@ def read(name: str, folder: Path) -> str:
     path = TEMPLATES / f"{name}.jinja" if is_built_in(name) else folder / name
     if not path.is_file():
         known = ", ".join(built_in_names())
-        what = f"{name!r} is neither a built-in template ({known}) nor a file beside the config"
-        raise UserError(f"tokenizer.chat_template: {what}")
+        fault = f"{name!r} is neither a built-in template ({known}) nor a file beside the config"
+        raise UserError(f"tokenizer.chat_template: {fault}")
     content = path.read_bytes()
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        seen = f"expected UTF-8, got the byte 0x{content[error.start]:02x}"
-        raise UserError(f"tokenizer.chat_template: {path}, line {line}: {seen}; save the file as UTF-8") from None
+        fault = f"expected UTF-8, got the byte 0x{content[error.start]:02x}"
+        raise UserError(f"tokenizer.chat_template: {path}, line {line}: {fault}; save the file as UTF-8") from None
     return text.replace("\r\n", "\n").rstrip("\n")
 
 
@@ -58,8 +58,8 @@ def built_in_names() -> list[str]:
     return sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
 
 
-def described(template: Any) -> str:
-    """How a message names a template: `the chat template 'chatml'`, or `the chat template` where it is no built-in."""
+def described(template: object) -> str:
+    """Return a template's name for messages: `the chat template 'chatml'`, or `the chat template` if not built in."""
     for name in built_in_names():
         if isinstance(template, str) and template.endswith(read(name, TEMPLATES)):
             return f"the chat template {name!r}"
@@ -67,16 +67,18 @@ def described(template: Any) -> str:
 
 
 def code_error(error: Exception) -> str:
-    """An error that is none of jinja's own, in words."""
+    """Put an error into words that is not one of jinja's own."""
     if "no loader for this environment" in str(error):
         return "it imports or includes another file; write all of it in one file"
     reason = reason_of(error)
     name = type(error).__name__
-    return name if reason == name else f"{name}: {reason}"
+    if reason == name:
+        return name
+    return f"{name}: {reason}"
 
 
 def line_of(error: BaseException) -> str:
-    """`, line 3` where jinja knows the line of a template that an error comes from, else nothing."""
+    """Return `, line 3` if jinja knows the line of a template that an error comes from, else an empty text."""
     if isinstance(error, TemplateSyntaxError):
         return f", line {error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)
@@ -84,11 +86,11 @@ def line_of(error: BaseException) -> str:
     return f", line {lines[-1]}" if lines else ""
 
 
-def try_out(tokenizer: Any, where: str) -> None:
-    """Render two short dialogues, so that a broken template is told before any row is read.
+def try_out(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    """Render two short dialogues, so that a broken template is refused before any row is read.
 
-    `where` names the template in messages. A template may refuse these dialogues (`raise_exception`): the rows tell
-    then whether it refuses theirs.
+    `where` names the template in messages. A template may refuse these dialogues (`raise_exception`) and yet take
+    those of the rows, so that is no error here.
 
     Raises:
         UserError: if the template has an error, takes longer than SECONDS, writes more than LONGEST characters, or
@@ -97,8 +99,8 @@ def try_out(tokenizer: Any, where: str) -> None:
     try:
         with _limited(SECONDS):
             texts = [
-                tokenizer.apply_chat_template([_QUESTION], tokenize=False, add_generation_prompt=True),
-                tokenizer.apply_chat_template([_QUESTION, _ANSWER], tokenize=False),
+                str(tokenizer.apply_chat_template([_QUESTION], tokenize=False, add_generation_prompt=True)),
+                str(tokenizer.apply_chat_template([_QUESTION, _ANSWER], tokenize=False)),
             ]
     except TemplateSyntaxError as error:
         raise UserError(
@@ -109,38 +111,43 @@ def try_out(tokenizer: Any, where: str) -> None:
     except TemplateError:
         return
     except _TooSlow:
-        what = f"the chat template takes more than {SECONDS:g} s for a dialogue of two short messages"
-        raise UserError(f"{where}: {what}; look for a long loop in it, and {_MEND}") from None
+        fault = f"the chat template takes more than {SECONDS:g} s for a dialogue of two short messages"
+        raise UserError(f"{where}: {fault}; look for a long loop in it, and {_MEND}") from None
     except CODE_ERRORS as error:
         raise UserError(f"{where}{line_of(error)}: the chat template fails: {code_error(error)}; {_MEND}") from None
     longest = max(map(len, texts))
     if longest > LONGEST:
-        what = f"the chat template writes {longest:,} characters for a dialogue of two short messages"
-        raise UserError(f"{where}: {what}; expected at most {LONGEST:,}")
+        fault = f"the chat template writes {longest:,} characters for a dialogue of two short messages"
+        raise UserError(f"{where}: {fault}; expected at most {LONGEST:,}")
+    _check_nothing_lost(texts, where)
+
+
+def _check_nothing_lost(texts: list[str], where: str) -> None:
+    """Refuse a template that leaves out a message; `texts` are the question, and the question with its answer."""
     for text, messages in zip(texts, ([_QUESTION], [_QUESTION, _ANSWER]), strict=True):
         for message in messages:
             if message["content"] not in text:
-                seen = f"the chat template leaves out the message of the {message['role']}: {messages} give {text!r}"
-                raise UserError(f"{where}: {seen}; {_MEND}")
+                fault = f"the chat template leaves out the message of the {message['role']}: {messages} give {text!r}"
+                raise UserError(f"{where}: {fault}; {_MEND}")
 
 
 @contextlib.contextmanager
 def _limited(seconds: float) -> Iterator[None]:
-    """Raise _TooSlow in the block after some time of the processor, so that a process that was halted is not blamed.
+    """Raise _TooSlow in the block after some seconds of the processor's time; a process that waits uses none.
 
-    Only the main thread of a Unix process can be stopped so.
+    Only the main thread of a Unix process can be stopped in this way.
     """
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def stop(*_: Any) -> None:
+    def stop(*_: object) -> None:
         raise _TooSlow
 
     handler = signal.signal(signal.SIGVTALRM, stop)
-    left, _ = signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    timer_before, _ = signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, left)
+        signal.setitimer(signal.ITIMER_VIRTUAL, timer_before)
         signal.signal(signal.SIGVTALRM, signal.SIG_DFL if handler is None else handler)

@@ -79,9 +79,9 @@ def _turn(answer: _Answer, before: str, eos: str) -> _Turn | RowFault:
     if isinstance(text, RowFault):
         return text
     if not (head.startswith(before) and text.startswith(head)):
-        seen = f"the prompt alone is {head[-200:]!r}, with its answer {text[-300:]!r}"
+        texts = f"the prompt alone is {head[-200:]!r}, with its answer {text[-300:]!r}"
         what = "the chat template renders the prompt differently when an answer follows it"
-        return RowFault("malformed", "prompt", f"{what}: {seen}; {_MEND}")
+        return RowFault("malformed", "prompt", f"{what}: {texts}; {_MEND}")
     context = head[len(before) :]
     is_learnt = "weight" not in answer.message
     rest = text[len(head) :]

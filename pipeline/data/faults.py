@@ -1,4 +1,4 @@
-"""What can be wrong with one row, and how messages show a value."""
+"""Name what can be wrong with one row, and show values in messages."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -18,20 +18,21 @@ _LONGEST = 200  # characters of a value in a message
 
 
 class RowFault(Exception):
-    """A fault of one row: its kind (a key of FAULTS), the field, what was seen and what was expected.
+    """Report a fault of one row: its kind (a key of FAULTS), the field, what was expected and what the field holds.
 
-    `row` is what it holds nevertheless, in canonical form.
+    `row` is what the row holds nevertheless, in canonical form.
     """
 
     def __init__(self, kind: str, field: str, text: str, row: Row | None = None):
         super().__init__(f"{field}: {text}")
-        self.kind, self.row = kind, row
+        self.kind = kind
+        self.row = row
 
 
 def shown(value: Any) -> str:
-    """A value as a message shows it, cut to 200 characters; of bytes their number.
+    """Return a value as a message shows it, cut to 200 characters; of bytes their number.
 
-    What is cut is never looked at: a row may hold a file.
+    The rest is never turned into text: a row may hold a file.
     """
     text = ""
     for piece in _pieces(value):
@@ -42,7 +43,7 @@ def shown(value: Any) -> str:
 
 
 def _pieces(value: Any) -> Iterator[str]:
-    """The text of a value, a piece after another; of a long text the start."""
+    """Yield the text of a value piece by piece; of a long text the start."""
     if isinstance(value, str):
         yield repr(value[: _LONGEST + 1])
     elif isinstance(value, (bytes, bytearray)):
@@ -64,7 +65,11 @@ def _pieces(value: Any) -> Iterator[str]:
 
 
 def text_of(row: Row, field: str) -> str:
-    """A field that must hold text that is not blank."""
+    """Return the text in a field.
+
+    Raises:
+        RowFault: if the field holds no text, or a blank one.
+    """
     value = row.get(field)
     if not isinstance(value, str):
         raise RowFault("malformed", field, f"expected text, got {shown(value)}")

@@ -1,4 +1,4 @@
-"""The formats people's rows come in: told by their columns, and what a stage can have of each."""
+"""Tell the format of rows by their columns, and which columns each format needs."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -7,7 +7,8 @@ from pipeline.data import media, tools
 from pipeline.data.faults import Row
 
 _SHP = {"history", "human_ref_A", "human_ref_B", "labels"}
-QUESTIONS, ANSWERS = ("prompt", "question", "instruction"), ("completions", "answers")
+QUESTIONS = ("prompt", "question", "instruction")
+ANSWERS = ("completions", "answers")
 LABELS = ("label", "kto_tag")
 # LLaMA-Factory's names for the two whole dialogues of a comparison.
 SIDES = {"chosen_messages": "chosen", "rejected_messages": "rejected"}
@@ -36,7 +37,7 @@ _EXPECTED = (
 
 
 def detect(row: Row) -> str:
-    """The format of a dataset, told by the columns of its first row, and where they leave it open by its values.
+    """Return the format of a dataset, told by the columns of its first row, and where they leave it open by its values.
 
     Raises:
         ValueError: if no format has these columns.
@@ -49,12 +50,12 @@ def detect(row: Row) -> str:
     if columns >= set(SIDES):
         return "comparison"
     if {"chosen", "rejected"} <= columns:
-        said = isinstance(row["chosen"], str) and any(is_dialogue(row.get(name)) for name in ("prompt", "chosen"))
-        return "hh" if said else "comparison"
+        has_dialogue = is_dialogue(row.get("prompt")) or is_dialogue(row["chosen"])
+        return "hh" if has_dialogue and isinstance(row["chosen"], str) else "comparison"
     if columns >= _SHP or (first(row, QUESTIONS) and first(row, ANSWERS)):
         return "scored"
-    if found := demonstration(row):
-        return found
+    if shape := demonstration(row):
+        return shape
     if "prompt" in columns:
         return "hh" if is_dialogue(row["prompt"]) else "prompt"
     if "text" in columns:
@@ -63,29 +64,41 @@ def detect(row: Row) -> str:
 
 
 def demonstration(row: Row) -> str | None:
-    """The format of a row's demonstration, told by its columns."""
-    needs = {"sharegpt": {"conversations"}, "messages": {"messages"}, "alpaca": {"instruction", "output"}}
-    needs["prompt_completion"] = {"prompt", "completion"}
-    found = next((shape for shape, needed in needs.items() if needed <= row.keys()), None)
-    return "hh" if found == "prompt_completion" and is_dialogue(row["prompt"]) else found
+    """Return the format of a row's demonstration, told by its columns."""
+    columns = row.keys()
+    if "conversations" in columns:
+        return "sharegpt"
+    if "messages" in columns:
+        return "messages"
+    if columns >= {"instruction", "output"}:
+        return "alpaca"
+    if columns >= {"prompt", "completion"}:
+        return "hh" if is_dialogue(row["prompt"]) else "prompt_completion"
+    return None
 
 
 def label_of(value: Any) -> bool | None:
-    """True or false, also as 1 and 0 or as text, as tables have them; None for anything else."""
-    said = value.strip().lower() if isinstance(value, str) else value if isinstance(value, (bool, int)) else None
-    return {"true": True, "false": False, "1": True, "0": False, 1: True, 0: False}.get(said)
+    """Return true or false, also from 1 and 0 or from text, as tables have them; None for anything else."""
+    if isinstance(value, str):
+        return {"true": True, "false": False, "1": True, "0": False}.get(value.strip().lower())
+    if isinstance(value, int):  # a bool is one too
+        return {1: True, 0: False}.get(value)
+    return None
 
 
 def is_dialogue(value: Any) -> bool:
+    """Tell whether a value is a dialogue as one string, as in HH-RLHF."""
     return isinstance(value, str) and value.lstrip().startswith("Human:")
 
 
 def missing(shape: str, columns: Iterable[str]) -> str:
-    """The columns that a format needs and a dataset does not have, in words; empty if it has them."""
-    columns, needs = set(columns), _NEEDS[shape]
-    return "" if any(needed <= columns for needed in needs) else " or ".join(" + ".join(sorted(n)) for n in needs)
+    """Return the columns that a format needs and a dataset does not have, in words; empty if it has them."""
+    needs = _NEEDS[shape]
+    if any(needed <= set(columns) for needed in needs):
+        return ""
+    return " or ".join(" + ".join(sorted(needed)) for needed in needs)
 
 
 def first(row: Row, names: Iterable[str]) -> str | None:
-    """The first of several fields that a row has."""
+    """Return the first of several fields that a row has."""
     return next((name for name in names if row.get(name) is not None), None)

@@ -36,6 +36,13 @@ def eos_id(tokenizer: PreTrainedTokenizerFast) -> int:
     return eos
 
 
+def pad_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Return the id of the token that rows of a batch are padded with. The run's tokenizer always has one."""
+    pad = tokenizer.pad_token_id
+    assert isinstance(pad, int)
+    return pad
+
+
 def eos_text(tokenizer: PreTrainedTokenizerFast) -> str:
     """Return the text of the token that ends what the assistant says."""
     eos = tokenizer.eos_token

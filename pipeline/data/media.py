@@ -1,4 +1,4 @@
-"""Images, audio and video: nothing here reads them, so a row that has some is at fault and never half a row."""
+"""Refuse rows with images, audio or video: nothing here reads them, and half a row would be worse than none."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -36,7 +36,7 @@ def refuse_part(part: Any, field: str) -> None:
 
 
 def _is_empty(value: Any) -> bool:
-    """Whether a value holds nothing, at any depth: tables have every key in every row."""
+    """Tell whether a value holds nothing, at any depth: tables have every key in every row."""
     if isinstance(value, Mapping):
         return all(map(_is_empty, value.values()))
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""Values of a row as messages: what was said by whom, in turn; anything else is a fault of that row."""
+"""Read a value of a row as messages: who says what, in turn; anything else is a fault of that row."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,13 +15,18 @@ WEIGHTS = ("weight", "loss_weight")  # OpenAI's name and LLaMA-Factory's
 
 
 def messages_of(row: Row, field: str, role: str | None = None) -> Messages:
-    """A field as messages: a string becomes one message of `role`; lists and ShareGPT turns are checked."""
+    """Return a field as messages: a string becomes one message of `role`; lists and ShareGPT turns are checked.
+
+    Raises:
+        RowFault: if the field holds anything else.
+    """
     value = row.get(field)
     if isinstance(value, str) and role:
         return [{"role": role, "content": text_of(row, field)}]
     turns = [value] if isinstance(value, Mapping) else value
     if not isinstance(turns, list):
-        raise RowFault("malformed", field, f"expected {'text or ' if role else ''}messages, got {shown(value)}")
+        expected = "text or messages" if role else "messages"
+        raise RowFault("malformed", field, f"expected {expected}, got {shown(value)}")
     if not turns:
         raise RowFault("empty", field, "has no messages")
     messages: Messages = []
@@ -36,15 +41,19 @@ def messages_of(row: Row, field: str, role: str | None = None) -> Messages:
 
 
 def _can_join(before: Message, calls: Message) -> bool:
-    """Whether a turn of calls belongs to the assistant's message before it, as text and calls of one message."""
+    """Tell whether a turn of calls belongs to the assistant's message before it, as text and calls of one message."""
     return before["role"] == "assistant" and before.get("weight") == calls.get("weight")
 
 
-def _speaker(turn: Any) -> Any:
-    return (turn.get("role") or turn.get("from")) if isinstance(turn, Mapping) else None
+def _speaker(turn: object) -> Any:
+    """Return what a turn holds in the place of its speaker; None if there is nothing."""
+    if not isinstance(turn, Mapping):
+        return None
+    return turn.get("role") or turn.get("from")
 
 
 def _message(turn: Any, field: str) -> Message:
+    """Return one turn as a message: its role in our words, its text, the calls of tools in it."""
     speaker = _speaker(turn)
     unexpected = RowFault("malformed", field, f"expected messages with a role and text, got {shown(turn)}")
     if not isinstance(speaker, str) or speaker not in ROLES:
@@ -70,7 +79,7 @@ def _message(turn: Any, field: str) -> Message:
 
 
 def _content(turn: Mapping[str, Any], speaker: str, field: str) -> tuple[Any, list[Row]]:
-    """The text of a turn, None or anything unexpected where it has none; and the tools it calls."""
+    """Return the content of a turn, which is text if nothing is wrong, and the calls of tools."""
     content = next((turn[name] for name in ("content", "value") if turn.get(name) is not None), None)
     calls: list[Row] = []
     if speaker in tools.CALLERS:
@@ -86,11 +95,16 @@ def _content(turn: Mapping[str, Any], speaker: str, field: str) -> tuple[Any, li
 
 
 def _joined(parts: list[Mapping[str, Any]], field: str) -> tuple[str | None, list[Row]]:
-    """Parts of a content: text, under `text` or `value`, and calls of tools."""
+    """Join the parts of a content: text, under `text` or `value`, and calls of tools.
+
+    The text is None if a part is of no kind that is known.
+    """
     texts: list[str] = []
     calls: list[Row] = []
     for part in parts:
-        value = part.get("text") if part.get("text") is not None else part.get("value")
+        value = part.get("text")
+        if value is None:
+            value = part.get("value")
         if part.get("type") == "tool_call":
             calls += tools.calls_of(value, field)
         elif part.get("type") != "text":
@@ -104,7 +118,7 @@ def _joined(parts: list[Mapping[str, Any]], field: str) -> tuple[str | None, lis
 
 
 def _weight(turn: Mapping[str, Any], role: str, field: str) -> dict[str, int]:
-    """`weight: 0` of a message of the assistant that is not to be learnt from; 1 says nothing."""
+    """Return `weight: 0` for a message of the assistant that is not learnt; a weight of 1 is left out."""
     weights = [turn[name] for name in WEIGHTS if turn.get(name) is not None]
     if role != "assistant":
         if turn.get("loss_weight"):
@@ -116,26 +130,29 @@ def _weight(turn: Mapping[str, Any], role: str, field: str) -> dict[str, int]:
 
 
 def without_weights(messages: Messages) -> Messages:
+    """Return the messages as templates and prompts have them: whether one is learnt does not count."""
     return [{key: value for key, value in message.items() if key != "weight"} for message in messages]
 
 
 def check_order(messages: Messages, field: str) -> None:
-    """User and assistant take turns, a system message comes first or not at all.
+    """Refuse messages unless user and assistant take turns and a system message comes first or not at all.
 
-    What tools gave takes the user's turn, as one turn where several calls were made at once.
+    Results of tools take the user's turn. Several results in a row are one turn.
     """
     roles = [message["role"] for message in messages]
     turns: list[str] = []
     for role in roles[1:] if roles[:1] == ["system"] else roles:
         if role != "tool" or turns[-1:] != ["tool"]:
             turns.append(role)
-    in_turn = all(role == "assistant" if i % 2 else role in ("user", "tool") for i, role in enumerate(turns))
-    if not in_turn or turns[:1] == ["tool"]:
+    questions = turns[::2]
+    answers = turns[1::2]
+    are_in_turn = set(questions) <= {"user", "tool"} and set(answers) <= {"assistant"}
+    if not are_in_turn or turns[:1] == ["tool"]:
         raise RowFault("roles", field, f"expected user and assistant in turn, a system message first, got {roles}")
 
 
 def ends_with_user(messages: Messages, field: str = "prompt") -> Messages:
-    """Messages that are in order and can be a prompt: the user's, or what a tool gave, comes last."""
+    """Return messages that are in order and can be a prompt: the user's message, or a tool's result, comes last."""
     check_order(messages, field)
     if messages[-1]["role"] not in ("user", "tool"):
         raise RowFault("roles", field, f"expected it to end with a user's message, got {shown(messages[-1])}")
@@ -143,17 +160,17 @@ def ends_with_user(messages: Messages, field: str = "prompt") -> Messages:
 
 
 def dialogue(messages: Messages, field: str) -> Row:
-    """A dialogue that ends with the assistant, as prompt and completion.
+    """Return a dialogue that ends with the assistant, as prompt and completion.
 
-    It ends with the last message that is to be learnt from: what comes later has no part in anything. Where no message
-    is, it is whole, and `unlearnt` is the field: it can be a prompt and no demonstration.
+    The completion is the last message that is learnt; later messages are left out. If no message is learnt, the
+    dialogue stays whole, and `unlearnt` names its field: its prompt can be used, but there is nothing to demonstrate.
     """
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         roles = [message["role"] for message in messages]
         raise RowFault("roles", field, f"expected the last two to be user and assistant, got {roles}")
     ends_with_user(messages[:-1], field)
-    learnt = [i for i, m in enumerate(messages) if m["role"] == "assistant" and "weight" not in m]
+    learnt = [i for i, message in enumerate(messages) if message["role"] == "assistant" and "weight" not in message]
     if not learnt:
         return {"prompt": messages[:-1], "completion": tools.answer_of(messages[-1]), "unlearnt": field}
-    prompt = messages[: learnt[-1]]
-    return {"prompt": prompt, "completion": tools.answer_of(messages[learnt[-1]])}
+    last = learnt[-1]
+    return {"prompt": messages[:last], "completion": tools.answer_of(messages[last])}

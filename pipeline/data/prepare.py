@@ -15,12 +15,13 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline.config import graph
 from pipeline.config.requests import Request, RunData
-from pipeline.data import heldout, sources
+from pipeline.data import fingerprints, heldout, places, sources
 from pipeline.data.audit import Audit
 from pipeline.data.batches import NO_KEY, PromptKeys, TokenIds
 from pipeline.data.formats import FIELDS, detect, missing
 from pipeline.data.places import Part
-from pipeline.data.rows import ROWS, RowKind, serves
+from pipeline.data.row_kind import RowKind
+from pipeline.data.rows import ROWS, serves
 from pipeline.data.sieve import Sieve, audit_of, column, repeats, row_lengths, weighted
 from pipeline.system.cache import cache_folder
 from pipeline.system.digests import digest, file_digest
@@ -58,7 +59,7 @@ class Datasets:
 
     def find(self, dataset: str) -> list[Part]:
         """Return the sources of a dataset."""
-        return sources.find(dataset, self.data.sections[dataset], self.data.folder)
+        return places.find(dataset, self.data.sections[dataset], self.data.folder)
 
     def evaluated_elsewhere(self, dataset: str) -> np.ndarray:
         """Return the sorted keys of the prompts that other datasets are evaluated on; no stage may train on them."""
@@ -157,11 +158,11 @@ def shape_of(part: Part, rows: Dataset | IterableDataset) -> str:
 def check_serves(part: Part, shape: str, columns: list[str], want: str) -> None:
     """Refuse a dataset whose format cannot give what a stage wants, or that does not have its format's columns."""
     if lacking := missing(shape, columns):
-        seen = f"has the columns {', '.join(columns)}; format {shape} needs {lacking}"
-        raise UserError(f"{part.label}: {seen}; name another `format`, or map the columns with `columns:`")
+        columns_there = f"has the columns {', '.join(columns)}; format {shape} needs {lacking}"
+        raise UserError(f"{part.label}: {columns_there}; name another `format`, or map the columns with `columns:`")
     if want not in serves(shape, columns):
-        seen = f"holds {shape} rows (columns {', '.join(columns)}), expected {want}"
-        raise UserError(f"{part.label}: {seen}; name another dataset, or map its columns with `columns:`")
+        rows_there = f"holds {shape} rows (columns {', '.join(columns)}), expected {want}"
+        raise UserError(f"{part.label}: {rows_there}; name another dataset, or map its columns with `columns:`")
 
 
 def _through_arrow(part: Part, raw: Dataset, step: PromptKeys | TokenIds, settings: list[str | int | None]) -> Dataset:
@@ -169,7 +170,7 @@ def _through_arrow(part: Part, raw: Dataset, step: PromptKeys | TokenIds, settin
 
     `settings` are what the step's result depends on beside the rows.
     """
-    name = digest([sources.fingerprint(part), type(step).__name__, settings, CODE])[:32]
+    name = digest([fingerprints.of_source(part), type(step).__name__, settings, CODE])[:32]
     cache = cache_folder() / name
     cache.mkdir(parents=True, exist_ok=True)
     raw = raw.select_columns([column for column in raw.column_names if column in FIELDS])

@@ -1,4 +1,4 @@
-"""What surrounds the datasets library while it reads: how JSON is parsed, what it may print, how its media are kept."""
+"""Set how the datasets library reads: how it parses JSON, what it may print, how it keeps images, audio and video."""
 
 import contextlib
 import dataclasses
@@ -14,7 +14,7 @@ import pyarrow.json
 from datasets import Dataset, IterableDataset, LargeList, List
 from datasets.packaged_modules.json import json as json_module
 
-# Of what files of JSON become; another one is read anew, not from the library's cache.
+# What becomes of files of JSON, in words. With another text they are read anew, not from the library's cache.
 VERSION = "dates are text, null is null"
 # A line that begins with `null`; pyarrow crashes where a block of lines begins with one.
 _NULL_LINE = re.compile(rb"(?m)^([ \t\r]*)null")
@@ -24,7 +24,7 @@ _OTHER_LINE = re.compile(rb"(?m)^[ \t\r]*(?:[^\s{n]|n(?!ull))")
 
 
 class _Json:
-    """pyarrow.json as the datasets library uses it, with two differences.
+    """Stand in for pyarrow.json in the datasets library, with two differences.
 
     A line that is `null` becomes a row without values; within a value that goes over several lines it stays null.
     What looks like a date stays text.
@@ -50,7 +50,7 @@ class _Json:
 
 
 def _without_dates(kind: pa.DataType) -> pa.DataType:
-    """A type with text in the place of dates and times, at any depth."""
+    """Return a type with text in the place of dates and times, at any depth."""
     if pa.types.is_temporal(kind):
         return pa.string()
     if pa.types.is_struct(kind):
@@ -61,14 +61,14 @@ def _without_dates(kind: pa.DataType) -> pa.DataType:
 
 
 def use_our_json() -> None:
-    """Let the datasets library parse JSON as above, from now on: a stream is read long after it was opened."""
+    """Let the datasets library parse JSON with _Json from now on: a stream is read long after it was opened."""
     if not isinstance(json_module.paj, _Json):
         json_module.paj = _Json()
 
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """Let the datasets library log nothing: its errors come to us as exceptions, and are told once."""
+    """Let the datasets library log nothing: its errors come to us as exceptions, and our message says them once."""
     logger = logging.getLogger("datasets")
     level = logger.level
     logger.setLevel(logging.CRITICAL + 1)
@@ -79,7 +79,7 @@ def silence() -> Iterator[None]:
 
 
 def without_decoding(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """Rows whose images, audio and video stay as they are stored: nothing here looks at them."""
+    """Return the rows with images, audio and video as they are stored: nothing here looks at them."""
     for column, feature in (rows.features or {}).items():
         stored = _undecoded(feature)
         if stored != feature:
@@ -87,7 +87,7 @@ def without_decoding(rows: Dataset | IterableDataset) -> Dataset | IterableDatas
     return rows
 
 
-def _undecoded(feature: Any) -> Any:
+def _undecoded(feature: Any) -> Any:  # features are dictionaries and lists of features, which have no common class
     if isinstance(feature, dict):
         return {name: _undecoded(inner) for name, inner in feature.items()}
     if isinstance(feature, (List, LargeList)):

@@ -4,10 +4,9 @@ Nothing else compares the names of kinds. A new kind is a class here and its pla
 becomes one, its token ids, what is measured of it, where it may be cut, and how it is shown.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from itertools import groupby
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from datasets import List, Value
@@ -17,89 +16,12 @@ from pipeline.data import media
 from pipeline.data.convert import to_messages
 from pipeline.data.encode import encode_answers, encode_demonstrations, encode_prompts, encode_texts, last_answer
 from pipeline.data.faults import Row, RowFault, shown, text_of
-from pipeline.data.messages import without_weights
+from pipeline.data.messages import Messages, without_weights
+from pipeline.data.row_kind import Parts, RowKind, cut_prompt
 from pipeline.data.tools import as_text
 
 _IDS = List(Value("int32"))
 _BITS = List(Value("int8"))
-# What people see of a row: (the name of a part, its pieces). A piece is ids or text, and whether it is trained on.
-Parts = list[tuple[str, list[tuple[list[int] | str, bool]]]]
-
-
-class RowKind(ABC):
-    """One kind of row: from a row of some format to token ids.
-
-    `name`: as in `config/stage_types.py`.
-    `columns`: the columns of token ids, and their types in Arrow.
-    `extras`: columns that stay beside the token ids, and their types.
-    `sides`: the fields of a canonical row that answer its prompt; or the text.
-    `lengths`: what is measured in tokens, beside the whole row.
-    `findings`: what only rows of this kind can have in common, in words, by the finding's name; see `find`.
-    """
-
-    name: ClassVar[str]
-    columns: ClassVar[Mapping[str, List]]
-    extras: ClassVar[Mapping[str, Value | List]] = {}
-    sides: ClassVar[tuple[str, ...]] = ()
-    lengths: ClassVar[tuple[str, ...]]
-    findings: ClassVar[Mapping[str, str]] = {}
-
-    @abstractmethod
-    def is_served_by(self, shape: str, columns: set[str]) -> bool:
-        """Tell whether rows of a format with these columns can become rows of this kind."""
-
-    @abstractmethod
-    def convert(self, row: Row, shape: str) -> Row:
-        """Return a row of a format in canonical form, with what this kind reads of it.
-
-        Raises:
-            RowFault: if the row does not fit.
-        """
-
-    @abstractmethod
-    def encode(self, tokenizer: PreTrainedTokenizerFast, rows: list[Row]) -> list[Row | RowFault]:
-        """Return of each canonical row the `columns` and the `extras`, or what is wrong with it."""
-
-    @abstractmethod
-    def measure(self, ids: Row) -> dict[str, int]:
-        """Return the `lengths` of a tokenised row."""
-
-    def whole(self, lengths: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Return the lengths of whole rows, from those of their parts."""
-        return np.sum([lengths[name] for name in self.lengths], axis=0)
-
-    def marks(self, row: Row) -> list[str]:
-        """Return what makes a canonical row another one than a row with the same texts."""
-        return []
-
-    def ends_early(self, row: Row, ids: Row, eos: int) -> bool:
-        """Tell whether an answer has eos anywhere but at its end, or not there."""
-        return False
-
-    def truncate(self, ids: Row, start: int, max_length: int) -> int:
-        """Cut a prompt that does not fit, after its first `start` tokens (its BOS); return how many tokens are cut."""
-        return 0
-
-    def find(self, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Return for each of the `findings` which rows have it; `rows` has the lengths and the extras, by name."""
-        return {}
-
-    @abstractmethod
-    def parts(self, row: Row, trains_on: tuple[str, ...], masked: bool) -> Parts:
-        """Return what people see of a tokenised row.
-
-        A row with a mask is trained on where it has 1, or everywhere if the stage takes no mask (`masked`). Of others
-        the columns `trains_on` are trained on.
-        """
-
-
-def _cut(ids: Row, columns: Iterable[str], start: int, prompt: int, over: int) -> int:
-    """Cut `over` tokens from prompts of `prompt` tokens, after the first `start`; 0 where they have not as many."""
-    if over <= 0 or over >= prompt - start:
-        return 0
-    for column in columns:
-        ids[column] = ids[column][:start] + ids[column][start + over :]
-    return over
 
 
 class Text(RowKind):
@@ -173,7 +95,7 @@ class Demonstration(RowKind):
     def truncate(self, ids: Row, start: int, max_length: int) -> int:
         over = len(ids["input_ids"]) - max_length
         prompt = last_answer(ids["completion_mask"])  # the last answer stays whole
-        return _cut(ids, self.columns, start, prompt, over)
+        return cut_prompt(ids, self.columns, start, prompt, over)
 
     def parts(self, row: Row, trains_on: tuple[str, ...], masked: bool) -> Parts:
         if not masked:
@@ -205,7 +127,7 @@ class Answers(RowKind):
     def truncate(self, ids: Row, start: int, max_length: int) -> int:
         prompt = len(ids["prompt_ids"])
         longest = max((len(ids[f"{side}_ids"]) for side in self.sides), default=0)
-        return _cut(ids, ["prompt_ids"], start, prompt, prompt + longest - max_length)
+        return cut_prompt(ids, ["prompt_ids"], start, prompt, prompt + longest - max_length)
 
     def parts(self, row: Row, trains_on: tuple[str, ...], masked: bool) -> Parts:
         return [(column.removesuffix("_ids"), [(row[column], column in trains_on)]) for column in self.columns]
@@ -266,7 +188,7 @@ class Prompt(Answers):
         ]
 
 
-def _texts_of(prompt: list[dict[str, Any]]) -> list[dict[str, str]]:
+def _texts_of(prompt: Messages) -> list[dict[str, str]]:
     """Return a prompt as reports and judges see it: who said what, calls of tools as JSON."""
     return [{"role": message["role"], "content": as_text(message)} for message in prompt]
 

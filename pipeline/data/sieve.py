@@ -6,11 +6,12 @@ import itertools
 import numpy as np
 from datasets import Dataset, Value
 
+from pipeline.config.graph import TRAIN
 from pipeline.config.requests import Request
 from pipeline.data.audit import QUANTILES, Audit, Finding
 from pipeline.data.batches import FAULT_KINDS, NOTICED
 from pipeline.data.places import Part
-from pipeline.data.rows import RowKind
+from pipeline.data.row_kind import RowKind
 
 NUM_NAMED = 5  # rows named per finding
 
@@ -87,6 +88,10 @@ def audit_of(
         for name, values in lengths.items():
             quantiles[name] = np.quantile(values[kept], QUANTILES, method="higher").tolist()
     keys = np.unique(column(rows, "_key")[kept])
+    noticed = _findings(rows, _noticed(rows, kind, lengths, kept))
+    fault = None
+    if request.split == TRAIN and kept.any():
+        fault = kind.fault_of_all(int(kept.sum()), {name: noticed[name].count for name in kind.findings})
     return Audit(
         parts=tuple(zip(parts, sizes, strict=True)),
         split=request.split,
@@ -94,11 +99,12 @@ def audit_of(
         rows=int(kept.sum()),
         tokens=sum(int(column(rows, f"_{name}")[kept].sum()) for name in kind.lengths),
         dropped=_findings(rows, sieve.dropped),
-        noticed=_findings(rows, _noticed(rows, kind, lengths, kept)),
+        noticed=noticed,
         lengths=quantiles,
         limit=(request.length_option, request.max_length),
         prompts=(len(keys), hashlib.sha256(keys.tobytes()).hexdigest()),
         sequences=sequences,
+        fault=fault,
     )
 
 

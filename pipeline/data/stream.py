@@ -1,4 +1,4 @@
-"""Raw text of any size, read as it is trained on: shuffled block by block, packed, resumable at the exact piece.
+"""Read raw text of any size as it is trained on: shuffled block by block, packed, resumable at the exact piece.
 
 A block is `shuffle_buffer` documents in the order of the files. It is shuffled by itself, tokenised, joined with eos
 between documents and cut into pieces of `max_length` tokens; what is left at its end is a shorter piece, so no token is
@@ -8,29 +8,26 @@ the pieces of it that were used are passed over.
 
 import dataclasses
 import itertools
-import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate import PartialState
 from datasets import IterableDataset, concatenate_datasets, interleave_datasets
-from transformers import TrainerCallback
 
 from pipeline.config import graph
 from pipeline.data import heldout, sources
 from pipeline.data.audit import DROPPED, Audit, Finding
 from pipeline.data.encode import encode_texts
-from pipeline.data.faults import RowFault
+from pipeline.data.faults import Row, RowFault
 from pipeline.data.media import MEDIA
+from pipeline.data.places import Part
 from pipeline.data.prepare import Datasets, check_serves, shape_of
 from pipeline.data.rows import ROWS
+from pipeline.data.unreadable import readable
 from pipeline.system.errors import UserError
 
-STATE = "stream.json"
 TEXT = ROWS["text"]
 NUM_SHOWN = 64  # pieces that can be looked at before a run
 NUM_JUDGED = 1000  # documents before a share of them is held against its threshold
@@ -49,7 +46,7 @@ class Block:
 
 
 class TextStream:
-    """The pieces of a dataset's documents, pass after pass, without end."""
+    """Read the pieces of a dataset's documents, pass after pass, without end; `Bookmark` knows where training is."""
 
     def __init__(self, datasets: Datasets, name: str, max_length: int, seed: int):
         assert datasets.tokenizer is not None
@@ -60,34 +57,17 @@ class TextStream:
         self.seed = seed
         self.parts = datasets.find(name)
         self.excluded = datasets.evaluated_elsewhere(name)
-        self.first_piece, self.ended = 0, False
-        self._blocks = [Block()]  # that hold the pieces not trained on yet, and those read after them
-        self._last = Block()
         self._why: dict[str, str] = {}  # the first fault of each kind
 
-    def dataset(self) -> IterableDataset:
-        """The pieces in the form that TRL takes: rows of `input_ids`."""
-        return IterableDataset.from_generator(self._pieces)
-
-    def _pieces(self) -> Iterator[dict[str, list[int]]]:
-        if self.ended:
-            return
-        first, self._blocks = self._block_of(self.first_piece), []
-        for block, pieces in self.blocks(first):
-            self._last = block
-            if pieces:
-                self._blocks.append(block)
-            start = max(0, self.first_piece - block.piece)
-            yield from ({"input_ids": ids} for ids in pieces[start:])
-
     def blocks(self, block: Block) -> Iterator[tuple[Block, list[list[int]]]]:
-        """Every block from a given one on, with its pieces.
+        """Yield every block from `block` on, with its pieces.
 
         Raises:
             UserError: if too many documents cannot be used, or none can.
         """
         while True:
-            reader, start = self._reader(block), block
+            start = block
+            reader = self._reader(block)
             documents = iter(reader)
             while rows := self._read(documents):
                 pieces, dropped = self._cut(rows, block)
@@ -108,7 +88,7 @@ class TextStream:
             block = dataclasses.replace(block, epoch=block.epoch + 1, number=0, reader=None)
 
     def look(self) -> Audit:
-        """What its first block holds."""
+        """Return the account of its first block."""
         blocks = self.blocks(Block())
         _, pieces = next(blocks)
         after, _ = next(blocks)
@@ -128,114 +108,68 @@ class TextStream:
         )
 
     def _reader(self, block: Block) -> IterableDataset:
-        """The documents of all sources in order, or mixed by their weights; going on from a block's beginning."""
-        read = [self._source(part) for part in self.parts]
-        weights = [part.spec.weight for part in self.parts]
-        if len(read) == 1:
-            reader = read[0]
-        elif None in weights:
-            reader = concatenate_datasets(read)
+        """Return the documents of all sources in order, or mixed by their weights, from a block's beginning on."""
+        sources_read = [self._source(part) for part in self.parts]
+        weights = [part.spec.weight for part in self.parts if part.spec.weight is not None]
+        if len(sources_read) == 1:
+            reader = sources_read[0]
+        elif len(weights) < len(sources_read):
+            reader = concatenate_datasets(sources_read)
         else:
             shares = [weight / sum(weights) for weight in weights]
             # Sources that end begin again until all were read through.
             seed = self.seed + block.epoch
-            reader = interleave_datasets(read, shares, seed=seed, stopping_strategy="all_exhausted")
+            reader = interleave_datasets(sources_read, shares, seed=seed, stopping_strategy="all_exhausted")
+        assert isinstance(reader, IterableDataset)
         if block.reader is not None:
             reader.load_state_dict(block.reader)
         return reader
 
-    def _source(self, part: sources.Part) -> IterableDataset:
+    def _source(self, part: Part) -> IterableDataset:
+        """Return the documents of one source: the columns of text, and of what must not be beside it."""
         rows = sources.load(part, streaming=True)
         columns = sources.column_names(part, rows)
         shape = shape_of(part, rows)
         check_serves(part, shape, columns, TEXT.name)
         return rows.select_columns([name for name in columns if name in ("text", *MEDIA)])
 
-    def _cut(self, rows: list[dict[str, Any]], block: Block) -> tuple[list[list[int]], Counter[str]]:
-        """The pieces of a block's documents, and the number of those left out by reason."""
-        documents, dropped = [], Counter()
+    def _cut(self, rows: list[Row], block: Block) -> tuple[list[list[int]], Counter[str]]:
+        """Return the pieces of a block's documents, and the number of those left out by reason."""
+        documents: list[str] = []
+        dropped: Counter[str] = Counter()
         for row in rows:
             try:
                 document = TEXT.convert(row, "text")
                 if len(self.excluded) and _contains(self.excluded, heldout.key(document)):
                     raise RowFault("held_out", "text", "is a text that another dataset is evaluated on")
-                documents.append(document)
+                documents.append(document["text"])
             except RowFault as fault:
                 dropped[fault.kind] += 1
                 self._why.setdefault(fault.kind, str(fault))
-        seen = block.documents + len(rows)
-        if seen >= NUM_JUDGED:
-            self._judge(seen, Counter(block.dropped) + dropped)
+        num_documents = block.documents + len(rows)
+        if num_documents >= NUM_JUDGED:
+            self._judge(num_documents, Counter(block.dropped) + dropped)
         order = np.random.default_rng([self.seed, block.epoch, block.number]).permutation(len(documents))
-        encoded = encode_texts(self.tokenizer, [documents[i]["text"] for i in order])
+        encoded = encode_texts(self.tokenizer, [documents[i] for i in order])
         ids = list(itertools.chain.from_iterable(encoded))
         return [ids[i : i + self.max_length] for i in range(0, len(ids), self.max_length)], dropped
 
-    def _read(self, documents: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
-        with sources.readable(self.parts[0]):
+    def _read(self, documents: Iterator[Row]) -> list[Row]:
+        """Return the documents of the next block; an empty list at the end of a pass."""
+        with readable(self.parts[0]):
             return list(itertools.islice(documents, self.num_in_block))
 
-    def _judge(self, seen: int, dropped: dict[str, int]) -> None:
+    def _judge(self, num_documents: int, dropped: Mapping[str, int]) -> None:
+        """Refuse the dataset where a share of its first documents that cannot be used is above its threshold."""
         for kind, count in dropped.items():
             allowed = self.thresholds.get(kind)
-            if allowed is not None and count > allowed * seen:
-                share = f"{count} of the first {seen} documents {DROPPED[kind]}; `checks.{kind}` allows {allowed:.2%}"
-                raise UserError(
-                    f"{self.parts[0].label}: {share}. The first: {self._why.get(kind, 'before the resume')}"
-                )
-
-    def _block_of(self, piece: int) -> Block:
-        """The block that a piece is in, or the last one before it."""
-        return max((block for block in self._blocks if block.piece <= piece), key=lambda block: block.piece)
-
-    def state(self, piece: int) -> dict[str, Any]:
-        """What `resume` needs to go on with a piece."""
-        return {"piece": piece, "block": dataclasses.asdict(self._block_of(piece))}
-
-    def forget(self, piece: int) -> None:
-        """Forget the blocks before a piece, which nothing will ask for again."""
-        kept = self._blocks.index(self._block_of(piece))
-        del self._blocks[:kept]
-
-    def resume(self, state: dict[str, Any]) -> None:
-        """Go on with the piece of a `state`."""
-        self.first_piece = state["piece"]
-        self._blocks = [Block(**state["block"])]
-
-    def record(self) -> dict[str, Any]:
-        """What the manifest keeps of it: the documents read up to the last block, and those left out."""
-        last = self._last
-        return {"split": graph.TRAIN, "streamed": True, "read": last.documents, "dropped": last.dropped}
+            if allowed is not None and count > allowed * num_documents:
+                share = f"{count} of the first {num_documents} documents {DROPPED[kind]}"
+                limit = f"`checks.{kind}` allows {allowed:.2%}"
+                first = self._why.get(kind, "before the resume")
+                raise UserError(f"{self.parts[0].label}: {share}; {limit}. The first: {first}")
 
 
 def _contains(sorted_keys: np.ndarray, key: int) -> bool:
-    place = np.searchsorted(sorted_keys, np.uint64(key))
-    return place < len(sorted_keys) and sorted_keys[place] == np.uint64(key)
-
-
-class KeepPlace(TrainerCallback):
-    """Saves with every checkpoint which piece comes next, and goes on there."""
-
-    def __init__(self, stream: TextStream):
-        self.stream = stream
-        self.first_step = 0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.first_step = state.global_step
-        if state.global_step:
-            path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE
-            self.stream.resume(json.loads(path.read_text(encoding="utf-8")))
-        self.stream.ended = state.global_step >= args.max_steps  # or the trainer would make one step more
-
-    def _piece(self, args: Any, state: Any) -> int:
-        """The piece that is trained on next. Every process passes over those of the others."""
-        per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return self.stream.first_piece + (state.global_step - self.first_step) * per_step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.stream.forget(self._piece(args, state))
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if PartialState().is_main_process:
-            path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE
-            path.write_text(json.dumps(self.stream.state(self._piece(args, state))), encoding="utf-8")
+    place = int(np.searchsorted(sorted_keys, np.uint64(key)))
+    return place < len(sorted_keys) and bool(sorted_keys[place] == np.uint64(key))

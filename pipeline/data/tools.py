@@ -1,7 +1,7 @@
-"""Tools, calls of them and what the calls gave, from the forms people have to the one that chat templates read.
+"""Bring tools, calls of tools and their results from the forms people have to the one that chat templates read.
 
 A tool is `{"type": "function", "function": {"name": ..., ...}}`. A call is the same with a name and `arguments`, which
-are a mapping. What a call gave is a message of role `tool`.
+are a mapping. The result of a call is a message of role `tool`.
 """
 
 import json
@@ -17,7 +17,7 @@ RESULTS = ("tool", "function", "observation", "ipython", "tool_response", "funct
 
 
 def tools_of(row: Row) -> list[Row]:
-    """The definitions of the tools that a row has in a column; there may be none.
+    """Return the definitions of the tools that a row has in a column; an empty list if it has no tools.
 
     Raises:
         RowFault: if the column holds anything else.
@@ -25,31 +25,32 @@ def tools_of(row: Row) -> list[Row]:
     for field in COLUMNS:
         value = _parsed(row.get(field))
         items = value if isinstance(value, list) else [value]
-        found = [tool for tool in map(_parsed, items) if not _is_nothing(tool)]
-        if found:
-            return [_definition(tool, field) for tool in found]
+        tools = [tool for tool in map(_parsed, items) if not _is_nothing(tool)]
+        if tools:
+            return [_definition(tool, field) for tool in tools]
     return []
 
 
-def _is_nothing(value: Any) -> bool:
-    """Whether a value stands for no tools, also as text, as tables have it."""
+def _is_nothing(value: object) -> bool:
+    """Tell whether a value stands for no tools, also as text, as tables have it."""
     return not value or (isinstance(value, str) and value.strip() in ("", "None"))
 
 
 def _definition(tool: Any, field: str) -> Row:
+    """Return the definition of a tool with `type` and `function` around it."""
     mend = f"; to read the rows without it, rename the column: `columns: {{{field}: unused}}`"
     inner = _inner(tool)
     if not isinstance(inner.get("name"), str):
-        seen = f"expected definitions of functions with a name, got {shown(tool)}"
-        raise RowFault("malformed", field, seen + mend)
-    found = tool if inner is not tool else {"type": "function", "function": tool}
-    if not _is_json(found):
+        fault = f"expected definitions of functions with a name, got {shown(tool)}"
+        raise RowFault("malformed", field, fault + mend)
+    definition = {"type": "function", "function": tool} if inner is tool else tool
+    if not _is_json(definition):
         raise RowFault("malformed", field, f"expected values of JSON, got {shown(tool)}{mend}")
-    return found
+    return definition
 
 
-def _is_json(value: Any) -> bool:
-    """Whether a value can be written as JSON: times and bytes of tables cannot, nor half of a surrogate pair."""
+def _is_json(value: object) -> bool:
+    """Tell whether a value can be written as JSON: times and bytes of tables cannot, nor half of a surrogate pair."""
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (TypeError, ValueError, RecursionError):
@@ -58,40 +59,46 @@ def _is_json(value: Any) -> bool:
 
 
 def calls_of(value: Any, field: str) -> list[Row]:
-    """The calls in a value: one or several, as mappings or as JSON.
+    """Return the calls in a value: one or several, as mappings or as JSON.
 
     Raises:
         RowFault: if it holds anything else.
     """
-    calls = _parsed(value)
-    return [_call(call, field) for call in (calls if isinstance(calls, list) else [calls])]
+    parsed = _parsed(value)
+    calls = parsed if isinstance(parsed, list) else [parsed]
+    return [_call(call, field) for call in calls]
 
 
 def _call(value: Any, field: str) -> Row:
-    call = _parsed(value)
-    inner = _inner(call)
-    given = inner.get("arguments") if inner.get("arguments") is not None else inner.get("parameters")
-    arguments = _parsed(given) if given not in (None, "") else {}
-    if not isinstance(inner.get("name"), str) or not inner["name"] or not isinstance(arguments, dict):
-        seen = f"expected calls with a name and with arguments as a JSON object, got {shown(value)}"
-        raise RowFault("malformed", field, seen)
-    found: Row = {"type": "function", "function": {"name": inner["name"], "arguments": arguments}}
-    if isinstance(call.get("id"), str):
-        found = {"id": call["id"], **found}
-    if not _is_json(found):
+    """Return one call with its arguments as a mapping, and with its id if it has one."""
+    parsed = _parsed(value)
+    inner = _inner(parsed)
+    name = inner.get("name")
+    arguments = inner.get("arguments")
+    if arguments is None:
+        arguments = inner.get("parameters")
+    arguments = {} if arguments in (None, "") else _parsed(arguments)
+    if not isinstance(name, str) or not name or not isinstance(arguments, dict):
+        fault = f"expected calls with a name and with arguments as a JSON object, got {shown(value)}"
+        raise RowFault("malformed", field, fault)
+    call: Row = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    if isinstance(parsed.get("id"), str):
+        call = {"id": parsed["id"], **call}
+    if not _is_json(call):
         raise RowFault("malformed", field, f"expected values of JSON, got {shown(value)}")
-    return found
+    return call
 
 
-def _inner(value: Any) -> Row:
-    """What is within `function`, where a definition or a call has that around it."""
+def _inner(value: object) -> Row:
+    """Return what `function` holds, if a definition or a call has that around it, else the value itself."""
     if not isinstance(value, dict):
         return {}
-    return value["function"] if isinstance(value.get("function"), dict) else value
+    function = value.get("function")
+    return function if isinstance(function, dict) else value
 
 
 def _parsed(value: Any) -> Any:
-    """A value that may be given as JSON.
+    """Return a value that may be text in JSON.
 
     Other values lose keys that are null: a table of parquet gives every mapping the keys of all others.
     """
@@ -127,18 +134,23 @@ def refuse_tools(row: Row) -> None:
 
 
 def answer_of(message: Message) -> str | Message:
-    """What an assistant's message answers: its text, or the message itself where it calls tools."""
-    return message if "tool_calls" in message else message["content"]
+    """Return the answer in an assistant's message: its text, or the message itself if it calls tools."""
+    if "tool_calls" in message:
+        return message
+    return message["content"]
 
 
 def as_message(answer: str | Message) -> Message:
-    """The assistant's message with an answer."""
-    return {"role": "assistant", "content": answer} if isinstance(answer, str) else answer
+    """Return the assistant's message with an answer."""
+    if isinstance(answer, str):
+        return {"role": "assistant", "content": answer}
+    return answer
 
 
 def as_text(answer: str | Message) -> str:
-    """An answer or a message in one text, the calls in it as JSON: to compare and to show, not to train on."""
+    """Return an answer or a message as one text, the calls in it as JSON: to compare and to show, not to train on."""
     if isinstance(answer, str):
         return answer
-    calls = [json.dumps(call["function"], ensure_ascii=False) for call in answer.get("tool_calls", ())]
-    return "\n".join([answer["content"], *calls]) if answer["content"] else "\n".join(calls)
+    lines = [answer["content"]] if answer["content"] else []
+    lines += [json.dumps(call["function"], ensure_ascii=False) for call in answer.get("tool_calls", ())]
+    return "\n".join(lines)

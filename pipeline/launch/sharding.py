@@ -1,4 +1,4 @@
-"""What launches that split a model over processes can carry; everything else is refused before anything is trained."""
+"""Refuse before anything is trained the launches that split a model over processes in a way a stage cannot carry."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from ruamel.yaml.error import YAMLError
 
 from pipeline.config.lineage import start_of
 from pipeline.config.options import effective, precision
-from pipeline.config.schema import Online, RunConfig
+from pipeline.config.schema import Online, RunConfig, TrainingStage
 from pipeline.config.stage_types import makes, type_of
 from pipeline.config.type_row import ZERO_2, ZERO_3
 from pipeline.system.errors import UserError
@@ -29,7 +29,7 @@ ZERO_2_FILE = "accelerate_configs/zero2.yaml"
 
 
 def of_file(path: str | Path, where: str) -> str | None:
-    """How an accelerate config splits a model over processes, or None.
+    """Read from an accelerate config how it splits a model over processes; None: it does not.
 
     Raises:
         UserError: if the file cannot be read; `where` is the key that names it.
@@ -44,8 +44,7 @@ def of_file(path: str | Path, where: str) -> str | None:
     stage = options.get("zero_stage")
     if options.get("deepspeed_config_file"):
         # accelerate looks for it from the working directory
-        own = _mapping(Path(options["deepspeed_config_file"]), where, json.loads)
-        stage = (own.get("zero_optimization") or {}).get("stage", 0)
+        stage = _zero_stage(options["deepspeed_config_file"], where)
     return ZERO_3 if stage == 3 else ZERO_2
 
 
@@ -57,7 +56,12 @@ def needs_gpu_id(path: str | Path, environment: Mapping[str, str] = os.environ) 
     return "CUDA_VISIBLE_DEVICES" in environment or settings.get("gpu_ids", "all") == "all"
 
 
-def _mapping(path: Path, where: str, read: Callable[[str], Any]) -> dict[str, Any]:
+def _mapping(path: Path, where: str, read: Callable[[str], object]) -> dict[str, Any]:
+    """Read the settings of a launcher's file; `where` is the key that names it.
+
+    Raises:
+        UserError: if it cannot be read or is no mapping.
+    """
     try:
         settings = read(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, YAMLError) as error:
@@ -67,38 +71,49 @@ def _mapping(path: Path, where: str, read: Callable[[str], Any]) -> dict[str, An
     return settings
 
 
+def _zero_stage(path: str, where: str) -> int:
+    """Read the stage of ZeRO from DeepSpeed's own config."""
+    settings = _mapping(Path(path), where, json.loads)
+    return (settings.get("zero_optimization") or {}).get("stage", 0)
+
+
 def of_process(environment: Mapping[str, str] = os.environ) -> str | None:
-    """How the `accelerate launch` that started this process splits a model, or None."""
+    """Read from the environment how the `accelerate launch` that started this process splits a model, or None."""
     if environment.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         return FSDP
     if environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
         return None
     stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
-    if file := environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
-        own = _mapping(Path(file), "ACCELERATE_DEEPSPEED_CONFIG_FILE", json.loads)
-        stage = (own.get("zero_optimization") or {}).get("stage", 0)
+    file = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    if file:
+        stage = _zero_stage(file, "ACCELERATE_DEEPSPEED_CONFIG_FILE")
     return ZERO_3 if str(stage) == "3" else ZERO_2
 
 
 def refusal(config: RunConfig, name: str, sharding: str | None) -> str | None:
-    """Why stage `name` cannot run under a launch that splits the model, and what to use instead; or None."""
+    """Say why stage `name` cannot run under a launch that splits the model, and what to use instead; or None."""
     if sharding is None:
         return None
     stage = config.stages[name]
     carried = type_of(stage).sharded
-    reason = None
-    if sharding not in carried:
-        reason = REASONS[sharding]
-    elif sharding == ZERO_2 and isinstance(stage, Online) and effective(stage.type, stage.training)["beta"]:
-        reason = REASONS[ZERO_2]
-    elif sharding == ZERO_2 and makes(stage, "reward model") and precision(stage.type, stage.training) != "no":
-        reason = (
-            "in mixed precision it rounds the score head, and the saved model scores otherwise (`bf16: false` works)"
-        )
-    elif sharding == ZERO_3 and start_of(config, name).merge:
-        reason = "the parent's adapter would be merged by one process, while the others wait for its weights"
+    reason = REASONS[sharding] if sharding not in carried else _own_reason(config, name, sharding)
     if reason is None:
         return None
     others = ZERO_2_FILE if sharding != ZERO_2 and ZERO_2 in carried else ""
     mend = f"use {DDP_FILE}" + (f", or {others}" if others else "")
     return f"{stage.type} does not run under {sharding}: {reason}; {mend}"
+
+
+def _own_reason(config: RunConfig, name: str, sharding: str) -> str | None:
+    """Say why a stage cannot run under a sharding that other stages of its type run under, or None."""
+    stage = config.stages[name]
+    if not isinstance(stage, TrainingStage):
+        return None
+    if sharding == ZERO_3:
+        why = "the parent's adapter would be merged by one process, while the others wait for its weights"
+        return why if start_of(config, name).merge else None
+    if isinstance(stage, Online) and effective(stage.type, stage.training)["beta"]:
+        return REASONS[ZERO_2]
+    if makes(stage, "reward model") and precision(stage.type, stage.training) != "no":
+        return "in mixed precision it rounds the score head, and the saved model scores otherwise (`bf16: false` works)"
+    return None

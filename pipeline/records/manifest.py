@@ -1,4 +1,4 @@
-"""The manifest of a run folder: which stages are finished, from what, and what they put out.
+"""Read and write the manifest of a run folder: which stages are finished, from what, and what they put out.
 
 A record in `manifest.json` means that its stage is finished. It is written last and atomically; there is no status
 field that could go stale, and nothing is guessed from which files exist.
@@ -18,23 +18,28 @@ from pipeline.config.schema import Dtype
 from pipeline.config.stage_types import STAGE_TYPES
 from pipeline.config.values import NAME
 from pipeline.records import metrics
+from pipeline.records.metrics import Fault
 from pipeline.system.digests import file_digest
 from pipeline.system.errors import UserError
 
 SCHEMA_VERSION = 1
 FILE = "manifest.json"
 PARTIAL = f"{FILE}.tmp"
-Fault = tuple[tuple[str | int, ...], str]  # the place of a value and what is wrong with it
+_LOCK = ".manifest.lock"
+_MEND = "Restore it from a copy, or move the run folder away to start anew; nothing was changed"
 
 
 class Frozen(BaseModel):
+    """Refuse unknown fields and changes."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Output(Frozen):
-    """What a stage hands on: a full model, one adapter, or a report. Paths are relative to the run folder.
+    """Say what a stage hands on: a full model, one adapter, or a report. Paths are relative to the run folder.
 
-    `full` is the folder of the full weights an adapter belongs to; None stands for the run's base model.
+    `full` is the folder of the full weights that an adapter belongs to; None stands for the run's base model. `files`
+    has the checksum of every file.
     """
 
     kind: Literal["full", "adapter", "report"]
@@ -44,7 +49,11 @@ class Output(Frozen):
 
 
 class Record(Frozen):
-    """A finished stage. Durations are seconds; digests are SHA-256."""
+    """Say how a finished stage was made and what it measured. The duration is in seconds.
+
+    `inputs` has the fingerprints of its datasets and of the base model, and digests of its parents' outputs and of the
+    user's functions. `tokenizer` is the fingerprint of the run's tokenizer.
+    """
 
     type: str
     parents: dict[str, str]
@@ -67,7 +76,7 @@ class Record(Frozen):
 
 
 class TokenizerRecord(Frozen):
-    """The run's tokenizer: what it was made from, and the fingerprint every stage must agree with."""
+    """Say what the run's tokenizer was made from, and which fingerprint every stage must agree with."""
 
     source: str
     fingerprint: str
@@ -77,7 +86,7 @@ class TokenizerRecord(Frozen):
 
 
 class Base(BaseModel):
-    """What is read again of a manifest's `model`: the config's section, and the commit that was loaded."""
+    """Check what is read again of a manifest's `model`: the config's section, and the commit that was loaded."""
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
 
@@ -90,6 +99,8 @@ class Base(BaseModel):
 
 
 class Manifest(Frozen):
+    """Hold the records of a run's finished stages, its base model and its tokenizer."""
+
     schema_version: int = SCHEMA_VERSION
     name: str
     model: dict[str, Any] = {}
@@ -97,84 +108,88 @@ class Manifest(Frozen):
     stages: dict[str, Record] = {}
 
     def without(self, stages: Collection[str]) -> "Manifest":
-        """The manifest with these stages forgotten."""
-        kept = {name: record for name, record in self.stages.items() if name not in stages}
-        return self.model_copy(update={"stages": kept})
+        """Return the manifest without the records of these stages."""
+        others = {name: record for name, record in self.stages.items() if name not in stages}
+        return self.model_copy(update={"stages": others})
 
 
 def read(run_dir: Path) -> Manifest | None:
-    """The manifest of a run folder, or None where there is none yet.
+    """Read the manifest of a run folder; None if there is none yet.
 
     Raises:
         UserError: if the file is damaged or of another schema.
     """
     path = run_dir / FILE
-    mend = "Restore it from a copy, or move the run folder away to start anew; nothing was changed"
     try:
-        raw = json.loads(path.read_bytes())
-        version = raw["schema_version"]
+        content = json.loads(path.read_bytes())
+        version = content["schema_version"]
     except FileNotFoundError:
         return None
     except OSError as error:
         raise UserError(f"{run_dir}: cannot be read as a run folder: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: damaged: expected a manifest in JSON, got {error}. {mend}") from None
+        raise UserError(f"{path}: damaged: expected a manifest in JSON, got {error}. {_MEND}") from None
     if version != SCHEMA_VERSION or isinstance(version, bool):
-        raise UserError(f"{path}: has schema version {version}, this version reads {SCHEMA_VERSION}. {mend}")
+        raise UserError(f"{path}: has schema version {version}, this version reads {SCHEMA_VERSION}. {_MEND}")
     try:
-        manifest = Manifest.model_validate(raw, strict=True)
+        manifest = Manifest.model_validate(content, strict=True)
     except ValidationError as error:
-        first = error.errors()[0]
-        fault = first["loc"], metrics.in_words(first)
-    else:
-        fault = _odd(manifest)
-    if fault is not None:
-        where, words = fault
-        raise UserError(f"{path}: damaged at {'.'.join(map(str, where))}: {words}. {mend}")
+        raise _damaged(path, metrics.first_fault(error)) from None
+    if fault := _fault_of(manifest):
+        raise _damaged(path, fault)
     return manifest
 
 
-def _odd(manifest: Manifest) -> Fault | None:
-    """The first value that has the right form and yet cannot be: its place and what is wrong with it."""
+def _damaged(path: Path, fault: Fault) -> UserError:
+    loc, words = fault
+    return UserError(f"{path}: damaged at {'.'.join(map(str, loc))}: {words}. {_MEND}")
+
+
+def _fault_of(manifest: Manifest) -> Fault | None:
+    """Find the first value that has the right form and yet cannot be."""
     if re.fullmatch(NAME, manifest.name) is None:
-        return ("name",), f"expected letters, digits, `_`, `.` and `-`, got {metrics.shown(manifest.name)}"
+        return ("name",), f"expected letters, digits, `_`, `.` and `-`, got {metrics.as_json(manifest.name)}"
     try:
         Base.model_validate(manifest.model)
     except ValidationError as error:
-        first = error.errors()[0]
-        return ("model", *first["loc"]), metrics.in_words(first)
+        loc, words = metrics.first_fault(error)
+        return ("model", *loc), words
     for name, record in manifest.stages.items():
-        fault = _odd_record(name, record, manifest)
+        fault = _fault_of_record(name, record, manifest)
         if fault is not None:
-            where, words = fault
-            return ("stages", name, *where), words
+            loc, words = fault
+            return ("stages", name, *loc), words
     return None
 
 
-def _odd_record(name: str, record: Record, manifest: Manifest) -> Fault | None:
+def _fault_of_record(name: str, record: Record, manifest: Manifest) -> Fault | None:
     if re.fullmatch(NAME, name) is None:
-        return (), f"expected a name of letters, digits, `_`, `.` and `-`, got {metrics.shown(name)}"
+        return (), f"expected a name of letters, digits, `_`, `.` and `-`, got {metrics.as_json(name)}"
     if record.type not in STAGE_TYPES:
-        return ("type",), f"expected one of {', '.join(sorted(STAGE_TYPES))}, got {metrics.shown(record.type)}"
+        return ("type",), f"expected one of {', '.join(sorted(STAGE_TYPES))}, got {metrics.as_json(record.type)}"
     if STAGE_TYPES[record.type].makes == "shift report" and "reward" not in record.parents:
         return ("parents", "reward"), "expected the name of the reward model's stage, got none"
-    output = record.output
-    for key, path in (("path", output.path), ("full", output.full), *(("files", file) for file in output.files)):
+    if fault := _fault_of_output(record.output, manifest):
+        loc, words = fault
+        return ("output", *loc), words
+    if fault := metrics.check(record.type, record.metrics):
+        loc, words = fault
+        return ("metrics", *loc), words
+    return None
+
+
+def _fault_of_output(output: Output, manifest: Manifest) -> Fault | None:
+    paths = [("path", output.path), ("full", output.full), *(("files", file) for file in output.files)]
+    for key, path in paths:
         if path is not None and not _is_inside(path):
-            return ("output", key), f"expected a path inside the run folder, relative to it, got {metrics.shown(path)}"
+            return (key,), f"expected a path inside the run folder, relative to it, got {metrics.as_json(path)}"
     if output.kind == "adapter" and output.full is None and not manifest.model.get("path"):
-        return (
-            "output",
-            "full",
-        ), "expected the folder of the adapter's full weights, since model.path is empty, got null"
-    fault = metrics.check(record.type, record.metrics)
-    if fault is not None:
-        where, words = fault
-        return ("metrics", *where), words
+        return ("full",), "expected the folder of the adapter's full weights, since model.path is empty, got null"
     return None
 
 
 def _is_inside(path: str) -> bool:
+    """Say whether a path stays in the run folder that it is relative to."""
     parts = PurePosixPath(path).parts
     return bool(parts) and not path.startswith("/") and ".." not in parts and "\0" not in path
 
@@ -193,14 +208,14 @@ def write(run_dir: Path, manifest: Manifest) -> None:
 def remove_partial(run_dir: Path) -> None:
     """Remove what a process left that was killed while it wrote the manifest."""
     if (run_dir / PARTIAL).exists():
-        with FileLock(run_dir / ".manifest.lock"):
+        with FileLock(run_dir / _LOCK):
             (run_dir / PARTIAL).unlink(missing_ok=True)
 
 
 def update(run_dir: Path, name: str, **changes: Any) -> Manifest:
-    """Change top-level fields of the manifest under its lock; `name` is the config's, for a first manifest."""
+    """Change top-level fields of the manifest under its lock. A first manifest gets the `name` of the config."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    with FileLock(run_dir / ".manifest.lock"):
+    with FileLock(run_dir / _LOCK):
         manifest = (read(run_dir) or Manifest(name=name)).model_copy(update=changes)
         write(run_dir, manifest)
     return manifest
@@ -208,7 +223,7 @@ def update(run_dir: Path, name: str, **changes: Any) -> Manifest:
 
 def commit(run_dir: Path, stage: str, record: Record) -> None:
     """Add a stage's record. This is the last thing a stage does."""
-    with FileLock(run_dir / ".manifest.lock"):
+    with FileLock(run_dir / _LOCK):
         manifest = read(run_dir)
         assert manifest is not None, "the tokenizer is recorded before any stage"
         write(run_dir, manifest.model_copy(update={"stages": manifest.stages | {stage: record}}))
@@ -216,7 +231,7 @@ def commit(run_dir: Path, stage: str, record: Record) -> None:
 
 def drop(run_dir: Path, stages: Collection[str]) -> None:
     """Forget stages that will run again. Their files stay until the new output replaces them."""
-    with FileLock(run_dir / ".manifest.lock"):
+    with FileLock(run_dir / _LOCK):
         manifest = read(run_dir)
         if manifest is not None and not manifest.stages.keys().isdisjoint(stages):
             write(run_dir, manifest.without(stages))
@@ -229,7 +244,8 @@ def verify(run_dir: Path, stage: str, record: Record) -> None:
         UserError: naming the first file that is gone or changed.
     """
     for name, expected in record.output.files.items():
-        path, mend = run_dir / name, f"Restore the file, or make it again with `--redo {stage}`"
+        path = run_dir / name
+        mend = f"Restore the file, or make it again with `--redo {stage}`"
         if not path.is_file():
             raise UserError(f"{path} is missing. {mend}")
         if file_digest(path) != expected:

@@ -1,4 +1,4 @@
-"""What records may hold as metrics, by the type of their stage, as far as anything reads it again."""
+"""Check the metrics of records, by the type of their stage, as far as anything reads them again."""
 
 import json
 from typing import Any
@@ -8,16 +8,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pipeline.config.stage_types import STAGE_TYPES
 
 Number = float | None  # the manifest holds NaN as null
+Fault = tuple[tuple[str | int, ...], str]  # the place of a value and what is wrong with it
+LONGEST = 60  # characters of a value in a message
 
 
 class Metrics(BaseModel):
-    """Fields that are read; others are free."""
+    """Check the fields that are read again; others are free."""
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
 
 
 class Estimate(Metrics):
-    """A figure and its 95 % interval, as far as it is known."""
+    """Hold a figure and its 95 % interval, as far as it is known."""
 
     value: float
     low: Number = None
@@ -25,13 +27,15 @@ class Estimate(Metrics):
 
 
 class FirstToken(Metrics):
+    """Hold the share of prompts whose likeliest first token is special, and the token that is likeliest most often."""
+
     special: float
     prompts: int
     likeliest: str
 
 
 class Bin(Metrics):
-    """Comparisons of about the same margin: how many, what they promise, and what holds."""
+    """Hold comparisons of about the same margin: how many, the share that should be right, and the share that is."""
 
     count: int
     predicted: float
@@ -39,11 +43,13 @@ class Bin(Metrics):
 
 
 class Quarter(Metrics):
+    """Hold the accuracy on a quarter of the comparisons, by their margin."""
+
     accuracy: Estimate
 
 
 class Comparisons(Metrics):
-    """A reward model on held-out comparisons."""
+    """Hold the figures of a reward model on held-out comparisons."""
 
     count: int
     accuracy: Estimate
@@ -54,7 +60,7 @@ class Comparisons(Metrics):
 
 
 class Trained(Metrics):
-    """A training stage's metrics. Those of its headline are numbers too."""
+    """Hold a training stage's metrics. Those of its headline are numbers too."""
 
     eval_loss: Number = None
     initial_eval_loss: Number = None
@@ -63,7 +69,7 @@ class Trained(Metrics):
 
 
 class Policy(Metrics):
-    """A policy in the table of an evaluation; a win rate is [rate, low, high]."""
+    """Hold a policy's line in the table of an evaluation; a win rate is [rate, low, high]."""
 
     prompts: int
     kl: Number = None
@@ -76,24 +82,30 @@ class Policy(Metrics):
 
 
 class Evaluated(Metrics):
+    """Hold the table of an evaluation."""
+
     baseline: str
     policies: dict[str, Policy]
 
 
 class Quantiles(Metrics):
+    """Hold quantiles of scores."""
+
     low: float = Field(alias="0.05")
     median: float = Field(alias="0.5")
     high: float = Field(alias="0.95")
 
 
 class Extreme(Metrics):
+    """Hold a prompt with one of the largest or smallest offsets."""
+
     prompt: str
     offset: float
     within_sd: Number
 
 
 class Shifted(Metrics):
-    """The report of a stage of type shift."""
+    """Hold the report of a stage of type shift."""
 
     prompts: int
     completions: int
@@ -111,36 +123,39 @@ class Shifted(Metrics):
     advice: str
 
 
-def check(kind: str, metrics: dict[str, Any]) -> tuple[tuple[Any, ...], str] | None:
-    """The place of the first fault in the metrics of a stage of type `kind` and the fault in words, or None."""
+def check(kind: str, metrics: dict[str, Any]) -> Fault | None:
+    """Find the first fault in the metrics of a stage of type `kind`; None if there is no fault."""
     stage_type = STAGE_TYPES[kind]
     models = {"evaluation": Evaluated, "shift report": Shifted}
     try:
         models.get(stage_type.makes, Trained).model_validate(metrics)
     except ValidationError as error:
-        first = error.errors()[0]
-        return first["loc"], in_words(first)
+        return first_fault(error)
     for name in stage_type.headline:
         value = metrics.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            return (name,), f"expected a number or null, got {shown(value)}"
+            return (name,), f"expected a number or null, got {as_json(value)}"
     if stage_type.makes == "evaluation" and metrics["baseline"] not in metrics["policies"]:
         names = ", ".join(metrics["policies"]) or "none"
-        return ("baseline",), f"expected one of the policies ({names}), got {shown(metrics['baseline'])}"
+        return ("baseline",), f"expected one of the policies ({names}), got {as_json(metrics['baseline'])}"
     return None
 
 
-def in_words(fault: Any) -> str:
-    """An error of pydantic: what was expected, and what was seen."""
+def first_fault(error: ValidationError) -> Fault:
+    """Return the place of the first of pydantic's errors, and what was expected and what was seen there."""
+    fault = error.errors()[0]
+    loc = fault["loc"]
     if fault["type"] == "missing":
-        return "expected this field, got none"
+        return loc, "expected this field, got none"
     if fault["type"] == "extra_forbidden":
-        return f"expected no such field, got {shown(fault['input'])}"
-    words = fault["msg"].replace("Input should be", "expected").replace("Value error, ", "")
-    return f"{words}, got {shown(fault['input'])}"
+        return loc, f"expected no such field, got {as_json(fault['input'])}"
+    expected = fault["msg"].replace("Input should be", "expected").replace("Value error, ", "")
+    return loc, f"{expected}, got {as_json(fault['input'])}"
 
 
-def shown(value: Any) -> str:
-    """A value as it stands in the file, its start if it is long."""
+def as_json(value: Any) -> str:
+    """Return a value as it stands in the file; of a long one the beginning."""
     text = json.dumps(value, ensure_ascii=False, default=repr)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    if len(text) <= LONGEST:
+        return text
+    return f"{text[: LONGEST - 3]}..."

@@ -1,6 +1,5 @@
 """`rlhf check-data`: what becomes of every dataset's rows, what is worth a look, and rows as the model sees them."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,8 @@ from pipeline.data.audit import Audit, Finding
 from pipeline.data.faults import Row
 from pipeline.data.joints import begins_with
 from pipeline.data.prepare import Datasets
-from pipeline.data.rows import ROWS, RowKind
+from pipeline.data.row_kind import RowKind
+from pipeline.data.rows import ROWS
 from pipeline.show.screen import Cell, Table, say, show
 from pipeline.show.tables import count
 from pipeline.system.errors import UserError, all_of, unknown
@@ -37,20 +37,19 @@ def run(config: RunConfig, stages: list[str], sample: int, console: Console) -> 
         if name not in config.stages:
             raise UserError(f"--stage: {unknown('stage', name, config.stages)}")
     tokenizer, made = run_folder.tokenizer_of(config, run_folder.open_run(config))
-    read = Datasets(run_data(config), tokenizer, made.fingerprint)
+    data = Datasets(run_data(config), tokenizer, made.fingerprint)
     audits: dict[str, dict[str, Audit]] = {}
-    problems = []
-    for name in stages or config.stages:
-        try:
-            audits[name] = preflight.audit(config, read, name)
-        except UserError as error:
-            problems.append(f"stages.{name}: {error}")
+    problems: list[str] = []
+    for name, audits_by_role, faults in preflight.audits_of(config, data, stages or config.stages):
+        problems += faults
+        if audits_by_role:
+            audits[name] = audits_by_role
     tables(audits, config.checks.model_dump(), console)
     say(console, _start_of_rows(tokenizer, audits))
-    for name, roles in audits.items() if sample else ():
-        for role, audit in roles.items():
-            show_rows(config, read, name, role, audit, sample, console)
-    problems += [f"stages.{name}: {fault}" for name, fault in _faults(config, audits)]
+    if sample:
+        for name, audits_by_role in audits.items():
+            for role, audit in audits_by_role.items():
+                show_rows(config, data, name, role, audit, sample, console)
     if problems:
         raise all_of(config.source, "dataset", "cannot be used", problems)
 
@@ -63,19 +62,12 @@ def _start_of_rows(tokenizer: PreTrainedTokenizerFast, audits: dict[str, dict[st
     without = [name for name, roles in audits.items() if any(_lacks_bos(audit) for audit in roles.values())]
     if not without:
         return f"Rows begin with BOS ({bos!r}), which the tokenizer puts before every text."
-    seen = f"Rows of {', '.join(without)} begin without BOS, but the tokenizer puts {bos!r} before every text"
-    return f"{seen}: let the chat template begin with bos_token, or set tokenizer.chat_template to a built-in one."
+    lacking = f"Rows of {', '.join(without)} begin without BOS, but the tokenizer puts {bos!r} before every text"
+    return f"{lacking}: let the chat template begin with bos_token, or set tokenizer.chat_template to a built-in one."
 
 
 def _lacks_bos(audit: Audit) -> bool:
     return "no_bos" in audit.noticed and audit.noticed["no_bos"].count > 0
-
-
-def _faults(config: RunConfig, audits: dict[str, dict[str, Audit]]) -> Iterable[tuple[str, str]]:
-    for name, roles in audits.items():
-        for audit in roles.values():
-            for fault in audit.problems(config.checks.model_dump()):
-                yield name, fault
 
 
 def tables(audits: dict[str, dict[str, Audit]], thresholds: dict[str, float | None], console: Console) -> None:

@@ -98,8 +98,8 @@ def reports(run_dir: Path, stage: str | None, console: Console) -> None:
             finished[name] = record
     chosen = {name: record for name, record in finished.items() if stage in (None, name, record.parents["reward"])}
     if not chosen:
-        seen = f"it has {', '.join(finished)}" if finished else "a stage of type shift makes one"
-        raise UserError(f"{run_dir}: no shift report{f' of {stage!r}' if stage else ''} here; {seen}")
+        instead = f"it has {', '.join(finished)}" if finished else "a stage of type shift makes one"
+        raise UserError(f"{run_dir}: no shift report{f' of {stage!r}' if stage else ''} here; {instead}")
     for name, record in chosen.items():
         title = f"{name}: scores of {record.parents['reward']}"
         table(cast(Report, record.metrics), console, title)

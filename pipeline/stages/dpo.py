@@ -70,8 +70,8 @@ def _initial_loss(ctx: StageContext[Offline], trainer: DPOTrainer) -> float:
     for metrics in logged.values():
         metrics.clear()
     if margin > _tolerance(ctx, trainer, batch):
-        seen = f"margins of {margin:.4g} before the first update, expected 0 (loss {loss:.4f}; ln 2 = 0.6931)"
-        raise assertions.CheckFailed(f"the reference is not the parent: {seen}")
+        fault = f"margins of {margin:.4g} before the first update, expected 0 (loss {loss:.4f}; ln 2 = 0.6931)"
+        raise assertions.CheckFailed(f"the reference is not the parent: {fault}")
     if not math.isfinite(loss):
         raise UserError(
             f"{ctx.name}: the loss of the first rows is {loss}; look at the parent's weights and `model.dtype`"

@@ -13,6 +13,7 @@ from scipy import stats
 
 from pipeline.config import functions
 from pipeline.config.schema import BASE, Evaluate
+from pipeline.data.joints import eos_id, pad_id
 from pipeline.models import scoring
 from pipeline.models.generation import Ids, Sampling
 from pipeline.models.loading import Model, load_policy, load_reward, to_device
@@ -111,7 +112,7 @@ def _entries(ctx: StageContext[Evaluate], rows: Dataset, sampled: dict[str, list
         table[policy] = []
         for i, sample in zip(mine, samples, strict=True):
             row = rows[i]
-            text = ctx.tokenizer.decode(sample.ids, skip_special_tokens=True)
+            text = str(ctx.tokenizer.decode(sample.ids, skip_special_tokens=True))
             judged = None
             if stage.judge and judge is not None:
                 where = f"row {i}, policy {policy}"
@@ -122,7 +123,7 @@ def _entries(ctx: StageContext[Evaluate], rows: Dataset, sampled: dict[str, list
                 "judge": judged,
                 "kl": sample.kl,
                 "length": len(sample.ids),
-                "ended": ctx.tokenizer.eos_token_id in sample.ids,
+                "ended": eos_id(ctx.tokenizer) in sample.ids,
             }
             table[policy].append(entry)
     return table
@@ -136,7 +137,7 @@ def _scores(ctx: StageContext[Evaluate], reward: str, sequences: list[Ids]) -> d
     """
     different = list(dict.fromkeys(map(tuple, sequences)))
     model = to_device(load_reward(ctx.loader, ctx.weights_of(reward)))
-    scores = scoring.score(model, list(map(list, different)), ctx.tokenizer.pad_token_id, ctx.stage.batch_size)
+    scores = scoring.score(model, list(map(list, different)), pad_id(ctx.tokenizer), ctx.stage.batch_size)
     assertions.finite_scores(reward, scores)
     return dict(zip(different, scores, strict=True))
 

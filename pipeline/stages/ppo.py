@@ -15,6 +15,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from pipeline.chain.preflight import check_batch
 from pipeline.config.lineage import shares_backbone
 from pipeline.config.schema import Ppo
 from pipeline.launch import sharding
@@ -25,7 +26,6 @@ from pipeline.models.views import VALUE
 from pipeline.rl.baselines import Baseline, answers_of, make_baseline
 from pipeline.rl.centred_reward import CentredReward, Subtraction, Watched
 from pipeline.rl.watchdog import Stopped, Watch
-from pipeline.system.errors import UserError
 from pipeline.training import assertions
 from pipeline.training.context import Result, StageContext
 from pipeline.training.fit import first_and_last, save_log, save_policy, should_train
@@ -50,7 +50,8 @@ NUM_COMPARED = 4  # prompts on which the policy is compared with its parent and 
 def run(ctx: StageContext[Ppo]) -> Result:
     rows, eval_rows, datasets = ctx.rows()
     args: PPOConfig = ctx.training_args(bf16=False, fp16=False, stop_token="eos", save_strategy="no")
-    _refuse_less_than_a_batch(ctx, args, rows)
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    check_batch(len(rows), batch * PartialState().num_processes, f"stages.{ctx.name}: ")
     prompts = _prompts(rows)
     # Before PPO's models are in memory: to sample, the parent is loaded once more.
     answers = answers_of(ctx, prompts, sampling(ctx, args))
@@ -72,13 +73,6 @@ def run(ctx: StageContext[Ppo]) -> Result:
     metrics |= {"updates": trainer.state.global_step, "episodes": trainer.state.episode}
     metrics |= first_and_last(trainer.state.log_history, METRICS)
     return Result(metrics, num_parameters(models.policy, models.value), datasets)
-
-
-def _refuse_less_than_a_batch(ctx: StageContext[Ppo], args: "PPOConfig", rows: Dataset) -> None:
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * PartialState().num_processes
-    if len(rows) < batch:
-        fault = f"{len(rows)} prompts are fewer than one batch of {batch}"
-        raise UserError(f"stages.{ctx.name}: {fault}; lower the batch sizes")
 
 
 def sampling(ctx: StageContext[Ppo], args: "PPOConfig") -> Sampling:

@@ -4,7 +4,8 @@ from transformers import TrainerCallback
 from trl.trainer.sft_trainer import SFTTrainer
 
 from pipeline.config.schema import BASE, Offline
-from pipeline.data.stream import KeepPlace, TextStream
+from pipeline.data.bookmark import Bookmark
+from pipeline.data.stream import TextStream
 from pipeline.models.loading import continue_policy, from_scratch, precision_kept
 from pipeline.training.context import Result, StageContext
 from pipeline.training.fit import fit
@@ -14,12 +15,13 @@ def run(ctx: StageContext[Offline]) -> Result:
     scratch = ctx.config.model.scratch
     args = ctx.training_args()
     rows, eval_rows, datasets = ctx.rows()
-    stream: TextStream | None = None
+    bookmark: Bookmark | None = None
     callbacks: list[TrainerCallback] = []
     if rows is None:
         stream = TextStream(ctx.data, ctx.stage.data, args.max_length, ctx.seed)
-        rows = stream.dataset()
-        callbacks.append(KeepPlace(stream))
+        bookmark = Bookmark(stream)
+        rows = bookmark.dataset()
+        callbacks.append(bookmark)
         # Its pieces are packed already, and it goes on by itself where a checkpoint was made.
         args.eval_packing = args.packing if args.eval_packing is None else args.eval_packing
         args.packing = False
@@ -38,6 +40,6 @@ def run(ctx: StageContext[Offline]) -> Result:
             callbacks=callbacks,
         )
     result = fit(ctx, trainer, datasets)
-    if stream is not None:
-        result.datasets["data"] |= stream.record()
+    if bookmark is not None:
+        result.datasets["data"] |= bookmark.record()
     return result

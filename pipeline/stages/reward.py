@@ -8,6 +8,7 @@ from datasets import Dataset
 from trl.trainer.reward_trainer import DataCollatorForPreference, RewardTrainer
 
 from pipeline.config.schema import Offline
+from pipeline.data.joints import pad_id
 from pipeline.models import scoring
 from pipeline.models.loading import Weights, load_reward, new_reward, precision_kept
 from pipeline.shift.calibration import calibration
@@ -30,7 +31,7 @@ def run(ctx: StageContext[Offline]) -> Result:
     # Rows that are too long are left out already; the trainer would go through all of them once more.
     args = ctx.training_args(max_length=None, remove_unused_columns=False)
     model = new_reward(ctx.loader, ctx.start(), ctx.stage.lora, ctx.seed)
-    pad = DataCollatorForPreference(ctx.tokenizer.pad_token_id, args.pad_to_multiple_of)
+    pad = DataCollatorForPreference(pad_id(ctx.tokenizer), args.pad_to_multiple_of)
     with precision_kept(model):
         trainer = RewardTrainer(
             model,
@@ -60,7 +61,7 @@ def _margins(ctx: StageContext[Offline], trainer: RewardTrainer, rows: Dataset) 
     mine = everything if sharded else share_of(everything)
     sequences = [_whole(rows[i])[side] for i in mine for side in SIDES]
     size = trainer.args.per_device_eval_batch_size
-    scores = scoring.score(model, sequences, ctx.tokenizer.pad_token_id, size)
+    scores = scoring.score(model, sequences, pad_id(ctx.tokenizer), size)
     margins = [chosen - rejected for chosen, rejected in zip(scores[::2], scores[1::2], strict=True)]
     return margins if sharded else gather_in_order(margins)
 
@@ -73,7 +74,7 @@ def _compare_reloaded(ctx: StageContext[Offline], trainer: RewardTrainer, rows: 
     sequences = [_whole(row)[side] for row in rows.take(NUM_RELOADED).to_list() for side in SIDES]
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     model.eval()
-    pad_token_id = ctx.tokenizer.pad_token_id
+    pad_token_id = pad_id(ctx.tokenizer)
     in_memory = scoring.score(model, sequences, pad_token_id)
     assertions.finite_scores(ctx.name, in_memory)
     PartialState().wait_for_everyone()

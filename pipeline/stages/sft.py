@@ -2,9 +2,11 @@
 
 from typing import Any
 
+from datasets import Dataset
 from trl.trainer.sft_trainer import SFTTrainer
 
 from pipeline.config.schema import Offline
+from pipeline.data.joints import eos_id
 from pipeline.models.loading import continue_policy, precision_kept
 from pipeline.training import assertions
 from pipeline.training.context import Result, StageContext
@@ -17,7 +19,8 @@ def run(ctx: StageContext[Offline]) -> Result:
     model = continue_policy(ctx.loader, ctx.start(), ctx.stage.lora, ctx.seed)
     with precision_kept(model):
         trainer = SFTTrainer(model, args, train_dataset=rows, eval_dataset=eval_rows, processing_class=ctx.tokenizer)
-    assertions.eos_in_labels(trainer.train_dataset, ctx.tokenizer.eos_token_id)
+    assert isinstance(trainer.train_dataset, Dataset), "demonstrations are never streamed"
+    assertions.eos_in_labels(trainer.train_dataset, eos_id(ctx.tokenizer))
 
     def first_token() -> dict[str, Any]:
         sample = rows.take(assertions.NUM_FIRST).to_list()

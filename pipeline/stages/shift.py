@@ -6,6 +6,7 @@ from accelerate import PartialState
 from datasets import Dataset
 
 from pipeline.config.schema import Shift
+from pipeline.data.joints import pad_id
 from pipeline.models import scoring
 from pipeline.models.generation import Ids, Sampling
 from pipeline.models.loading import load_reward, to_device
@@ -49,7 +50,7 @@ def _scores(ctx: StageContext[Shift], reward: str, prompts: list[Ids], drawn: li
     model = to_device(load_reward(ctx.loader, ctx.weights_of(reward)))
     mine = share_of(range(len(prompts)))
     sequences = [prompts[i] + ids for i in mine for ids in drawn[i]]
-    scores = scoring.score(model, sequences, ctx.tokenizer.pad_token_id, ctx.stage.batch_size)
+    scores = scoring.score(model, sequences, pad_id(ctx.tokenizer), ctx.stage.batch_size)
     k = ctx.stage.num_completions
     by_prompt = gather_in_order([scores[n * k : (n + 1) * k] for n in range(len(mine))])
     assertions.finite_scores(reward, [score for of_prompt in by_prompt for score in of_prompt])

@@ -1,10 +1,10 @@
-"""Where prepared data and digests of large files are kept from run to run."""
+"""Name the folder where prepared data and digests of large files are kept from run to run."""
 
 from pathlib import Path
 
-import datasets
+from datasets import config
 
 
 def cache_folder() -> Path:
-    """Where prepared data is kept from run to run."""
-    return Path(datasets.config.HF_DATASETS_CACHE) / "rlhf-pipeline"
+    """Return our folder in the cache of the datasets library; HF_HOME moves it."""
+    return Path(config.HF_DATASETS_CACHE) / "rlhf-pipeline"

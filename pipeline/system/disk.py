@@ -1,4 +1,4 @@
-"""What a disk refuses, as a message: the path, the reason and the mend."""
+"""Turn what a disk refuses into a message: the path, the reason and the mend."""
 
 import contextlib
 import errno
@@ -38,7 +38,7 @@ _LITTLE = 64 * 2**20  # bytes; a disk with more is not full
 
 @contextlib.contextmanager
 def reported(folder: Path) -> Iterator[None]:
-    """Make one message of what the disk refuses in the block; `folder` is where the block writes.
+    """Turn what the disk refuses in the block into one message; `folder` is where the block writes.
 
     Raises:
         UserError: in the place of the system's error.
@@ -46,35 +46,36 @@ def reported(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        message = refusal(error, folder)
-        about_stdout = isinstance(error, OSError) and streams.refuses_stdout(error)
-        if message is None or about_stdout or isinstance(error, UserError):
+        user_error = refusal(error, folder)
+        is_about_stdout = isinstance(error, OSError) and streams.refuses_stdout(error)
+        if user_error is None or is_about_stdout or isinstance(error, UserError):
             raise
-        raise message from error
+        raise user_error from error
 
 
 def refusal(error: BaseException, folder: Path) -> UserError | None:
-    """The message for an error that comes from the disk below `folder`; None for any other error, a bug for example."""
-    for one in _chain(error):
-        number = _number(one)
-        if number not in _REFUSALS or not _is_of(one, number, folder):
+    """Return the message for an error that comes from the disk below `folder`; None for other errors, such as bugs."""
+    for cause in _chain(error):
+        number = _number(cause)
+        if number not in _REFUSALS or not _is_of(cause, number, folder):
             continue
-        path = getattr(one, "filename", None) or folder
-        seen, mend = _REFUSALS[number]
-        free = f" ({_free(folder) / 2**20:.1f} MiB free)" if mend == _ROOM else ""
-        return UserError(f"{path}: {seen}{free}. {mend}")
+        path = getattr(cause, "filename", None) or folder
+        fault, mend = _REFUSALS[number]
+        if mend == _ROOM:
+            fault += f" ({_free(folder) / 2**20:.1f} MiB free)"
+        return UserError(f"{path}: {fault}. {mend}")
     return None
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and those that it was raised from on purpose, the outermost first."""
+    """Yield an error and those that it was raised from on purpose, the outermost first."""
     while error is not None:
         yield error
         error = error.__cause__
 
 
 def _number(error: BaseException) -> int | None:
-    """The number of the system's error, which some libraries put in their text."""
+    """Return the number of the system's error, which some libraries put in their text."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
     if _TORCH_WRITER.search(str(error)):
@@ -84,7 +85,7 @@ def _number(error: BaseException) -> int | None:
 
 
 def _is_of(error: BaseException, number: int, folder: Path) -> bool:
-    """Whether an error is about a file below `folder`, or about writing one."""
+    """Say whether an error is about a file below `folder`, or about writing one."""
     name = getattr(error, "filename", None)
     if not isinstance(name, (str, Path)):
         return number in _OF_WRITING and (number != errno.ENOSPC or _free(folder) < _LITTLE)
@@ -95,6 +96,6 @@ def _is_of(error: BaseException, number: int, folder: Path) -> bool:
 
 
 def _free(folder: Path) -> int:
-    """The bytes that are left where `folder` is, or would be."""
-    place = next(path for path in (folder, *folder.parents) if path.exists())
-    return shutil.disk_usage(place).free
+    """Return the number of free bytes where `folder` is, or would be."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    return shutil.disk_usage(existing).free

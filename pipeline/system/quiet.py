@@ -19,7 +19,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 EXPECTED = ("mtime may not be reliable", "Passing `generation_config` together with", "Caching is incompatible with")
 
 
-def _unexpected(record: logging.LogRecord) -> bool:
+def _is_unexpected(record: logging.LogRecord) -> bool:
     return not any(part in record.getMessage() for part in EXPECTED)
 
 
@@ -29,7 +29,7 @@ def quieten_transformers() -> None:
 
     transformers_logging.disable_progress_bar()
     for handler in logging.getLogger("transformers").handlers:
-        handler.addFilter(_unexpected)
+        handler.addFilter(_is_unexpected)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""A `kill` (SIGTERM) and a closed terminal (SIGHUP) end `rlhf run` in the way of Ctrl-C, each with its exit code."""
+"""End `rlhf run` at a `kill` (SIGTERM) and a closed terminal (SIGHUP) as at Ctrl-C, each with its exit code."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasatt
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal other than that of Ctrl-C asked the process to end."""
+    """Report that a signal other than that of Ctrl-C asked the process to end."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
@@ -18,7 +18,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Stopped(Exception):
-    """A run that a signal ended; its exit code is 128 and the signal's number, as a shell has it."""
+    """Report that a signal ended the run; the exit code is 128 plus the signal's number, as in a shell."""
 
     def __init__(self, number: int):
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -41,8 +41,8 @@ def stopping() -> Iterator[None]:
         raise Interrupted(number)
 
     handlers = {number: signal.getsignal(number) for number in ENDING}
-    before = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
-    for number in before:
+    replaced = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
+    for number in replaced:
         signal.signal(number, interrupt)
     try:
         yield
@@ -51,5 +51,5 @@ def stopping() -> Iterator[None]:
     except KeyboardInterrupt:
         raise Stopped(signal.SIGINT) from None
     finally:
-        for number, handler in before.items():
+        for number, handler in replaced.items():
             signal.signal(number, handler)

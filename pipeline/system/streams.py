@@ -1,4 +1,4 @@
-"""The standard streams: they take any text, and one that cannot be written ends the command in one message.
+"""Let the standard streams take any text; a stream that cannot be written ends the command in one message.
 
 Nothing here imports rich, so that `--help` answers at once.
 """
@@ -13,8 +13,9 @@ import sys
 import textwrap
 from typing import TextIO
 
-# What the writing of a stream can end with.
+# Numbers of the errors that the writing of a stream can end with.
 _WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE, errno.EBADF)
+MIN_WIDTH = 20  # columns; narrower terminals wrap what we print themselves
 # Characters that move the cursor, change colours, reverse the order of what follows or end a line.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -36,7 +37,7 @@ def prepare() -> None:
 
 
 def printable(text: str, encoding: str) -> str:
-    r"""The text with everything escaped that the encoding lacks or that would control the terminal.
+    r"""Escape everything in a text that the encoding lacks or that would control the terminal.
 
     >>> printable("caf\xe9 \u2192 \x1b[31m", "latin-1")
     'caf\xe9 \\u2192 \\x1b[31m'
@@ -52,41 +53,47 @@ def _escaped(match: re.Match[str]) -> str:
 
 
 def either(preferred: str, plain: str, encoding: str) -> str:
-    """`preferred`, or `plain` where the encoding lacks a character of it."""
+    """Return `preferred`, or `plain` where the encoding lacks one of its characters."""
     return preferred if printable(preferred, encoding) == preferred else plain
 
 
 def columns_asked() -> int | None:
-    """The width that the variable COLUMNS asks for."""
+    """Return the width that the variable COLUMNS asks for; None if it asks for none."""
     value = os.environ.get("COLUMNS", "")
     return int(value) if value.isdecimal() and int(value) > 0 else None
 
 
 def error(message: str) -> None:
-    """Print an error on stderr: wrapped at words on a terminal, one line a thought elsewhere.
+    """Print an error on stderr; on a terminal its lines are wrapped at words.
 
-    Only there COLUMNS counts: GNU readline exports it, so that every program that a Python session starts has it.
+    COLUMNS counts on a terminal only: GNU readline exports it, so every program that a Python session starts has it.
     """
     stream = sys.stderr
-    shown = printable(f"error: {message}", stream.encoding or "utf-8")
+    text = printable(f"error: {message}", stream.encoding or "utf-8")
     if stream.isatty():
-        shown = wrapped(shown, columns_asked() or shutil.get_terminal_size().columns)
+        text = wrapped(text, columns_asked() or shutil.get_terminal_size().columns)
     with contextlib.suppress(OSError):  # there is nowhere left to say it
-        print(shown, file=stream, flush=True)
+        print(text, file=stream, flush=True)
 
 
 def wrapped(text: str, width: int) -> str:
-    """The text's lines wrapped at spaces, with their indentation and two spaces more; words and paths stay whole."""
-    lines = []
+    """Wrap the text's lines at spaces, with their indentation and two spaces more; words and paths stay whole."""
+    lines: list[str] = []
     for line in text.split("\n"):
         indentation = line[: len(line) - len(line.lstrip())]
-        options = {"break_long_words": False, "break_on_hyphens": False, "subsequent_indent": f"{indentation}  "}
-        lines += textwrap.wrap(line, max(width, 20), **options) or [""]
+        pieces = textwrap.wrap(
+            line,
+            width=max(width, MIN_WIDTH),
+            break_long_words=False,
+            break_on_hyphens=False,
+            subsequent_indent=f"{indentation}  ",
+        )
+        lines += pieces or [""]
     return "\n".join(lines)
 
 
 def refuses_stdout(error: OSError) -> bool:
-    """Whether an error is about stdout: it has no file's name, and stdout cannot be written now either."""
+    """Say whether an error is about stdout: it has no file's name, and stdout cannot be written now either."""
     if error.errno not in _WRITING or error.filename is not None:
         return False
     try:
@@ -98,7 +105,7 @@ def refuses_stdout(error: OSError) -> bool:
 
 
 def give_up(stream: TextIO) -> None:
-    """Point a stream at the null device, or Python would try it again at its end, and complain."""
+    """Point a stream at the null device; else Python would write to it again at its end, and complain."""
     with contextlib.suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())

@@ -87,8 +87,8 @@ def policy_is_parent(policy: nn.Module, rows: Sequence[list[int]], expected: Seq
         moved = max(moved, (divergence.log_probs(policy, ids) - log_probs).abs().max().item())
     policy.train(training)
     if not moved < 1e-3:
-        seen = f"log-probabilities of tokens differ by up to {moved:.4g} nats before the first update, expected 0"
-        raise CheckFailed(f"the policy is not its parent: {seen}")
+        fault = f"log-probabilities of tokens differ by up to {moved:.4g} nats before the first update, expected 0"
+        raise CheckFailed(f"the policy is not its parent: {fault}")
 
 
 @torch.no_grad()
@@ -103,8 +103,8 @@ def reference_is_parent(policy: nn.Module, reference: nn.Module, rows: Sequence[
     largest = max(divergence.largest_kl(policy, reference, ids) for ids in rows)
     policy.train(training)
     if not largest < 1e-4:
-        seen = f"KL to it is {largest:.4g} nats per token before the first update, expected 0"
-        raise CheckFailed(f"the reference is not the parent: {seen}. Their weights differ")
+        fault = f"KL to it is {largest:.4g} nats per token before the first update, expected 0"
+        raise CheckFailed(f"the reference is not the parent: {fault}. Their weights differ")
     return largest
 
 
@@ -131,8 +131,8 @@ def finite(parameters: Iterable[nn.Parameter]) -> bool:
 def finite_weights(name: str, parameters: Iterable[nn.Parameter]) -> None:
     """Check that the weights that stage `name` trained are finite numbers."""
     if not finite(parameters):
-        seen = "its weights are no longer finite numbers, so training diverged; nothing is handed on"
-        raise UserError(f"{name}: {seen}. Lower its learning rate, or train it in bf16 or fp32 rather than fp16")
+        fault = "its weights are no longer finite numbers, so training diverged; nothing is handed on"
+        raise UserError(f"{name}: {fault}. Lower its learning rate, or train it in bf16 or fp32 rather than fp16")
 
 
 def eos_in_labels(rows: Dataset, eos_token_id: int) -> None:

@@ -1,4 +1,4 @@
-"""What a stage's module is given, and what it returns."""
+"""Give a stage's module what it needs of its run, and take what it returns."""
 
 import functools
 import json
@@ -7,24 +7,28 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
 from accelerate import PartialState
+from datasets import Dataset
+from transformers import PreTrainedTokenizerFast
 
 from pipeline.config.graph import datasets
 from pipeline.config.lineage import Place, place_of, start_of
 from pipeline.config.options import with_defaults
 from pipeline.config.requests import request, run_data
-from pipeline.config.schema import RunConfig, Stage
+from pipeline.config.schema import RunConfig, Stage, TrainingStage
 from pipeline.config.stage_types import config_class
+from pipeline.data import fingerprints
+from pipeline.data.audit import Audit
 from pipeline.data.prepare import Datasets
-from pipeline.data.sources import fingerprint_of
 from pipeline.models.loading import Loader, Weights, merge
 from pipeline.records import manifest
 from pipeline.records.manifest import Record
+from pipeline.records.stage_folder import CHECKPOINTS
 from pipeline.system.errors import UserError
 
 
 @dataclass
 class Result:
-    """What a stage's module returns: metrics, parameter counts, and rows used and dropped per dataset."""
+    """Hold what a stage's module returns: metrics, parameter counts, and rows used and dropped per dataset."""
 
     metrics: dict[str, Any]
     parameters: dict[str, int] = field(default_factory=dict)
@@ -44,10 +48,10 @@ class StageContext(Generic[S]):
 
     config: RunConfig
     name: str
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerFast
     tokenizer_key: str
     loader: Loader
-    identity: str
+    identity: str  # the digest of the stage's identity: what its checkpoints belong to
 
     @property
     def stage(self) -> S:
@@ -71,14 +75,18 @@ class StageContext(Generic[S]):
         return self.folder / "output.new"
 
     def record_of(self, stage: str) -> Record:
-        """The record of a finished stage."""
-        return manifest.read(self.config.run_path).stages[stage]
+        """Read the record of a finished stage."""
+        recorded = manifest.read(self.config.run_path)
+        assert recorded is not None, "this stage has parents that are finished"
+        return recorded.stages[stage]
 
     def say(self, message: str) -> None:
+        """Print a line, in one process."""
         if PartialState().is_main_process:
             print(message, flush=True)
 
     def weights(self, place: Place) -> Weights:
+        """Return where weights lie, as absolute paths or a hub id."""
         run_dir = self.config.run_path
         full = self.loader.base if place.full is None else str(run_dir / place.full)
         return Weights(full, str(run_dir / place.adapter) if place.adapter else None)
@@ -87,7 +95,7 @@ class StageContext(Generic[S]):
         return self.weights(place_of(self.config, stage))
 
     def start(self) -> Weights:
-        """The weights this stage starts from; merged first where the parent's adapter cannot be continued."""
+        """Return the weights this stage starts from; merged first where the parent's adapter cannot be continued."""
         start = start_of(self.config, self.name)
         weights = self.weights(start.place)
         if not start.merge:
@@ -100,9 +108,13 @@ class StageContext(Generic[S]):
         return Weights(str(merged))
 
     def training_args(self, **ours: Any) -> Any:
-        """TRL's config for this stage: the user's options, ours where they are silent, and what only we can know."""
+        """Build TRL's config for this stage: the user's options over our defaults, and what only we can know.
+
+        Its class depends on the type of the stage, hence `Any`.
+        """
+        assert isinstance(self.stage, TrainingStage), "other stages have no options of TRL"
         options = with_defaults(self.stage.type, self.stage.training)
-        fixed = {"output_dir": str(self.folder / "checkpoints"), "seed": self.seed}
+        fixed = {"output_dir": str(self.folder / CHECKPOINTS), "seed": self.seed}
         return config_class(self.stage.type)(**(options | fixed | ours))
 
     @functools.cached_property
@@ -110,9 +122,10 @@ class StageContext(Generic[S]):
         return Datasets(run_data(self.config), self.tokenizer, self.tokenizer_key)
 
     def rows(self) -> tuple[Any, Any, dict[str, dict[str, Any]]]:
-        """The stage's tokenised rows, those of `eval_data` (or None), and what to record about each dataset, by role.
+        """Return the stage's tokenised rows, those of `eval_data` (or None), and what to record of each dataset.
 
-        The rows of a streamed dataset are the stage's to read: None.
+        The rows of a streamed dataset are the stage's to read: None. Otherwise they are a `datasets.Dataset`. Each
+        stage knows which of them it has, hence `Any`.
 
         Raises:
             UserError: if more rows cannot be used than the config's `checks` allow, or none is left.
@@ -121,27 +134,32 @@ class StageContext(Generic[S]):
 
     @functools.cached_property
     def _rows(self) -> tuple[Any, Any, dict[str, dict[str, Any]]]:
-        rows, recorded = {}, {}
+        rows: dict[str, Dataset] = {}
+        recorded: dict[str, dict[str, Any]] = {}
         for role, name in datasets(self.stage).items():
-            recorded[role] = {
-                "dataset": name,
-                "fingerprint": fingerprint_of(name, self.config.data[name], self.config.folder),
-            }
-            if self.config.data[name].streaming:
+            section = self.config.data[name]
+            fingerprint = fingerprints.of_dataset(name, section, self.config.folder)
+            recorded[role] = {"dataset": name, "fingerprint": fingerprint}
+            if section.streaming:
                 continue
             with PartialState().main_process_first():
                 prepared = self.data.prepare(request(self.config, self.name, role))
-            audit, rows[role] = prepared.audit, prepared.rows
-            if problems := audit.problems(self.config.checks.model_dump()):
-                raise UserError("\n  ".join(problems))
-            for kind, finding in audit.dropped.items():
-                if finding.count:
-                    self.say(
-                        f"{self.name}: {finding.count} of {audit.read} rows of {name} {audit.what(kind)}: left out"
-                    )
-            recorded[role] |= audit.record()
+            rows[role] = prepared.rows
+            self._check_and_tell(name, prepared.audit)
+            recorded[role] |= prepared.audit.record()
         return rows.get("data"), rows.get("eval_data"), recorded
 
+    def _check_and_tell(self, dataset: str, audit: Audit) -> None:
+        """Refuse a dataset of which too many rows cannot be used; say how many were left out, and why."""
+        problems = audit.problems(self.config.checks.model_dump())
+        if problems:
+            raise UserError("\n  ".join(problems))
+        for kind, finding in audit.dropped.items():
+            if finding.count:
+                what = f"{finding.count} of {audit.read} rows of {dataset} {audit.what(kind)}"
+                self.say(f"{self.name}: {what}: left out")
 
-def write_json(path: Path, value: Any) -> None:
+
+def write_json(path: Path, value: object) -> None:
+    """Write a value to a file for people to read; what JSON does not know is written as its text."""
     path.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")

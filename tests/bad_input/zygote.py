@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 
-IMPORTED = [f"pipeline.{name}" for name in ("cli", "launcher", "report", "stage", "stages.sft", "stages.reward")]
+IMPORTED = [f"pipeline.{name}" for name in ("cli", "launcher", "show.results", "stage", "stages.sft", "stages.reward")]
 IMPORTED += [f"datasets.packaged_modules.{kind}.{kind}" for kind in ("csv", "json", "parquet", "text")]
 IMPORTED += ["transformers.models.llama.modeling_llama"]
 MEMORY = 6 << 30  # bytes a command may take; more is a fault of the command, and must not take the machine with it

@@ -65,10 +65,10 @@ def step(name: str, folder: Path, rows: int) -> None:
     """One step, in this process; prints its seconds and counts as JSON."""
     from pipeline.config.load import load
     from pipeline.config.requests import request, run_data
-    from pipeline.data import prepare, run_tokenizer, sources
+    from pipeline.data import places, prepare, run_tokenizer, sources
 
     config = load(folder / f"{rows}.yaml")
-    (part,) = sources.find("comparisons", config.data["comparisons"], config.folder)
+    (part,) = places.find("comparisons", config.data["comparisons"], config.folder)
     saved = folder / "tokenizer"
     if not saved.is_dir():
         run_tokenizer.build(config).save_pretrained(saved)

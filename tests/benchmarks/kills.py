@@ -121,7 +121,7 @@ def _points() -> list[Point]:
         Point("data cache: not in its place", "sft", "shutil:move", "before", "rlhf-pipeline/", 1, "launcher", True),
         Point("data cache: in its place", "sft", "shutil:move", "after", "rlhf-pipeline/", 1, "launcher", True),
         Point("data cache: a digest", "sft", write, "torn", "digests", by="launcher", cold=True),
-        Point("launcher: before a stage", "reward", "pipeline.launcher:command", "after", by="launcher"),
+        Point("launcher: before a stage", "reward", "pipeline.launch.process:command", "after", by="launcher"),
         Point("launcher: after a stage", "reward", "pipeline.show.results:result_table", "before", by="launcher"),
     ]  # fmt: skip
     return points

@@ -1,0 +1,136 @@
+"""Run one stage in a process of its own: start it, carry its output, stop it, and say why it failed."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+
+import psutil
+from rich.console import Console
+
+from pipeline.config.schema import RunConfig
+from pipeline.launch import channel, sharding
+from pipeline.launch.log import StageLog, relay, say_last
+from pipeline.records import manifest
+from pipeline.records.manifest import Record
+from pipeline.records.stage_folder import LOG
+from pipeline.system.errors import StageFailed
+
+NUM_LOG_LINES = 20  # shown of a stage that failed
+STOP_SECONDS = 15  # that a stage has to end by itself
+
+
+def command(config: RunConfig, name: str, overrides: tuple[str, ...], accelerate_file: str | None) -> list[str]:
+    """Return the command that runs one stage; the same one that users type under `accelerate launch`."""
+    launch = [sys.executable, "-u"]
+    if accelerate_file is not None:
+        launch += ["-m", "accelerate.commands.launch", "--config_file", accelerate_file]
+        if sharding.needs_gpu_id(accelerate_file):
+            launch += ["--gpu_ids", _first_gpu()]
+    return [*launch, "-m", "pipeline.stage", str(config.source), name, *overrides]
+
+
+def run_stage(
+    config: RunConfig,
+    name: str,
+    overrides: tuple[str, ...],
+    accelerate_file: str | None,
+    reason: str,
+    redo: bool,
+    console: Console,
+) -> None:
+    """Run a stage's process until it ends, show and log its output. `reason`: why it runs, for its record.
+
+    Raises:
+        StageFailed: if it ended without a record.
+    """
+    path = config.run_path / name / LOG
+    path.parent.mkdir(parents=True, exist_ok=True)
+    argv = command(config, name, overrides, accelerate_file)
+    before = _record(config, name)
+    with tempfile.TemporaryDirectory(prefix="rlhf-") as errors:
+        environment = _environment(accelerate_file, console, errors, reason, redo)
+        process = subprocess.Popen(
+            argv, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        try:
+            with StageLog(path, console) as log:
+                log.write(f"$ {' '.join(argv)}\n")
+                assert process.stdout is not None, "it is a pipe"
+                relay(process.stdout, log, console)
+            exit_code = process.wait()
+        except KeyboardInterrupt:
+            _stop(process)
+            is_finished = _record(config, name) not in (None, before)
+            where = f"after {name}, which is finished" if is_finished else f"in {name}"
+            again = ", without --redo," if redo else ""
+            say_last(console, f"\nStopped {where}. The same command{again} goes on from there; its log is {path}")
+            raise
+        finally:
+            if process.poll() is None:
+                _stop(process)
+        if exit_code != 0 or _record(config, name) is None:
+            raise _failure(name, exit_code, channel.error_in(errors), log)
+
+
+def _record(config: RunConfig, name: str) -> Record | None:
+    """Return the stage's record as it is now, or None."""
+    recorded = manifest.read(config.run_path)
+    return None if recorded is None else recorded.stages.get(name)
+
+
+def _environment(accelerate_file: str | None, console: Console, errors: str, reason: str, redo: bool) -> dict[str, str]:
+    """Return the environment of a stage's process."""
+    environment = os.environ | {
+        channel.LAUNCHER: str(os.getpid()),
+        channel.REASON: reason,
+        channel.ERRORS: errors,
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONIOENCODING": "utf-8:backslashreplace",  # what `relay` reads, in any locale
+        "PYTHONSAFEPATH": "1",  # or `-m` would look for this package in the working directory first
+    }
+    if not console.encoding.startswith("utf"):
+        environment["TQDM_ASCII"] = " 123456789#"  # bars of blocks would be shown as escapes
+    if redo:
+        environment[channel.REDO] = "true"
+    if accelerate_file is None:
+        # One process on several GPUs would fall into torch's DataParallel, which no trainer here supports.
+        environment["CUDA_VISIBLE_DEVICES"] = _first_gpu()
+    return environment
+
+
+def _first_gpu() -> str:
+    """Return the first GPU that this process may see; empty if it may see no GPU."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+
+
+def _failure(name: str, exit_code: int, error: str | None, log: StageLog) -> StageFailed:
+    """Say why a stage ended without its record: the user's error that it left, or how it ended and its last lines."""
+    if error is not None:
+        return StageFailed(f"stage {name!r} stopped: {error}", 2)
+    what = f"ended with exit code {exit_code}" if exit_code else "ended without a record in the manifest"
+    if exit_code < 0:
+        what = f"was ended by signal {-exit_code} ({signal.strsignal(-exit_code)})"
+    tail = list(log.lines)[-NUM_LOG_LINES:]
+    return StageFailed("\n  ".join([f"stage {name!r} {what}. The last lines of {log.path}:", *tail]), 1)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End a stage with all processes that it has started; insist after a while, or at another interrupt.
+
+    Nothing is lost by not letting it finish what it does: a stage may be killed at any time.
+    """
+    try:
+        stage = psutil.Process(process.pid)
+        remaining = [stage, *stage.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        remaining = []
+    for insist in (psutil.Process.terminate, psutil.Process.kill):
+        for one in remaining:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                insist(one)
+        with contextlib.suppress(KeyboardInterrupt):
+            _, remaining = psutil.wait_procs(remaining, timeout=STOP_SECONDS)
+    process.wait()
