@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from accelerate.utils import gather_object
@@ -186,7 +186,7 @@ class Watch:
                 drawn = generate(policy, batch, sampling, ctx.tokenizer)
                 rows += [prompt + ids for prompt, ids in zip(batch, drawn, strict=True)]
             policy.train(was_training)
-            scores = scoring.score(reward, rows, ctx.tokenizer.pad_token_id, sampling.batch_size)
+            scores = scoring.score(reward, rows, cast(int, ctx.tokenizer.pad_token_id), sampling.batch_size)
             return float(torch.tensor(gather_object(scores)).mean())
 
         self._best = BestPolicy(self._parameters, evaluate, ctx.stage.eval_every, self._say)

@@ -131,7 +131,7 @@ def _make_trainer(
     """Make TRL's trainer, which learns from the scores less the baseline, and logs what is scored."""
     stage = ctx.stage
     subtraction = Subtraction(baseline, stage.added_shift, ctx.seed)
-    centred = CentredReward(models.reward, models.value, ctx.tokenizer.eos_token_id, subtraction)
+    centred = CentredReward(models.reward, models.value, cast(int, ctx.tokenizer.eos_token_id), subtraction)
     trainer = ppo_trainer_class(centred.observe)(
         args=args,
         processing_class=ctx.tokenizer,

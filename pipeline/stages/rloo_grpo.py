@@ -32,7 +32,7 @@ def reward_model_function(ctx: StageContext[Online], model: Any) -> RewardFuncti
 
     def reward_model(prompts: list[Any], completion_ids: list[list[int]], **_: Any) -> list[float]:
         sequences = [prompt_ids(ctx.tokenizer, p) + ids for p, ids in zip(prompts, completion_ids, strict=True)]
-        return scoring.score(model, sequences, ctx.tokenizer.pad_token_id)
+        return scoring.score(model, sequences, cast(int, ctx.tokenizer.pad_token_id))
 
     return reward_model
 
