@@ -222,7 +222,7 @@ def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def _is_told_by_keys(key: str, old: Flat, new: Flat) -> bool:
-    """Whether a section was null or empty on one side and has keys on the other, which say what changed."""
+    """Tell whether a section was null or empty on one side and has keys on the other, which say what changed."""
     other = new if key in old else old
     return (key in old) != (key in new) and any(one.startswith(f"{key}.") for one in other)
 

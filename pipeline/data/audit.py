@@ -64,17 +64,17 @@ class Audit:
 
     @property
     def dataset(self) -> str:
-        """The name of the dataset in the config."""
+        """Return the name of the dataset in the config."""
         return self.parts[0][0].dataset
 
     @property
     def label(self) -> str:
-        """The name of the dataset in messages: its only file or source, or its name in the config."""
+        """Return the name of the dataset in messages: its only file or source, or its name in the config."""
         return self.parts[0][0].label if len(self.parts) == 1 else f"dataset {self.dataset!r}"
 
     @property
     def num_dropped(self) -> int:
-        """The number of rows that are left out."""
+        """Return the number of rows that are left out."""
         return sum(finding.count for finding in self.dropped.values())
 
     def place(self, row: int) -> str:

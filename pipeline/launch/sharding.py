@@ -49,7 +49,7 @@ def of_file(path: str | Path, where: str) -> str | None:
 
 
 def needs_gpu_id(path: str | Path, environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether an accelerate config starts one process, which must see one GPU, and the environment says which."""
+    """Tell whether an accelerate config starts one process, which must see one GPU, and the environment says which."""
     settings = _mapping(Path(path), "--accelerate-config", YAML(typ="safe").load)
     if str(settings.get("distributed_type", "NO")).upper() not in ("NO", "FALSE"):
         return False

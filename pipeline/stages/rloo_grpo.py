@@ -52,7 +52,7 @@ def judge_function(judge: functions.Judge, name: str) -> RewardFunction:
 
 
 def with_shift(ctx: StageContext[Online], reward: RewardFunction) -> RewardFunction:
-    """A reward with the stage's `added_shift`."""
+    """Add the stage's `added_shift` to a reward."""
 
     @functools.wraps(reward)
     def shifted(prompts: list[Any], **columns: Any) -> list[float]:

@@ -67,7 +67,7 @@ class StageContext(Generic[S]):
 
     @property
     def cache(self) -> Path:
-        """What stages of the run share and can make again."""
+        """Say what stages of the run share and can make again."""
         return self.config.run_path / "cache"
 
     @property
