@@ -19,7 +19,7 @@ from test_equalities import run
 
 from pipeline import launcher, stage
 from pipeline.config.load import load
-from pipeline.launch import joining, sharding
+from pipeline.launch import channel, joining, process, sharding
 from pipeline.records import manifest
 from pipeline.stages import ppo
 from pipeline.system.errors import StageFailed, UserError

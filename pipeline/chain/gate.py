@@ -1,13 +1,13 @@
 """Decide before an RL or DPO stage starts whether the stages that it builds on are good enough, by their records."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from pipeline.config.schema import GateLimits, Reinforced, RunConfig, TrainingStage
 from pipeline.config.stage_types import makes
 from pipeline.records.manifest import Manifest, Record
 from pipeline.shift.estimate import Estimate, estimate
 from pipeline.system.errors import UserError
+from pipeline.system.json_object import JsonObject
 
 MORE_DATA = "more comparisons, cleaner labels, other training options, or DPO, which needs no reward model"
 NEEDS_PROMPTS = "The report needs two prompts at least; an interval is over prompts"
@@ -81,7 +81,7 @@ def _policy(name: str, record: Record, limits: GateLimits) -> list[Verdict]:
 def _accuracy(name: str, record: Record, limit: float) -> Verdict:
     """Judge a reward model by its accuracy on held-out comparisons: all of the interval must be above the limit."""
     what = "held-out accuracy"
-    held_out: dict[str, Any] | None = record.metrics.get("held_out")
+    held_out: JsonObject | None = record.metrics.get("held_out")
     if held_out is None:
         mend = "Give it `eval_data`; of a dataset that is trained on too, the share `heldout` is then kept apart"
         return Verdict(name, what, None, "it has no held-out comparisons", mend)
