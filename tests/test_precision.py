@@ -21,7 +21,7 @@ from pipeline.config.load import load
 from pipeline.data.encode import prompt_ids
 from pipeline.models import loading, scoring
 from pipeline.records import manifest
-from pipeline.stages import dpo, ppo, pretrain, reward, rloo_grpo, sft
+from pipeline.stages import dpo, kto, ppo, pretrain, reward, rloo_grpo, sft
 from pipeline.system.errors import UserError
 from pipeline.training import context, divergence, fit
 
@@ -35,7 +35,7 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "4-bit, bf16 autocast": {"dtype": "bfloat16", "quantization": FOUR_BIT},
 }
 WEIGHTS = {"LoRA": tiny.LORA, "all": None}
-CHAIN = ("pretrain", "sft", "reward", "ppo", "rloo", "grpo", "dpo", "shift", "evaluate")
+CHAIN = ("pretrain", "sft", "reward", "ppo", "rloo", "grpo", "dpo", "kto", "shift", "evaluate")
 TRAINED = CHAIN[:-2]
 ONLINE = {"max_completion_length": 8, "num_generations": 4, "beta": 0.04}
 STAGES = {
@@ -46,6 +46,7 @@ STAGES = {
     "rloo": {"data": "demonstrations", "training": ONLINE},
     "grpo": {"data": "demonstrations", "training": ONLINE},
     "dpo": tiny.DPO,
+    "kto": {"data": "unpaired"},
     "shift": {"data": "held_out", "policy": "sft", "max_new_tokens": 8},
     "evaluate": {"data": "held_out", "max_new_tokens": 8},
 }
@@ -60,7 +61,10 @@ def make_run(folder: Path, weights: str, precision: dict[str, Any]) -> Path:
     tiny.write_rows(folder / "texts.jsonl", [{"text": row["chosen"]} for row in tiny.comparisons()])
     held_out = [row | {"prompt": f"Once more: {row['prompt']}"} for row in tiny.comparisons()]
     tiny.write_rows(folder / "held_out.jsonl", held_out)
-    names = ("comparisons", "demonstrations", "texts", "held_out")
+    good = [{"prompt": row["prompt"], "completion": row["chosen"], "label": True} for row in tiny.comparisons()]
+    bad = [{"prompt": row["prompt"], "completion": row["rejected"], "label": False} for row in tiny.comparisons()]
+    tiny.write_rows(folder / "unpaired.jsonl", [*good, *bad])
+    names = ("comparisons", "demonstrations", "unpaired", "texts", "held_out")
     changes = {"data": {name: {"path": f"{name}.jsonl"} for name in names}}
     changes["model"] = {"path": "model", "dtype": precision.get("dtype", "float32")}
     if "quantization" in precision:
@@ -75,7 +79,7 @@ class Kept:
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.model: Any = None
         self.before: dict[str, torch.Tensor] = {}
-        for module in (pretrain, sft, reward, rloo_grpo, dpo):
+        for module in (pretrain, sft, reward, rloo_grpo, dpo, kto):
             monkeypatch.setattr(module, "fit", functools.partial(self._fit, fit.fit))
         monkeypatch.setattr(ppo, "_train", functools.partial(self._train, ppo._train))
 
@@ -141,6 +145,7 @@ def check_stage(found: manifest.Record) -> None:
         "rloo": ("initial_kl", 0),
         "grpo": ("initial_kl", 0),
         "dpo": ("initial_loss", pytest.approx(math.log(2), abs=1e-6)),
+        "kto": ("initial_loss", 0.5),
         "reward": ("reload_difference", 0),
     }
     if found.type in expected:

@@ -16,7 +16,7 @@ from pipeline.data.rows import convert, serves
 
 SHAPES = ("text", "prompt", "prompt_completion", "messages", "alpaca")
 SHAPES += ("sharegpt", "unpaired", "comparison", "hh", "scored")
-WANTS = ("text", "demonstrations", "comparisons", "prompts")
+WANTS = ("text", "demonstrations", "comparisons", "unpaired", "prompts")
 
 
 def system(content):
@@ -614,6 +614,7 @@ def test_row_is_left_as_it_was(case):
 @each(CASES)
 def test_serves_what_the_row_holds(case):
     expected = {"prompts"} | ({"demonstrations"} if case.answer else set())
+    expected |= {"unpaired"} if case.shape == "unpaired" else set()
     assert serves(case.shape, case.row) == expected | ({"comparisons"} if case.rejected else set())
 
 
@@ -776,8 +777,8 @@ def test_unicode_in_text(text):
         ),
         ("scored", {"prompt", "completions", "scores"}, {"comparisons", "demonstrations", "prompts"}),
         ("scored", {"question", "answers"}, {"comparisons", "demonstrations", "prompts"}),
-        ("unpaired", {"prompt", "completion", "label"}, {"demonstrations", "prompts"}),
-        ("unpaired", {"messages", "kto_tag"}, {"demonstrations", "prompts"}),
+        ("unpaired", {"prompt", "completion", "label"}, {"demonstrations", "prompts", "unpaired"}),
+        ("unpaired", {"messages", "kto_tag"}, {"demonstrations", "prompts", "unpaired"}),
     ],
 )
 def test_serves(shape, columns, expected):
@@ -1396,6 +1397,7 @@ def check_canonical(row):
 
 HELD = {"text": {"text"}, "demonstrations": {"prompt", "completion"}, "prompts": {"prompt"}}
 HELD["comparisons"] = {"prompt", "chosen", "rejected"}
+HELD["unpaired"] = {"prompt", "completion", "label"}
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -6,12 +6,15 @@ that no other type reads, a class in `data/rows.py`.
 
 import pkgutil
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config.batch_sizes import fault_of_ppo
 from pipeline.config.ranges import NOT_NEGATIVE, POSITIVE
 from pipeline.config.schema import BASE, Evaluate, Offline, Online, Ppo, RunConfig, Shift, Stage
 from pipeline.config.type_row import POLICIES, REWARD_MODELS, ZERO_2, ZERO_3, Makes, Reference, StageType
+
+if TYPE_CHECKING:
+    from trl.trainer.kto_config import KTOConfig  # the import takes seconds
 
 _START_FROM_SFT = Reference(
     "init", POLICIES, "sft", missing="there is no sft stage to start from; add one, or say `init: base`"
@@ -35,6 +38,16 @@ _RLOO_LOGS = {
     "completions/clipped_ratio": ("missing_eos", 0),
     "frac_reward_zero_std": ("frac_reward_zero_std", 0),
 }
+
+
+def _fault_of_kto(args: "KTOConfig") -> str | None:
+    """Say what is wrong with the batch or the weights of a KTO stage, or return None."""
+    if args.loss_type == "kto" and args.per_device_train_batch_size < 2:
+        return "per_device_train_batch_size must be at least 2: the KL is estimated from the other rows of a batch"
+    if not args.desirable_weight and not args.undesirable_weight:
+        return "desirable_weight and undesirable_weight are both 0: nothing would be learned"
+    return None
+
 
 STAGE_TYPES: Mapping[str, StageType] = {
     "pretrain": StageType(
@@ -186,6 +199,27 @@ STAGE_TYPES: Mapping[str, StageType] = {
         },
         bounds={"beta": POSITIVE},
         headline=("initial_loss", "loss", "rewards/accuracies", "rewards/margins"),
+    ),
+    "kto": StageType(
+        section=Offline,
+        module="kto",
+        rows="unpaired",
+        makes="aligned policy",
+        trl_config="trl:KTOConfig",
+        references=(_START_FROM_SFT,),
+        has_reference=True,
+        length_option="training.max_length",
+        trains_on=("completion_ids",),
+        refused={
+            _SAME_POLICIES: "disable_dropout",
+            "KTO compares rows with those before them in their batch, so their order is fixed; it is drawn by `seed`": (
+                "train_sampling_strategy"
+            ),
+        },
+        words={"loss_type": "kto apo_zero_unpaired"},
+        bounds={"beta": POSITIVE, "desirable_weight": NOT_NEGATIVE, "undesirable_weight": NOT_NEGATIVE},
+        check_options=_fault_of_kto,
+        headline=("initial_loss", "loss", "kl", "rewards/margins"),
     ),
     "evaluate": StageType(
         section=Evaluate,

@@ -6,7 +6,7 @@ becomes one, its token ids, what is measured of it, where it may be cut, and how
 
 from collections.abc import Iterable, Mapping
 from itertools import groupby
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from datasets import List, Value
@@ -162,6 +162,63 @@ class Comparison(Answers):
         return {"longer_wins": rows["chosen"] > rows["rejected"]}
 
 
+class Unpaired(Answers):
+    """A prompt with one answer to it, labelled good (true) or bad (false)."""
+
+    name = "unpaired"
+    columns: ClassVar[Mapping[str, List]] = dict.fromkeys(("prompt_ids", "completion_ids"), _IDS)
+    extras: ClassVar[Mapping[str, Value | List]] = {"label": Value("bool")}
+    sides = ("completion",)
+    lengths = ("prompt", "completion")
+    findings: ClassVar[Mapping[str, str]] = {"undesirable": "are labelled false"}
+
+    def is_served_by(self, shape: str, columns: set[str]) -> bool:
+        return shape == "unpaired"
+
+    def convert(self, row: Row, shape: str) -> Row:
+        converted = to_messages(row, shape)
+        if "unlearnt" in converted:
+            why = "has no answer to learn from: all of the assistant's messages have weight 0"
+            raise RowFault("malformed", converted["unlearnt"], why, converted)
+        return converted | {"prompt": without_weights(converted["prompt"])}
+
+    def encode(self, tokenizer: PreTrainedTokenizerFast, rows: list[Row]) -> list[Row | RowFault]:
+        encoded = super().encode(tokenizer, rows)
+        return [
+            ids if isinstance(ids, RowFault) else ids | {"label": row["label"]}
+            for row, ids in zip(rows, encoded, strict=True)
+        ]
+
+    def longest(self, lengths: Mapping[str, int], options: Mapping[str, Any]) -> tuple[int, str]:
+        if options["loss_type"] != "kto":
+            return super().longest(lengths, options)
+        # Each prompt is met with the completion of another row too; the trainer cuts that to `max_length`.
+        joined = lengths["prompt"] + lengths["completion"]
+        if options["max_length"] is not None:
+            joined = min(joined, options["max_length"])
+        longest = max(lengths["row"], joined)
+        return longest, f"its longest prompt and its longest completion, which KTO may join, have {longest} tokens"
+
+    def marks(self, row: Row) -> list[str]:
+        """Return the label: an answer with both labels is a contradiction, not a duplicate."""
+        return [str(row["label"])]
+
+    def find(self, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"undesirable": ~rows["label"]}
+
+    def fault_of_all(self, num_rows: int, findings: Mapping[str, int]) -> str | None:
+        expected = f"all {num_rows} rows are labelled {{}}; expected rows of both labels: {{}}"
+        if findings["undesirable"] == num_rows:
+            return expected.format("false", "add rows labelled true")
+        if findings["undesirable"] == 0:
+            return expected.format("true", "use them in an sft stage")
+        return None
+
+    def parts(self, row: Row, trains_on: tuple[str, ...], masked: bool) -> Parts:
+        label = str(row["label"]).lower()
+        return [*super().parts(row, trains_on, masked), ("label", [(label, False)])]
+
+
 class Prompt(Answers):
     """A prompt without an answer; its messages stay beside its ids, for judges, functions and reports."""
 
@@ -197,7 +254,7 @@ def _only(row: Row, *names: str) -> Row:
     return {name: row[name] for name in names if name in row}
 
 
-ROWS: dict[str, RowKind] = {kind.name: kind for kind in (Text(), Demonstration(), Comparison(), Prompt())}
+ROWS: dict[str, RowKind] = {kind.name: kind for kind in (Text(), Demonstration(), Comparison(), Unpaired(), Prompt())}
 
 
 def convert(row: Row, shape: str, want: str) -> Row:
