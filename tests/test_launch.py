@@ -19,7 +19,7 @@ from test_equalities import run
 
 from pipeline import launcher, stage
 from pipeline.config.load import load
-from pipeline.launch import channel, process, sharding
+from pipeline.launch import channel, joining, process, sharding
 from pipeline.records import manifest
 from pipeline.stages import ppo
 from pipeline.system.errors import StageFailed, UserError
@@ -288,15 +288,15 @@ def test_the_launcher_reads_the_error_and_not_the_log(tmp_path, monkeypatch, kin
 def test_one_process_does_not_share_its_batch_among_gpus(monkeypatch):
     """torch's DataParallel would multiply the batch by the number of GPUs."""
     seen = types.SimpleNamespace(num_processes=1, device=torch.device("cuda"), distributed_type=DistributedType.NO)
-    monkeypatch.setattr(stage, "PartialState", lambda **_: seen)
+    monkeypatch.setattr(joining, "PartialState", lambda **_: seen)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert stage._join_processes({}) is seen
+    assert joining.join_processes({}) is seen
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match=r"one process sees 2 GPUs: .* Set CUDA_VISIBLE_DEVICES to one of them"):
-        stage._join_processes({})
+        joining.join_processes({})
     seen.distributed_type = DistributedType.MULTI_GPU
-    assert stage._join_processes({}) is seen
+    assert joining.join_processes({}) is seen
 
 
 def test_one_process_sees_one_gpu_under_accelerate_too(every_type, tmp_path, monkeypatch):
@@ -320,8 +320,8 @@ def test_one_process_sees_one_gpu_under_accelerate_too(every_type, tmp_path, mon
 
 JOIN = """
 import sys, torch
-from pipeline.stage import _join_processes
-_join_processes({"use_cpu": True} | eval(sys.argv[1]))
+from pipeline.launch.joining import join_processes
+join_processes({"use_cpu": True} | eval(sys.argv[1]))
 group = torch.distributed.distributed_c10d._get_default_group()
 print(group._get_backend(torch.device("cpu")).options._timeout.total_seconds())
 """

@@ -1,13 +1,13 @@
 """Decide before an RL or DPO stage starts whether the stages that it builds on are good enough, by their records."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from pipeline.config.schema import GateLimits, Reinforced, RunConfig, TrainingStage
 from pipeline.config.stage_types import makes
 from pipeline.records.manifest import Manifest, Record
 from pipeline.shift.estimate import Estimate, estimate
 from pipeline.system.errors import UserError
+from pipeline.system.json_object import JsonObject
 
 MORE_DATA = "more comparisons, cleaner labels, other training options, or DPO, which needs no reward model"
 NEEDS_PROMPTS = "The report needs two prompts at least; an interval is over prompts"
@@ -67,28 +67,28 @@ def _policy(name: str, record: Record, limits: GateLimits) -> list[Verdict]:
     before = metrics.get("initial_eval_loss")
     if "eval_loss" in metrics and before is not None:
         loss = metrics["eval_loss"]  # the manifest holds NaN as null
-        seen = f"{float('nan') if loss is None else loss:.3f} after training, {before:.3f} before"
+        figure = f"{float('nan') if loss is None else loss:.3f} after training, {before:.3f} before"
         mend = "It learned nothing that holds beyond its rows: look at its learning rate, epochs and data"
-        judged.append(Verdict(name, "held-out loss", loss is not None and loss < before, seen, mend))
+        judged.append(Verdict(name, "held-out loss", loss is not None and loss < before, figure, mend))
     if limits.first_token is not None and "first_token" in metrics:
         first = metrics["first_token"]
-        seen = f"{first['special']:.0%} of {first['prompts']} prompts have a special token as likeliest first token"
+        figure = f"{first['special']:.0%} of {first['prompts']} prompts have a special token as likeliest first token"
         mend = f"Completions would be empty: look at the chat template and tokenizer.eos_token ({first['likeliest']!r})"
-        judged.append(Verdict(name, "first token", first["special"] <= limits.first_token, seen, mend))
+        judged.append(Verdict(name, "first token", first["special"] <= limits.first_token, figure, mend))
     return judged
 
 
 def _accuracy(name: str, record: Record, limit: float) -> Verdict:
     """Judge a reward model by its accuracy on held-out comparisons: all of the interval must be above the limit."""
     what = "held-out accuracy"
-    held_out: dict[str, Any] | None = record.metrics.get("held_out")
+    held_out: JsonObject | None = record.metrics.get("held_out")
     if held_out is None:
         mend = "Give it `eval_data`; of a dataset that is trained on too, the share `heldout` is then kept apart"
         return Verdict(name, what, None, "it has no held-out comparisons", mend)
     accuracy = held_out["accuracy"]
-    shown = f"{estimate(accuracy)} on {held_out['count']} comparisons"
-    seen = f"{shown}; all of the interval must be above {limit:g}"
-    return Verdict(name, what, accuracy["low"] > limit, seen, f"RL would climb noise: {MORE_DATA}")
+    accuracy_text = f"{estimate(accuracy)} on {held_out['count']} comparisons"
+    figure = f"{accuracy_text}; all of the interval must be above {limit:g}"
+    return Verdict(name, what, accuracy["low"] > limit, figure, f"RL would climb noise: {MORE_DATA}")
 
 
 def _report(name: str, report: Record | None, limits: GateLimits) -> list[Verdict]:
@@ -113,9 +113,9 @@ def _spread(name: str, spread: Estimate, limit: float) -> Verdict:
     what = "within-prompt SD"
     if spread.high is None:
         return Verdict(name, what, None, f"{spread} has no interval", NEEDS_PROMPTS)
-    seen = f"{spread} log-odds; its interval must reach {limit:g}"
+    figure = f"{spread} log-odds; its interval must reach {limit:g}"
     mend = f"Completions of one prompt all score alike, so RL has no signal: {MORE_DATA}"
-    return Verdict(name, what, spread.high >= limit, seen, mend)
+    return Verdict(name, what, spread.high >= limit, figure, mend)
 
 
 def _length(name: str, length: Estimate, limit: float) -> Verdict:
@@ -125,6 +125,6 @@ def _length(name: str, length: Estimate, limit: float) -> Verdict:
         return Verdict(name, what, None, f"{length} has no interval", NEEDS_PROMPTS)
     includes_zero = length.low < 0 < length.high
     nearest = 0.0 if includes_zero else min(abs(length.low), abs(length.high))
-    seen = f"{length} within prompts; its interval must reach below {limit:g}"
+    figure = f"{length} within prompts; its interval must reach below {limit:g}"
     mend = "The score tracks length, and RL would too: balance the lengths of chosen and rejected (`rlhf check-data`)"
-    return Verdict(name, what, nearest < limit, seen, mend)
+    return Verdict(name, what, nearest < limit, figure, mend)

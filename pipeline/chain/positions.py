@@ -25,8 +25,8 @@ def check(config: RunConfig, name: str, audits: Mapping[str, Audit]) -> None:
     for audit in audits.values():
         length, made_of, mend = _longest(config.stages[name], audit)
         if length > positions:
-            seen = f"{made_of}, but the model has {positions} positions (`max_position_embeddings`)"
-            raise UserError(f"{audit.dataset}: {seen}; {mend}")
+            fault = f"{made_of}, but the model has {positions} positions (`max_position_embeddings`)"
+            raise UserError(f"{audit.dataset}: {fault}; {mend}")
 
 
 def _longest(stage: Stage, audit: Audit) -> tuple[int, str, str]:

@@ -34,9 +34,9 @@ def check(config: RunConfig, recorded: Manifest | None) -> None:
     if recorded is None and _holds_files(folder / "tokenizer"):
         foreign.append(folder / "tokenizer")
     if foreign:
-        seen = f"{foreign[0]} holds files that no run has put there, and this run would write over them"
+        fault = f"{foreign[0]} holds files that no run has put there, and this run would write over them"
         mend = "give another `run_dir`, or move those files away"
-        raise UserError(f"run_dir: {seen}; {mend}")
+        raise UserError(f"run_dir: {fault}; {mend}")
 
 
 def _check_above(folder: Path) -> None:
@@ -47,7 +47,7 @@ def _check_above(folder: Path) -> None:
 
 
 def _is_manifest(folder: Path) -> bool:
-    """Whether a run wrote the file; other programs have files of that name."""
+    """Tell whether a run wrote the file; other programs have files of that name."""
     try:
         return manifest.read(folder) is not None
     except UserError:
@@ -55,14 +55,14 @@ def _is_manifest(folder: Path) -> bool:
 
 
 def _is_foreign(folder: Path) -> bool:
-    """Whether somebody else's files lie where a stage would have its folder."""
+    """Tell whether somebody else's files lie where a stage would have its folder."""
     if folder.is_dir():
         return _holds_files(folder) and not any((folder / sign).exists() for sign in _SIGNS)
     return folder.exists() or folder.is_symlink()
 
 
 def _holds_files(folder: Path) -> bool:
-    """Whether a folder holds other files than those that a run makes before it does anything else."""
+    """Tell whether a folder holds other files than those that a run makes before it does anything else."""
     return folder.is_dir() and any(path.name not in (LOCK, LOG) for path in folder.iterdir())
 
 
@@ -77,8 +77,8 @@ def open_run(config: RunConfig) -> Manifest:
     if recorded is None:
         return Manifest(name=config.name)
     if recorded.name != config.name:
-        seen = f"holds the run {recorded.name!r}, this config is {config.name!r}"
-        raise UserError(f"{config.run_path} {seen}; give another `run_dir`, or the name of that run")
+        fault = f"holds the run {recorded.name!r}, this config is {config.name!r}"
+        raise UserError(f"{config.run_path} {fault}; give another `run_dir`, or the name of that run")
     if recorded.stages and recorded.tokenizer is None:
         fault = "damaged: it has finished stages but no tokenizer. Restore it from a copy"
         raise UserError(f"{config.run_path / manifest.FILE}: {fault}")

@@ -157,7 +157,7 @@ def _defaults_of(section: BaseModel) -> dict[str, Any]:
     return defaults
 
 
-def _flat(value: Any, prefix: str = "") -> Flat:
+def _flat(value: object, prefix: str = "") -> Flat:
     """Flatten nested sections; a section without keys stays as `{}`, since `lora: {}` is another thing than null."""
     if not isinstance(value, dict) or not value:
         return {prefix.removesuffix("."): value}
@@ -213,13 +213,13 @@ def _completed(recorded: Flat, now: Flat, defaults: Flat) -> Flat:
     return {key: defaults[key] for key in lacking if key in defaults} | empty | recorded
 
 
-def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+def _changed(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:
     """Return the keys in which two flat mappings differ."""
     return sorted(key for key in old.keys() | new.keys() if old.get(key, _MISSING) != new.get(key, _MISSING))
 
 
 def _is_told_by_keys(key: str, old: Flat, new: Flat) -> bool:
-    """Whether a section was null or empty on one side and has keys on the other, which say what changed."""
+    """Tell whether a section was null or empty on one side and has keys on the other, which say what changed."""
     other = new if key in old else old
     return (key in old) != (key in new) and any(one.startswith(f"{key}.") for one in other)
 

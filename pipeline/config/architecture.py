@@ -142,7 +142,8 @@ def _refusal(config_class: type, values: Options) -> list[tuple[str, str]]:
     from huggingface_hub.errors import StrictDataclassClassValidationError
 
     fields = {key: value for key, value in values.items() if key != "model_type"}
-    name, problems = config_class.__name__, []
+    name = config_class.__name__
+    problems: list[tuple[str, str]] = []
     error = _error_of(config_class, fields)
     if error is None:
         fault = _disagreement(values)
@@ -166,13 +167,14 @@ def _disagreement(values: Options) -> str | None:
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return f"a model of type {kind!r} does not predict the next token; take another `model_type`, e.g. llama"
     if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and kind not in _DECODERS and not values.get("is_decoder"):
-        seen = f"a model of type {kind!r} is an encoder: each token sees those that come after it"
-        return f"{seen}; set `is_decoder: true`, or take another `model_type`, e.g. llama"
+        fault = f"a model of type {kind!r} is an encoder: each token sees those that come after it"
+        return f"{fault}; set `is_decoder: true`, or take another `model_type`, e.g. llama"
     layers = max(values.get(key) or 1 for key in _LAYERS)
     experts = max(values.get(key) or 1 for key in _EXPERTS)
     if layers * experts > _MOST_PARTS:
         return f"{layers} layers of {experts} experts are {layers * experts:,} parts, expected at most {_MOST_PARTS:,}"
-    heads, groups = values.get("num_attention_heads"), values.get("num_key_value_heads")
+    heads = values.get("num_attention_heads")
+    groups = values.get("num_key_value_heads")
     if heads and groups and heads % groups:
         return f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({groups})"
     return None

@@ -66,9 +66,9 @@ def _parse(raw: Options, source: Path, problems: Problems) -> RunConfig | None:
             section = {"type": "shift", "reward": measured} | section
         stage_type = str(section.get("type", name))
         if stage_type not in STAGE_TYPES:
-            hint = f"{shown(stage_type)} is none; {nearest(stage_type, STAGE_TYPES)}"
-            given = ("type",) if "type" in section else ()
-            problems.add(f"its type is its name unless `type:` is given, and {hint}", "stages", name, *given)
+            hint = f"{shown(stage_type)} is no stage type; {nearest(stage_type, STAGE_TYPES)}"
+            where = ("stages", name, "type") if "type" in section else ("stages", name)
+            problems.add(f"its type is its name unless `type:` is given, and {hint}", *where)
         else:
             stage_class = STAGE_TYPES[stage_type].section
             inherited = {"lora": raw.get("lora")} if issubclass(stage_class, TrainingStage) else {}

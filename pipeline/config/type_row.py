@@ -11,7 +11,8 @@ from pipeline.config.schema import Stage
 Makes = Literal["policy", "aligned policy", "reward model", "evaluation", "shift report"]
 POLICIES: tuple[Makes, ...] = ("policy", "aligned policy")
 REWARD_MODELS: tuple[Makes, ...] = ("reward model",)
-ZERO_2, ZERO_3 = "DeepSpeed ZeRO-2", "DeepSpeed ZeRO-3"
+ZERO_2 = "DeepSpeed ZeRO-2"
+ZERO_3 = "DeepSpeed ZeRO-3"
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from pipeline.data.faults import FAULTS
 from pipeline.data.places import Part
 from pipeline.data.rows import ROWS
 from pipeline.data.sources import locate
+from pipeline.system.json_object import JsonObject
 
 QUANTILES = (0.0, 0.5, 0.9, 0.99, 1.0)
 # Beside the faults of single rows: why else rows are left out, and what is worth a look.
@@ -64,17 +64,17 @@ class Audit:
 
     @property
     def dataset(self) -> str:
-        """The name of the dataset in the config."""
+        """Return the name of the dataset in the config."""
         return self.parts[0][0].dataset
 
     @property
     def label(self) -> str:
-        """The name of the dataset in messages: its only file or source, or its name in the config."""
+        """Return the name of the dataset in messages: its only file or source, or its name in the config."""
         return self.parts[0][0].label if len(self.parts) == 1 else f"dataset {self.dataset!r}"
 
     @property
     def num_dropped(self) -> int:
-        """The number of rows that are left out."""
+        """Return the number of rows that are left out."""
         return sum(finding.count for finding in self.dropped.values())
 
     def place(self, row: int) -> str:
@@ -115,7 +115,7 @@ class Audit:
             messages.append(self.fault)
         return [f"{self.label}: {message}" for message in messages]
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> JsonObject:
         """Return what the manifest keeps of it."""
         number, digest = self.prompts
         return {

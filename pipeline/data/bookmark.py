@@ -4,7 +4,6 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from accelerate import PartialState
 from datasets import IterableDataset
@@ -12,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from pipeline.config import graph
 from pipeline.data.stream import Block, TextStream
+from pipeline.system.json_object import JsonObject
 
 STATE = "stream.json"
 
@@ -51,16 +51,16 @@ class Bookmark(TrainerCallback):
         """Return the block that a piece is in, or the last one before it."""
         return max((block for block in self._blocks if block.piece <= piece), key=lambda block: block.piece)
 
-    def state(self, piece: int) -> dict[str, Any]:
+    def state(self, piece: int) -> JsonObject:
         """Return what `resume` needs to go on with a piece."""
         return {"piece": piece, "block": dataclasses.asdict(self._block_of(piece))}
 
-    def resume(self, state: dict[str, Any]) -> None:
+    def resume(self, state: JsonObject) -> None:
         """Go on with the piece of a `state`."""
         self.first_piece = state["piece"]
         self._blocks = [Block(**state["block"])]
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> JsonObject:
         """Return what the manifest keeps of it: the documents read up to the last block, and those left out."""
         last = self._last
         return {"split": graph.TRAIN, "streamed": True, "read": last.documents, "dropped": last.dropped}

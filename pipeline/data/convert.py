@@ -233,7 +233,7 @@ def _answers(row: Row, field: str) -> list[tuple[str, float]]:
     return answers
 
 
-def _value_of(answer: Any, names: Iterable[str]) -> Any:
+def _value_of(answer: object, names: Iterable[str]) -> Any:
     """Return the value of the first of several fields that an answer has; None if it has none of them."""
     if not isinstance(answer, Mapping):
         return None
@@ -245,7 +245,7 @@ def _score_of(answer: tuple[str, float]) -> float:
     return score
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
 
 

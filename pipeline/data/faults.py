@@ -29,7 +29,7 @@ class RowFault(Exception):
         self.row = row
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """Return a value as a message shows it, cut to 200 characters; of bytes their number.
 
     The rest is never turned into text: a row may hold a file.
@@ -42,7 +42,7 @@ def shown(value: Any) -> str:
     return text
 
 
-def _pieces(value: Any) -> Iterator[str]:
+def _pieces(value: object) -> Iterator[str]:
     """Yield the text of a value piece by piece; of a long text the start."""
     if isinstance(value, str):
         yield repr(value[: _LONGEST + 1])

@@ -1,7 +1,6 @@
 """Tell the format of rows by their columns, and which columns each format needs."""
 
 from collections.abc import Iterable
-from typing import Any
 
 from pipeline.data import media, tools
 from pipeline.data.faults import Row
@@ -77,7 +76,7 @@ def demonstration(row: Row) -> str | None:
     return None
 
 
-def label_of(value: Any) -> bool | None:
+def label_of(value: object) -> bool | None:
     """Return true or false, also from 1 and 0 or from text, as tables have them; None for anything else."""
     if isinstance(value, str):
         return {"true": True, "false": False, "1": True, "0": False}.get(value.strip().lower())
@@ -86,7 +85,7 @@ def label_of(value: Any) -> bool | None:
     return None
 
 
-def is_dialogue(value: Any) -> bool:
+def is_dialogue(value: object) -> bool:
     """Tell whether a value is a dialogue as one string, as in HH-RLHF."""
     return isinstance(value, str) and value.lstrip().startswith("Human:")
 

@@ -1,7 +1,6 @@
 """Refuse rows with images, audio or video: nothing here reads them, and half a row would be worse than none."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from pipeline.data.faults import Row, RowFault, shown
 
@@ -20,13 +19,13 @@ def refuse_columns(row: Row) -> None:
             raise RowFault("malformed", name, f"{_EXPECTED}, got {shown(value)}; {mend}")
 
 
-def refuse_keys(message: Mapping[str, Any], field: str) -> None:
+def refuse_keys(message: Mapping[str, object], field: str) -> None:
     """Raise a RowFault where a message has media beside its content."""
     if any(not _is_empty(message.get(name)) for name in MEDIA):
         raise RowFault("malformed", field, f"{_EXPECTED}, got {shown(message)}")
 
 
-def refuse_part(part: Any, field: str) -> None:
+def refuse_part(part: object, field: str) -> None:
     """Raise a RowFault at a part of a message's content that is not text."""
     kind = part.get("type") if isinstance(part, Mapping) else None
     if isinstance(kind, str) and any(word in kind for word in _WORDS):
@@ -35,7 +34,7 @@ def refuse_part(part: Any, field: str) -> None:
         raise RowFault("malformed", field, f"expected parts of type 'text', got {shown(part)}")
 
 
-def _is_empty(value: Any) -> bool:
+def _is_empty(value: object) -> bool:
     """Tell whether a value holds nothing, at any depth: tables have every key in every row."""
     if isinstance(value, Mapping):
         return all(map(_is_empty, value.values()))

@@ -11,7 +11,6 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from datasets import IterableDataset, concatenate_datasets, interleave_datasets
@@ -27,6 +26,7 @@ from pipeline.data.prepare import Datasets, check_serves, shape_of
 from pipeline.data.rows import ROWS
 from pipeline.data.unreadable import readable
 from pipeline.system.errors import UserError
+from pipeline.system.json_object import JsonObject
 
 TEXT = ROWS["text"]
 NUM_SHOWN = 64  # pieces that can be looked at before a run
@@ -42,7 +42,7 @@ class Block:
     number: int = 0
     documents: int = 0
     dropped: dict[str, int] = dataclasses.field(default_factory=dict)
-    reader: dict[str, Any] | None = None
+    reader: JsonObject | None = None
 
 
 class TextStream:

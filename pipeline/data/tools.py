@@ -6,7 +6,7 @@ are a mapping. The result of a call is a message of role `tool`.
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from pipeline.data.faults import Row, RowFault, shown
 
@@ -36,14 +36,16 @@ def _is_nothing(value: object) -> bool:
     return not value or (isinstance(value, str) and value.strip() in ("", "None"))
 
 
-def _definition(tool: Any, field: str) -> Row:
+def _definition(tool: object, field: str) -> Row:
     """Return the definition of a tool with `type` and `function` around it."""
     mend = f"; to read the rows without it, rename the column: `columns: {{{field}: unused}}`"
     inner = _inner(tool)
     if not isinstance(inner.get("name"), str):
         fault = f"expected definitions of functions with a name, got {shown(tool)}"
         raise RowFault("malformed", field, fault + mend)
-    definition = {"type": "function", "function": tool} if inner is tool else tool
+    definition: Row = {"type": "function", "function": inner}
+    if inner is not tool:
+        definition = cast(Row, tool)
     if not _is_json(definition):
         raise RowFault("malformed", field, f"expected values of JSON, got {shown(tool)}{mend}")
     return definition
@@ -58,7 +60,7 @@ def _is_json(value: object) -> bool:
     return True
 
 
-def calls_of(value: Any, field: str) -> list[Row]:
+def calls_of(value: object, field: str) -> list[Row]:
     """Return the calls in a value: one or several, as mappings or as JSON.
 
     Raises:
@@ -69,7 +71,7 @@ def calls_of(value: Any, field: str) -> list[Row]:
     return [_call(call, field) for call in calls]
 
 
-def _call(value: Any, field: str) -> Row:
+def _call(value: object, field: str) -> Row:
     """Return one call with its arguments as a mapping, and with its id if it has one."""
     parsed = _parsed(value)
     inner = _inner(parsed)
@@ -97,7 +99,7 @@ def _inner(value: object) -> Row:
     return function if isinstance(function, dict) else value
 
 
-def _parsed(value: Any) -> Any:
+def _parsed(value: object) -> Any:
     """Return a value that may be text in JSON.
 
     Other values lose keys that are null: a table of parquet gives every mapping the keys of all others.
@@ -110,7 +112,7 @@ def _parsed(value: Any) -> Any:
         return value
 
 
-def _without_nulls(value: Any) -> Any:
+def _without_nulls(value: object) -> Any:
     if isinstance(value, Mapping):
         return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
     if isinstance(value, (list, tuple)):
@@ -118,7 +120,7 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-def refuse_keys(message: Mapping[str, Any], field: str) -> None:
+def refuse_keys(message: Mapping[str, object], field: str) -> None:
     """Raise a RowFault where a message has tools, or calls under a name that is not read (OLMo's `function_calls`)."""
     if any(not _is_nothing(_parsed(message.get(name))) for name in COLUMNS):
         raise RowFault("malformed", field, f"expected tools in a column of their own, got {shown(message)}")

@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
@@ -15,6 +14,7 @@ from pipeline.config.schema import Online, RunConfig, TrainingStage
 from pipeline.config.stage_types import makes, type_of
 from pipeline.config.type_row import ZERO_2, ZERO_3
 from pipeline.system.errors import UserError
+from pipeline.system.json_object import JsonObject
 
 FSDP = "FSDP"
 # Why a way to split a model cannot carry a type of stage; `sharded` of the type says which it can.
@@ -49,14 +49,14 @@ def of_file(path: str | Path, where: str) -> str | None:
 
 
 def needs_gpu_id(path: str | Path, environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether an accelerate config starts one process, which must see one GPU, and the environment says which."""
+    """Tell whether an accelerate config starts one process, which must see one GPU, and the environment says which."""
     settings = _mapping(Path(path), "--accelerate-config", YAML(typ="safe").load)
     if str(settings.get("distributed_type", "NO")).upper() not in ("NO", "FALSE"):
         return False
     return "CUDA_VISIBLE_DEVICES" in environment or settings.get("gpu_ids", "all") == "all"
 
 
-def _mapping(path: Path, where: str, read: Callable[[str], object]) -> dict[str, Any]:
+def _mapping(path: Path, where: str, read: Callable[[str], object]) -> JsonObject:
     """Read the settings of a launcher's file; `where` is the key that names it.
 
     Raises:

@@ -205,7 +205,7 @@ def float32_logits(model: Model) -> None:
     inner.register_forward_hook(_logits_to_float32)
 
 
-def _logits_to_float32(_: nn.Module, __: Any, output: CausalLMOutput) -> CausalLMOutput:
+def _logits_to_float32(_: nn.Module, __: object, output: CausalLMOutput) -> CausalLMOutput:
     assert output.logits is not None
     output.logits = output.logits.float()
     return output

@@ -70,7 +70,7 @@ class Backbone:
         base = cast(PreTrainedModel, self.model.get_base_model())
         enable: Callable[..., None] = base.gradient_checkpointing_enable
 
-        def enable_with_contexts(gradient_checkpointing_kwargs: dict[str, Any] | None = None, **_: Any) -> None:
+        def enable_with_contexts(gradient_checkpointing_kwargs: dict[str, Any] | None = None, **_: object) -> None:
             options = {"use_reentrant": False, "context_fn": self._checkpoint_contexts}
             enable(gradient_checkpointing_kwargs=(gradient_checkpointing_kwargs or {}) | options)
 

@@ -21,6 +21,7 @@ from pipeline.records import metrics
 from pipeline.records.metrics import Fault
 from pipeline.system.digests import file_digest
 from pipeline.system.errors import UserError
+from pipeline.system.json_object import JsonObject
 
 SCHEMA_VERSION = 1
 FILE = "manifest.json"
@@ -57,13 +58,13 @@ class Record(Frozen):
 
     type: str
     parents: dict[str, str]
-    config: dict[str, Any]
+    config: JsonObject
     config_digest: str
     inputs: dict[str, str]
-    datasets: dict[str, dict[str, Any]]
+    datasets: dict[str, JsonObject]
     output: Output
     tokenizer: str
-    metrics: dict[str, Any]
+    metrics: JsonObject
     parameters: dict[str, int]
     seed: int
     versions: dict[str, str]
@@ -95,7 +96,7 @@ class Base(BaseModel):
     revision: str | None = None
     commit: str | None = None
     trust_remote_code: bool = False
-    quantization: dict[str, Any] | None = None
+    quantization: JsonObject | None = None
 
 
 class Manifest(Frozen):
@@ -103,7 +104,7 @@ class Manifest(Frozen):
 
     schema_version: int = SCHEMA_VERSION
     name: str
-    model: dict[str, Any] = {}
+    model: JsonObject = {}
     tokenizer: TokenizerRecord | None = None
     stages: dict[str, Record] = {}
 

@@ -1,11 +1,11 @@
 """Check the metrics of records, by the type of their stage, as far as anything reads them again."""
 
 import json
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.config.stage_types import STAGE_TYPES
+from pipeline.system.json_object import JsonObject
 
 Number = float | None  # the manifest holds NaN as null
 Fault = tuple[tuple[str | int, ...], str]  # the place of a value and what is wrong with it
@@ -123,7 +123,7 @@ class Shifted(Metrics):
     advice: str
 
 
-def check(kind: str, metrics: dict[str, Any]) -> Fault | None:
+def check(kind: str, metrics: JsonObject) -> Fault | None:
     """Find the first fault in the metrics of a stage of type `kind`; None if there is no fault."""
     stage_type = STAGE_TYPES[kind]
     models = {"evaluation": Evaluated, "shift report": Shifted}
@@ -153,7 +153,7 @@ def first_fault(error: ValidationError) -> Fault:
     return loc, f"{expected}, got {as_json(fault['input'])}"
 
 
-def as_json(value: Any) -> str:
+def as_json(value: object) -> str:
     """Return a value as it stands in the file; of a long one the beginning."""
     text = json.dumps(value, ensure_ascii=False, default=repr)
     if len(text) <= LONGEST:

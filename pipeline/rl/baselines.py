@@ -6,6 +6,7 @@ to all of them. The mean score of other completions of the same prompt has the s
 
 import dataclasses
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 import torch
@@ -151,6 +152,6 @@ def offline_scores(
         ctx.say(f"{ctx.name}: scoring completions of {len(lacking)} prompts for the baseline")
         own_share = share_of(lacking)
         sequences = [[*prompt, *ids] for prompt in own_share for ids in answers[prompt]]
-        scores = iter(scoring.score(reward, sequences, ctx.tokenizer.pad_token_id, batch_size))
+        scores = iter(scoring.score(reward, sequences, cast(int, ctx.tokenizer.pad_token_id), batch_size))
         scores_by_key |= store.add({keys[prompt]: [next(scores) for _ in answers[prompt]] for prompt in own_share})
     return {prompt: scores_by_key[keys[prompt]] for prompt in answers}

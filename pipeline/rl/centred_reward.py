@@ -150,7 +150,7 @@ class Figures:
     def listen(self, value_head: nn.Module) -> None:
         """Keep what the value model says of each chunk of a rollout."""
 
-        def keep(_: nn.Module, __: Any, logits: torch.Tensor) -> None:
+        def keep(_: nn.Module, __: object, logits: torch.Tensor) -> None:
             if not torch.is_grad_enabled():
                 self._values = logits.squeeze(-1).float()
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Literal, cast
 
 import torch
 from accelerate.utils import gather_object
@@ -15,6 +15,7 @@ from pipeline.models.generation import Ids, Sampling, batches, generate
 from pipeline.models.loading import Model
 from pipeline.rl.best_policy import BestPolicy
 from pipeline.rl.healthy_ranges import CENTRED, HEALTHY, NOT_FINITE, WEIGHTS, Range, measures_of
+from pipeline.system.json_object import JsonObject
 from pipeline.system.processes import share_of
 from pipeline.training.assertions import finite
 from pipeline.training.context import StageContext
@@ -50,12 +51,14 @@ class Watchdog(TrainerCallback):
         self._finite = finite
         self._centred = centred
         self._raises = raises
-        self.alarms: list[dict[str, Any]] = []
+        self.alarms: list[JsonObject] = []
         self._first: dict[str, float] = {}
         self._since: dict[str, list[int]] = {}  # the updates, in a row, at which a measure was out of its range
         self._stop: str | None = None
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         for logs in state.log_history:
             self._look(logs, int(logs["step"]), control)
 
@@ -65,11 +68,11 @@ class Watchdog(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: Mapping[str, float | None] | None = None,
-        **_: Any,
+        **_: object,
     ) -> None:
         self._look(logs or {}, state.global_step, control)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         # Nothing can be sampled with weights that are not finite, so they are looked at before anything is logged.
         if not self._finite():
             self._compare(WEIGHTS, math.nan, state.global_step, control)
@@ -186,15 +189,15 @@ class Watch:
                 drawn = generate(policy, batch, sampling, ctx.tokenizer)
                 rows += [prompt + ids for prompt, ids in zip(batch, drawn, strict=True)]
             policy.train(was_training)
-            scores = scoring.score(reward, rows, ctx.tokenizer.pad_token_id, sampling.batch_size)
+            scores = scoring.score(reward, rows, cast(int, ctx.tokenizer.pad_token_id), sampling.batch_size)
             return float(torch.tensor(gather_object(scores)).mean())
 
         self._best = BestPolicy(self._parameters, evaluate, ctx.stage.eval_every, self._say)
         self._trainer.add_callback(self._best)
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> JsonObject:
         """After training, put the best policy back if an alarm ended it; return what to record."""
-        metrics: dict[str, Any] = {"alarms": self._dog.alarms}
+        metrics: JsonObject = {"alarms": self._dog.alarms}
         if self._best is None:
             return metrics
         metrics["held_out_scores"] = self._best.history

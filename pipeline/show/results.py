@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -16,6 +15,7 @@ from pipeline.shift.estimate import Estimate, EstimateJson, estimate
 from pipeline.show.screen import Table, say, show
 from pipeline.show.tables import duration, number
 from pipeline.system.errors import UserError
+from pipeline.system.json_object import JsonObject
 from pipeline.system.streams import printable
 
 MEASURES = {"judge": "judge", "score": "reward model"}
@@ -49,7 +49,7 @@ def _win_rate(values: Sequence[float | None]) -> str:
     return str(Estimate(*(math.nan if value is None else value for value in values)))
 
 
-def _wins(summary: dict[str, Any]) -> str:
+def _wins(summary: JsonObject) -> str:
     """Show the win rate of a policy in an evaluation, by the judge where there is one."""
     measure = "judge" if "judge_win_rate" in summary else "score"
     if f"{measure}_win_rate" not in summary:

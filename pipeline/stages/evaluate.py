@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from pipeline.models import scoring
 from pipeline.models.generation import Ids, Sampling
 from pipeline.models.loading import Model, load_policy, load_reward, to_device
 from pipeline.shift.estimate import LEVEL, Estimate
+from pipeline.system.json_object import JsonObject
 from pipeline.system.processes import gather_in_order, share_of
 from pipeline.training import assertions, divergence
 from pipeline.training.completions import completions, weights_of
@@ -160,9 +161,9 @@ def win_rate(ours: Sequence[float], theirs: Sequence[float]) -> Estimate:
     return Estimate(share, float(interval.low), float(interval.high))
 
 
-def _summary(entries: list[Entry], baseline: list[Entry]) -> dict[str, Any]:
+def _summary(entries: list[Entry], baseline: list[Entry]) -> JsonObject:
     """Average a policy's figures over prompts, and compare its scores with the baseline's."""
-    summary: dict[str, Any] = {
+    summary: JsonObject = {
         "prompts": len(entries),
         "kl": float(np.mean([entry["kl"] for entry in entries])),
         "length": float(np.mean([entry["length"] for entry in entries])),

@@ -7,7 +7,7 @@ and a subclass adds figures to its log.
 import contextlib
 import gc
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from accelerate import PartialState
 from datasets import Dataset
@@ -26,6 +26,7 @@ from pipeline.models.views import VALUE
 from pipeline.rl.baselines import Baseline, answers_of, make_baseline
 from pipeline.rl.centred_reward import CentredReward, Subtraction, Watched
 from pipeline.rl.watchdog import Stopped, Watch
+from pipeline.system.json_object import JsonObject
 from pipeline.training import assertions
 from pipeline.training.context import Result, StageContext
 from pipeline.training.fit import first_and_last, save_log, save_policy, should_train
@@ -64,7 +65,7 @@ def run(ctx: StageContext[Ppo]) -> Result:
     watch = Watch(ctx, trainer, policy_parameters, centred=baseline is not None, raises=True)
     if eval_rows is not None:
         watch.hold_out(eval_rows["prompt_ids"][:], sampling(ctx, args), models.policy, models.reward)
-    metrics: dict[str, Any] = {"initial_kl": _train(ctx, trainer, models, prompts["input_ids"][:NUM_COMPARED])}
+    metrics: JsonObject = {"initial_kl": _train(ctx, trainer, models, prompts["input_ids"][:NUM_COMPARED])}
     metrics |= watch.finish()
     # After `watch.finish`: the policy that is kept may be an earlier one.
     assertions.finite_weights(ctx.name, policy_parameters.values())
@@ -131,7 +132,7 @@ def _make_trainer(
     """Make TRL's trainer, which learns from the scores less the baseline, and logs what is scored."""
     stage = ctx.stage
     subtraction = Subtraction(baseline, stage.added_shift, ctx.seed)
-    centred = CentredReward(models.reward, models.value, ctx.tokenizer.eos_token_id, subtraction)
+    centred = CentredReward(models.reward, models.value, cast(int, ctx.tokenizer.eos_token_id), subtraction)
     trainer = ppo_trainer_class(centred.observe)(
         args=args,
         processing_class=ctx.tokenizer,

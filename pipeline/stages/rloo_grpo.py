@@ -30,9 +30,9 @@ RewardFunction = Callable[..., list[float]]
 def reward_model_function(ctx: StageContext[Online], model: Any) -> RewardFunction:
     """TRL's form of a reward, from the ids that were sampled; completions are not tokenised a second time."""
 
-    def reward_model(prompts: list[Any], completion_ids: list[list[int]], **_: Any) -> list[float]:
+    def reward_model(prompts: list[Any], completion_ids: list[list[int]], **_: object) -> list[float]:
         sequences = [prompt_ids(ctx.tokenizer, p) + ids for p, ids in zip(prompts, completion_ids, strict=True)]
-        return scoring.score(model, sequences, ctx.tokenizer.pad_token_id)
+        return scoring.score(model, sequences, cast(int, ctx.tokenizer.pad_token_id))
 
     return reward_model
 
@@ -40,7 +40,7 @@ def reward_model_function(ctx: StageContext[Online], model: Any) -> RewardFuncti
 def judge_function(judge: functions.Judge, name: str) -> RewardFunction:
     """TRL's form of a reward, from a function (prompt, completion) -> float; the prompt is its last message."""
 
-    def function(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
+    def function(prompts: list[Any], completions: list[Any], **_: object) -> list[float]:
         scores = []
         for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
             texts = prompt[-1]["content"], completion[-1]["content"]
@@ -52,7 +52,7 @@ def judge_function(judge: functions.Judge, name: str) -> RewardFunction:
 
 
 def with_shift(ctx: StageContext[Online], reward: RewardFunction) -> RewardFunction:
-    """A reward with the stage's `added_shift`."""
+    """Add the stage's `added_shift` to a reward."""
 
     @functools.wraps(reward)
     def shifted(prompts: list[Any], **columns: Any) -> list[float]:

@@ -1,13 +1,12 @@
 """Step 1: supervised fine-tuning on demonstrations, loss on what the assistant says only by default."""
 
-from typing import Any
-
 from datasets import Dataset
 from trl.trainer.sft_trainer import SFTTrainer
 
 from pipeline.config.schema import Offline
 from pipeline.data.joints import eos_id
 from pipeline.models.loading import continue_policy, precision_kept
+from pipeline.system.json_object import JsonObject
 from pipeline.training import assertions
 from pipeline.training.context import Result, StageContext
 from pipeline.training.fit import fit
@@ -22,7 +21,7 @@ def run(ctx: StageContext[Offline]) -> Result:
     assert isinstance(trainer.train_dataset, Dataset), "demonstrations are never streamed"
     assertions.eos_in_labels(trainer.train_dataset, eos_id(ctx.tokenizer))
 
-    def first_token() -> dict[str, Any]:
+    def first_token() -> JsonObject:
         sample = rows.take(assertions.NUM_FIRST).to_list()
         prompts = [row["input_ids"][: row["completion_mask"].index(1)] for row in sample]
         return {"first_token": assertions.first_token(trainer, prompts, ctx.tokenizer)}

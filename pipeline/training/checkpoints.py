@@ -7,7 +7,6 @@ after everything else, so `kill -9` in the middle of a save leaves a checkpoint 
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -23,7 +22,7 @@ PROCESSES = "num_processes.txt"
 class MarkComplete(TrainerCallback):
     """Write the marker once every process has saved its part."""
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         assert args.output_dir is not None, "every stage has one"
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         PartialState().wait_for_everyone()

@@ -24,15 +24,16 @@ from pipeline.records import manifest
 from pipeline.records.manifest import Record
 from pipeline.records.stage_folder import CHECKPOINTS
 from pipeline.system.errors import UserError
+from pipeline.system.json_object import JsonObject
 
 
 @dataclass
 class Result:
     """Hold what a stage's module returns: metrics, parameter counts, and rows used and dropped per dataset."""
 
-    metrics: dict[str, Any]
+    metrics: JsonObject
     parameters: dict[str, int] = field(default_factory=dict)
-    datasets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    datasets: dict[str, JsonObject] = field(default_factory=dict)
     resumed_from_step: int | None = None
 
 
@@ -67,7 +68,7 @@ class StageContext(Generic[S]):
 
     @property
     def cache(self) -> Path:
-        """What stages of the run share and can make again."""
+        """Say what stages of the run share and can make again."""
         return self.config.run_path / "cache"
 
     @property
@@ -121,7 +122,7 @@ class StageContext(Generic[S]):
     def data(self) -> Datasets:
         return Datasets(run_data(self.config), self.tokenizer, self.tokenizer_key)
 
-    def rows(self) -> tuple[Any, Any, dict[str, dict[str, Any]]]:
+    def rows(self) -> tuple[Any, Any, dict[str, JsonObject]]:
         """Return the stage's tokenised rows, those of `eval_data` (or None), and what to record of each dataset.
 
         The rows of a streamed dataset are the stage's to read: None. Otherwise they are a `datasets.Dataset`. Each
@@ -133,9 +134,9 @@ class StageContext(Generic[S]):
         return self._rows
 
     @functools.cached_property
-    def _rows(self) -> tuple[Any, Any, dict[str, dict[str, Any]]]:
+    def _rows(self) -> tuple[Any, Any, dict[str, JsonObject]]:
         rows: dict[str, Dataset] = {}
-        recorded: dict[str, dict[str, Any]] = {}
+        recorded: dict[str, JsonObject] = {}
         for role, name in datasets(self.stage).items():
             section = self.config.data[name]
             fingerprint = fingerprints.of_dataset(name, section, self.config.folder)

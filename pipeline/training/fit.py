@@ -13,6 +13,7 @@ from pipeline.config.schema import TrainingStage
 from pipeline.config.stage_types import makes
 from pipeline.config.type_row import POLICIES
 from pipeline.models.loading import num_parameters
+from pipeline.system.json_object import JsonObject
 from pipeline.training import assertions, checkpoints
 from pipeline.training.context import Result, StageContext, write_json
 
@@ -28,9 +29,9 @@ def should_train(ctx: StageContext[TrainingStage], name: str) -> bool:
 def fit(
     ctx: StageContext[TrainingStage],
     trainer: Trainer,
-    datasets: dict[str, dict[str, Any]],
+    datasets: dict[str, JsonObject],
     measured: Mapping[str, Any] | None = None,
-    after_training: Callable[[], dict[str, Any]] | None = None,
+    after_training: Callable[[], JsonObject] | None = None,
 ) -> Result:
     """Train from the newest complete checkpoint, or from the start, and save the output.
 
@@ -74,7 +75,7 @@ def load_only(args: TrainingArguments) -> None:
     args.num_train_epochs = 0
 
 
-def _held_out(ctx: StageContext[TrainingStage], trainer: Trainer) -> dict[str, Any]:
+def _held_out(ctx: StageContext[TrainingStage], trainer: Trainer) -> JsonObject:
     """Measure the trained model on `eval_data`; a policy's loss before training is in the log."""
     if trainer.eval_dataset is None:
         return {}
@@ -148,7 +149,7 @@ def save_log(ctx: StageContext[TrainingStage], trainer: Trainer) -> None:
         write_json(ctx.folder / "log_history.json", trainer.state.log_history)
 
 
-def save_adapter(ctx: StageContext[TrainingStage], model: PeftModel, state: dict[str, Any] | None = None) -> None:
+def save_adapter(ctx: StageContext[TrainingStage], model: PeftModel, state: JsonObject | None = None) -> None:
     """Save the adapter alone; its config names its base: a hub id or a folder, one of the run relative to it.
 
     `state` are the model's weights where the processes hold only parts of them.
