@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="rlhf")
 def cli() -> None:
-    """From a pretrained language model to an aligned one: pretrain, SFT, reward model, PPO / RLOO / GRPO or DPO."""
+    """From a pretrained language model to an aligned one: pretraining, SFT, a reward model, alignment, evaluation."""
 
 
 def _console() -> "Console":

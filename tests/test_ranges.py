@@ -10,7 +10,8 @@ from pipeline.config.load import load
 from pipeline.config.ranges import ANY, RANGES, Range
 from pipeline.config.stage_types import STAGE_TYPES
 
-KINDS = ("training", "pretrain", "sft", "reward", "dpo", "ppo", "rloo", "grpo", "lora", "quantization")
+TRAINED = [name for name, row in STAGE_TYPES.items() if row.trl_config is not None]
+KINDS = ("training", *TRAINED, "lora", "quantization")
 
 
 def parts(hint):

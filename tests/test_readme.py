@@ -87,8 +87,8 @@ def fields_of(model: type[BaseModel], prefix: str = "") -> dict[str, str]:
     return {prefix + name: default for name, default in own.items()}
 
 
-# One stage type for each thing that a stage may want of a dataset.
-STAGE_FOR = {"pretrain": "text", "sft": "demonstrations", "reward": "comparisons", "evaluate": "prompts"}
+# One stage type for each kind of row: the first that reads it, and of prompts the one that needs no reward.
+STAGE_FOR = {row.rows: name for name, row in reversed(stage_types.STAGE_TYPES.items())} | {"prompts": "evaluate"}
 SECTIONS = {
     "keys: RunConfig": [("", schema.RunConfig)],
     "keys: Model, scratch: Scratch, scratch.tokenizer: ScratchTokenizer": [
@@ -248,7 +248,7 @@ def test_example_row_goes_into_the_stages_it_fits(tmp_path, shape, row, fits):
     """As a file of a run: told its format, accepted by the stages named, refused by the others."""
     assert formats.detect(row) == shape
     tiny.write_rows(tmp_path / "example.jsonl", [row])
-    stages = {want: {"type": name, "data": "example"} for name, want in STAGE_FOR.items()}
+    stages = {want: {"type": name, "data": "example"} for want, name in STAGE_FOR.items()}
     stages["prompts"] |= {"baseline": "demonstrations", "policies": [], "max_prompt_length": 1024}
     data_of = {"example": {"path": "example.jsonl"}}
     settings = {"chat_template": "hermes"} if "tools" in row else {}

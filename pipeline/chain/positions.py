@@ -7,6 +7,7 @@ from pipeline.config.options import effective, value_at
 from pipeline.config.schema import RunConfig, Stage, TrainingStage
 from pipeline.config.stage_types import type_of
 from pipeline.data.audit import Audit
+from pipeline.data.rows import ROWS
 from pipeline.system.errors import UserError
 
 
@@ -39,6 +40,11 @@ def _longest(stage: Stage, audit: Audit) -> tuple[int, str, str]:
             return limit, f"pieces have {limit} tokens", "lower `training.max_length`"
         longest = longest if limit is None else min(longest, limit)
     key = type_of(stage).new_tokens
+    if key is None and isinstance(stage, TrainingStage) and "row" in audit.lengths:
+        lengths = {name: quantiles[-1] for name, quantiles in audit.lengths.items()} | {"row": longest}
+        kind = ROWS[type_of(stage).rows]
+        longest, made_of = kind.longest(lengths, effective(stage.type, stage.training))
+        return longest, made_of, "lower `training.max_length`"
     if key is None:
         return longest, f"its longest row has {longest} tokens", "lower `training.max_length`"
     # Rows may have an answer of their own beside the prompt that is sampled from (PPO's `prompt_baseline: reference`).

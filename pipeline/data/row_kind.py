@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from datasets import List, Value
@@ -55,6 +55,13 @@ class RowKind(ABC):
     def whole(self, lengths: Mapping[str, np.ndarray]) -> np.ndarray:
         """Return the lengths of whole rows, from those of their parts."""
         return np.sum([lengths[name] for name in self.lengths], axis=0)
+
+    def longest(self, lengths: Mapping[str, int], options: Mapping[str, Any]) -> tuple[int, str]:
+        """Return the longest sequence that a trainer makes of rows, in tokens, and what it is made of.
+
+        `lengths` are the longest of all rows: the whole row (`row`), and its parts. `options` are the trainer's.
+        """
+        return lengths["row"], f"its longest row has {lengths['row']} tokens"
 
     def marks(self, row: Row) -> list[str]:
         """Return what makes a canonical row another one than a row with the same texts."""

@@ -78,6 +78,11 @@ class Loader:
     pad_token_id: int | None = None
     eos_token_id: int | None = None
 
+    @property
+    def is_rounded(self) -> bool:
+        """Whether weights have less than the precision of float32."""
+        return self.dtype != "float32" or bool(self.quantization)
+
     # `auto_class`: transformers' auto classes have no class in common that has `from_pretrained`.
     def _load(self, auto_class: Any, full: str, **extra: Any) -> PreTrainedModel:
         # What a stage puts out in full carries the base's own code, if it has any.

@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from accelerate import PartialState
@@ -16,7 +16,14 @@ from pipeline.models.loading import to_device
 from pipeline.system.errors import UserError
 from pipeline.training import divergence
 
+if TYPE_CHECKING:
+    from pipeline.training.trainers import TokenisedRows
+
 NUM_FIRST = 64  # prompts whose first token is looked at
+# Rewards that rounding may leave where the reference's log-probabilities were computed earlier, in other batches: in
+# float32, and per token where activations are rounded to 8 bits or 11 bits.
+EXACT = 1e-4
+ROUNDED = 0.05
 
 
 class CheckFailed(UserError):
@@ -142,6 +149,48 @@ def eos_in_labels(rows: Dataset, eos_token_id: int) -> None:
     if not any(eos_token_id in labels for labels in sample[column]):
         mend = "set tokenizer.eos_token to the token that ends an answer in the chat template"
         raise CheckFailed(f"no eos among the labels of the first rows: the policy would never learn to stop; {mend}")
+
+
+def initial_loss(name: str, trainer: "TokenisedRows", what: str, figures: Sequence[str], is_rounded: bool) -> float:
+    """Compute the loss of the first rows before any update, of a trainer whose reference is its parent.
+
+    `figures` are the names of `what` (rewards, or their margins) in the trainer's log; all of them are 0 as long as
+    policy and reference are equal. `is_rounded` says whether anything is computed in less than float32.
+
+    Raises:
+        CheckFailed: if a figure is not 0: the reference is not the parent.
+        UserError: if the loss is no finite number.
+    """
+    rows = trainer.train_dataset
+    size = min(len(rows), trainer.args.per_device_train_batch_size)
+    batch = trainer.data_collator([rows[i] for i in range(size)])
+    batch = {k: v.to(trainer.args.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    model = trainer.model
+    assert model is not None
+    model.eval()
+    with torch.no_grad(), trainer.accelerator.autocast():  # as in training
+        loss = trainer.compute_loss(model, batch).item()
+    model.train()
+    # upstream: the trainer keeps the figures of a batch only here, until it logs them. The log must not count these.
+    logged = trainer._metrics
+    largest = max((abs(value) for figure in figures for value in logged["eval"].get(figure, [])), default=0.0)
+    for metrics in logged.values():
+        metrics.clear()
+    if largest > _tolerance(trainer, batch, is_rounded):
+        seen = f"{what} of {largest:.4g} before the first update, expected 0 (loss {loss:.4f})"
+        raise CheckFailed(f"the reference is not the parent: {seen}")
+    if not math.isfinite(loss):
+        raise UserError(f"{name}: the loss of the first rows is {loss}; look at the parent's weights and `model.dtype`")
+    return loss
+
+
+def _tolerance(trainer: "TokenisedRows", batch: dict[str, torch.Tensor], is_rounded: bool) -> float:
+    """Return how far rewards may be from 0 before the first update."""
+    if not trainer.precompute_ref_logps or not is_rounded:
+        return EXACT
+    # Errors of single tokens are independent, so that those of a completion grow with the root of its length.
+    longest = batch["completion_mask"].sum(1).max().item()
+    return trainer.beta * ROUNDED * math.sqrt(2 * longest)
 
 
 @torch.no_grad()

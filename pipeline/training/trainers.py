@@ -19,7 +19,9 @@ from pipeline.system.digests import digest
 if TYPE_CHECKING:  # the first two are also for the stage to name
     from trl.experimental.ppo.ppo_config import PPOConfig as PPOConfig
     from trl.experimental.ppo.ppo_trainer import PPOTrainer as PPOTrainer
-    from trl.trainer.dpo_trainer import DPOTrainer
+    from trl.trainer.dpo_trainer import DPOTrainer as _Trainer  # trainers with a reference have its methods
+else:
+    _Trainer = object
 
 
 def ppo_trainer_class(observe: Callable[[], dict[str, float]] = dict) -> "Callable[..., PPOTrainer]":
@@ -36,34 +38,34 @@ def ppo_trainer_class(observe: Callable[[], dict[str, float]] = dict) -> "Callab
     return ObservedPPOTrainer
 
 
-def dpo_trainer_class(identity: str) -> "type[DPOTrainer]":
-    """Return TRL's DPOTrainer for rows that are tokenised already (`prompt_ids`, `chosen_ids`, `rejected_ids`).
+class TokenisedRows(_Trainer):
+    """Let a trainer of TRL that has a reference take rows that are tokenised already; name it before the trainer.
 
-    SFTTrainer and RewardTrainer accept tokenised rows; DPOTrainer 1.12 has no such door.
+    SFTTrainer and RewardTrainer accept tokenised rows; the trainers of TRL 1.12 with a reference have no such door.
 
     With `precompute_ref_log_probs` TRL keeps the reference's log-probabilities in a cache by rows and weights. Options
     change them too (`ld_alpha`), and all runs share the cache, so `identity`, the digest of all that the stage depends
     on, becomes part of the key. And they are computed in the precision of the training, or the first margins would
     not be 0.
     """
-    from trl.trainer.dpo_trainer import DPOTrainer
 
-    class TokenisedDPOTrainer(DPOTrainer):
-        # upstream: no option says that rows are token ids.
-        def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:  # type: ignore[override]
-            return dataset
+    def __init__(self, *args: Any, identity: str, **options: Any):
+        self.identity = identity  # the trainer's own __init__ computes the log-probabilities
+        super().__init__(*args, **options)
 
-        # upstream: the cache's key is the fingerprint of the rows, which nothing public changes.
-        def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-            keyed = copy.copy(dataset)
-            keyed._fingerprint = digest([dataset._fingerprint, identity])
-            return super()._precompute_ref_logps(keyed, name, batch_size)
+    # upstream: no option says that rows are token ids.
+    def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:  # type: ignore[override]
+        return dataset
 
-        def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-            with self.accelerator.autocast():
-                return super().compute_ref_log_probs(model, inputs)
+    # upstream: the cache's key is the fingerprint of the rows, which nothing public changes.
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        keyed = copy.copy(dataset)
+        keyed._fingerprint = digest([dataset._fingerprint, self.identity])
+        return super()._precompute_ref_logps(keyed, name, batch_size)
 
-    return TokenisedDPOTrainer
+    def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        with self.accelerator.autocast():
+            return super().compute_ref_log_probs(model, inputs)
 
 
 @contextlib.contextmanager
