@@ -117,15 +117,14 @@ def _prepare(config: RunConfig, name: str) -> Decision:
         manifest.verify(config.run_path, parent, recorded.stages[parent])
     for verdict in gate.check(config, name, recorded):
         print(f"{name}: gate: {verdict}", flush=True)
-    if decision.fault is not None:
-        raise decision.fault
-    assert decision.identity is not None, "all parents are finished"
+    identity = decision.identity or staleness.identify(config, name, recorded)  # it may not be readable
     folder = config.run_path / name / CHECKPOINTS
     if os.environ.get(channel.REDO):
         shutil.rmtree(folder, ignore_errors=True)
-    checkpoints.check_processes(folder, name, decision.identity.digest(), PartialState().num_processes)
+    checkpoints.check_processes(folder, name, identity.digest(), PartialState().num_processes)
     # The launcher decided when the records of all stages were still there.
-    return dataclasses.replace(decision, reason=os.environ.get(channel.REASON, decision.reason))
+    reason = os.environ.get(channel.REASON, decision.reason)
+    return dataclasses.replace(decision, identity=identity, reason=reason)
 
 
 def _execute(config: RunConfig, name: str, decision: Decision, state: PartialState) -> None:

@@ -192,3 +192,30 @@ def test_one_module_makes_consoles():
     trees = modules()
     assert [name for name, tree in trees.items() if makes(tree)] == ["pipeline.show.screen"]
     assert [name for name, tree in trees.items() if "rich.markup" in imports(tree)] == []
+
+
+NO_VERBS = {"a", "an", "all", "every", "how", "one", "the", "what", "whether", "where", "which", "why"}
+
+
+def test_docstrings_of_functions_begin_with_a_verb():
+    found = []
+    looked_at = 0
+    for name, tree in modules().items():
+        for node in ast.walk(tree):
+            text = ast.get_docstring(node) if isinstance(node, ast.FunctionDef) else None
+            if text is not None:
+                looked_at += 1
+                found += [f"{name}.{node.name}"] if text.split()[0].lower() in NO_VERBS else []
+    assert looked_at > 300
+    assert found == []
+
+
+def test_one_assignment_a_line():
+    """`a, b = x, y` of values that do not belong together is harder to read than two lines."""
+    found = [
+        f"{name}:{node.lineno}"
+        for name, tree in modules().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple)
+    ]
+    assert found == []

@@ -175,7 +175,7 @@ def differences(parents: Path, advantages: list[torch.Tensor], monkeypatch, meth
     for delta in ("none", "normal", "by_hand"):
         advantages.clear()
         if delta == "by_hand":
-            monkeypatch.setattr(scoring, "added_shift", by_hand)
+            monkeypatch.setattr(stress, "added_shift", by_hand)
         name = f"{method}-{delta}"
         train(parents, name, method, added_shift=0.0 if delta == "none" else SD)
         taken = losses(parents, name) | {"advantages": torch.cat([part.flatten() for part in advantages])}

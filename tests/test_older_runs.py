@@ -14,6 +14,7 @@ from pipeline.config.load import load
 from pipeline.config.schema import Ppo, Strict
 from pipeline.config.stage_types import STAGE_TYPES
 from pipeline.records import manifest
+from pipeline.system.errors import UserError
 
 ARCHIVE = Path(__file__).parent / "fixtures" / "finished_before.tar.xz"
 STAGES = {
@@ -160,5 +161,7 @@ def test_a_stage_asks_only_for_those_it_builds_on(older):
     assert pretrain.identity == staleness.identify(config, "pretrain", recorded)
     [pretrain, sft, grpo] = staleness.decide(config, recorded, names=["pretrain", "sft", "grpo"])
     assert not pretrain.run
-    assert sft.run and sft.identity is None and "demos.jsonl" in str(sft.fault)
-    assert grpo.run and grpo.identity is None and grpo.fault is None and grpo.reason == "sft runs again"
+    assert sft.run and sft.identity is None and sft.reason == "its data or functions cannot be read"
+    assert grpo.run and grpo.identity is None and grpo.reason == "sft runs again"
+    with pytest.raises(UserError, match=r"demos\.jsonl"):
+        staleness.identify(config, "sft", recorded)

@@ -10,6 +10,7 @@ for every record that holds the old value. TRL's own defaults are not part of it
 which is on record, so an option that is added or taken out is a change even if its value is TRL's default.
 """
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -57,15 +58,14 @@ class Identity:
 class Decision:
     """Whether a stage runs, and why, or why not.
 
-    `identity`: None if a parent runs first, since its output is not there yet, or if there is a `fault`.
-    `fault`: why the data or functions cannot be read. The checks before the first stage tell it with all others.
+    `identity`: what its record was compared with. None if there is no record, if a parent runs first, or if the data or
+    functions cannot be read: the checks before the first stage tell that with all other problems.
     """
 
     stage: str
     run: bool
     reason: str
     identity: Identity | None = None
-    fault: UserError | None = None
 
 
 def decide(
@@ -86,12 +86,9 @@ def _decide_one(
     """Decide what happens to a stage; `first`: the parents that run before it."""
     record = recorded.stages.get(name)
     identity = None
-    fault = None
-    if not first:
-        try:
+    if record is not None and not first:
+        with contextlib.suppress(UserError):
             identity = identify(config, name, recorded, data)
-        except UserError as error:
-            fault = error
     if redo:
         reason = "asked for with --redo"
     elif record is None:
@@ -102,7 +99,7 @@ def _decide_one(
         reason = "its data or functions cannot be read"
     else:
         reason = _stale(identity, record, _defaults(config, name))
-    return Decision(name, reason is not None, reason or CURRENT, identity, fault)
+    return Decision(name, reason is not None, reason or CURRENT, identity)
 
 
 def identify(config: RunConfig, name: str, recorded: Manifest, data: Datasets | None = None) -> Identity:

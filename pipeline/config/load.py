@@ -73,7 +73,9 @@ def _parse(raw: Options, source: Path, problems: Problems) -> RunConfig | None:
             stage_class = STAGE_TYPES[stage_type].section
             inherited = {"lora": raw.get("lora")} if issubclass(stage_class, TrainingStage) else {}
             values = inherited | {"type": stage_type} | section
-            parsed[name] = _validated(stage_class, values, problems, "stages", name)
+            stage = _validated(stage_class, values, problems, "stages", name)
+            if stage is not None:
+                parsed[name] = stage
     config = _validated(RunConfig, raw | {"stages": parsed, "source": source}, problems)
     if config is not None and (config.model.path is None) == (config.model.scratch is None):
         problems.add("give either `path` (a hub id or folder) or `scratch` (a new architecture)", "model")

@@ -117,7 +117,7 @@ def _failure(name: str, exit_code: int, error: str | None, log: StageLog) -> Sta
     return StageFailed("\n  ".join([f"stage {name!r} {what}. The last lines of {log.path}:", *tail]), 1)
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def _stop(process: "subprocess.Popen[bytes]") -> None:
     """End a stage with all processes that it has started; insist after a while, or at another interrupt.
 
     Nothing is lost by not letting it finish what it does: a stage may be killed at any time.

@@ -89,38 +89,44 @@ TABLE: tuple[tuple[str, tuple[str, ...], tuple[Change, ...]], ...] = (
         ),
     ),
     (
-        "scoring.py",
+        "rl/stress.py",
         SAMPLING,
         (
-            ("shift: the variance for the SD", "return sd * stats", "return sd**2 * stats"),
+            ("shift: the variance for the SD", "float(sd * stats", "float(sd**2 * stats"),
             ("shift: the same for all seeds", "hash64(str(seed), str(list(prompt)))", 'hash64("0", str(list(prompt)))'),
             ("shift: by the first token", "str(list(prompt))", "str(list(prompt)[:1])"),
-            ("shift: not negative", "return sd * stats.norm.ppf(", "return sd * stats.halfnorm.ppf("),
+            ("shift: not negative", "sd * stats.norm.ppf(", "sd * stats.halfnorm.ppf("),
         ),
     ),
     (
-        "functions.py",
+        "config/functions.py",
         ("test_figures.py", "test_figures_training.py", "test_functions.py -k number"),
         (
             ("the judge's arguments swapped", "        value = judge(prompt, completion)\n    number", "        value = judge(completion, prompt)\n    number"),
         ),
     ),
     (
-        "sampling.py",
+        "models/generation.py",
         SAMPLING,
         (
-            ("top_k", '"top_k": 0', '"top_k": 50'),
-            ("top_p", '"top_p": 1.0', '"top_p": 0.9'),
-            ("temperature 1", '"temperature": self.temperature', '"temperature": 1.0'),
+            ("top_k", "top_k=0", "top_k=50"),
+            ("top_p", "top_p=1.0", "top_p=0.9"),
+            ("temperature 1", "temperature=self.temperature", "temperature=1.0"),
             ("eos cut off", "row.index(eos) + 1", "row.index(eos)"),
             ("all draws alike", "[sampling.seed, draw, prompts]", "[sampling.seed, prompts]"),
             ("all seeds alike", "[sampling.seed, draw, prompts]", "[draw, prompts]"),
             ("padded on the right", '"left")\n    with same', '"right")\n    with same'),
+        ),
+    ),
+    (
+        "training/completions.py",
+        SAMPLING,
+        (
             ("kept whatever the sampling", "ctx.tokenizer_key, asdict(sampling)]", "ctx.tokenizer_key]"),
             ("kept whatever the policy", "[identity_of(ctx, policy), ctx", "[ctx"),
             ("kept whatever the tokenizer", "ctx.tokenizer_key, asdict", "asdict"),
             ("kept whatever the weights", "record.inputs, record.output.files])", "record.inputs])"),
-            ("draws and batches swapped", "for draw in range(num_completions) for batch in batches(prompts, sampling.batch_size)]", "for batch in batches(prompts, sampling.batch_size) for draw in range(num_completions)]"),
+            ("every draw is the first", "by_key[digest((draw, batch))]] for draw", "by_key[digest((0, batch))]] for draw"),
             ("base is the baseline's parent", "ctx.weights(root(ctx.config)) if policy == BASE", "ctx.weights_of(ctx.stage.init) if policy == BASE"),
         ),
     ),
@@ -235,7 +241,7 @@ TABLE: tuple[tuple[str, tuple[str, ...], tuple[Change, ...]], ...] = (
         ),
     ),
     (
-        "schema.py",
+        "config/schema.py",
         GATE,
         (
             ("accuracy's limit", "accuracy: Share = 0.5", "accuracy: Share = 0.4"),
@@ -430,12 +436,18 @@ TABLE: tuple[tuple[str, tuple[str, ...], tuple[Change, ...]], ...] = (
         ),
     ),
     (
-        "manifest.py",
+        "system/digests.py",
         MANIFEST,
         (
             ("the order of keys counts", "sort_keys=True, ", ""),
             ("another digest", "hashlib.sha256(json", "hashlib.sha1(json"),
             ("files in folders are left out", 'folder.rglob("*")', 'folder.glob("*")'),
+        ),
+    ),
+    (
+        "records/manifest.py",
+        MANIFEST,
+        (
             ("a changed file passes", "if file_digest(path) != expected:", "if False:"),
             ("the others are forgotten", "if name not in stages}", "if name in stages}"),
         ),
