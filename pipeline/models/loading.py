@@ -80,7 +80,7 @@ class Loader:
 
     @property
     def is_rounded(self) -> bool:
-        """Whether weights have less than the precision of float32."""
+        """Tell whether weights have less than the precision of float32."""
         return self.dtype != "float32" or bool(self.quantization)
 
     # `auto_class`: transformers' auto classes have no class in common that has `from_pretrained`.
