@@ -318,7 +318,7 @@ def test_the_added_one_is_changed_by_its_name_on_the_command_line(write_config, 
     stages = load(path, ("stages.reward-shift.num_prompts=7",)).stages
     assert stages["reward-shift"].model_copy(update={"num_prompts": 200}) == load(path).stages["reward-shift"]
     assert stages["reward-shift"].num_prompts == 7
-    with pytest.raises(UserError, match="'rewart-shift' is none"):
+    with pytest.raises(UserError, match="'rewart-shift' is no stage type"):
         load(path, ("stages.rewart-shift.num_prompts=7",))
 
 
