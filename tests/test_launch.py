@@ -375,3 +375,9 @@ def test_an_error_in_one_process_under_accelerate_is_the_users_message(tmp_path)
     assert done.stderr.startswith("error: stage 'evaluate' stopped: function judge:score gives 'it is42\\n' to"), (
         done.stderr
     )
+
+
+def test_the_environment_is_read_when_it_is_asked_for(monkeypatch):
+    """The datasets library puts a copy in the place of `os.environ`, which a default of an argument would not see."""
+    monkeypatch.setattr(os, "environ", {"ACCELERATE_USE_FSDP": "true"})
+    assert sharding.of_process() == sharding.FSDP

@@ -48,12 +48,21 @@ def of_file(path: str | Path, where: str) -> str | None:
     return ZERO_3 if stage == 3 else ZERO_2
 
 
-def needs_gpu_id(path: str | Path, environment: Mapping[str, str] = os.environ) -> bool:
+def needs_gpu_id(path: str | Path, environment: Mapping[str, str] | None = None) -> bool:
     """Tell whether an accelerate config starts one process, which must see one GPU, and the environment says which."""
     settings = _mapping(Path(path), "--accelerate-config", YAML(typ="safe").load)
     if str(settings.get("distributed_type", "NO")).upper() not in ("NO", "FALSE"):
         return False
-    return "CUDA_VISIBLE_DEVICES" in environment or settings.get("gpu_ids", "all") == "all"
+    variables = _present(environment)
+    return "CUDA_VISIBLE_DEVICES" in variables or settings.get("gpu_ids", "all") == "all"
+
+
+def _present(environment: Mapping[str, str] | None) -> Mapping[str, str]:
+    """Return the environment as it is now, unless another is given.
+
+    The datasets library puts a copy in the place of `os.environ` when it starts processes.
+    """
+    return os.environ if environment is None else environment
 
 
 def _mapping(path: Path, where: str, read: Callable[[str], object]) -> JsonObject:
@@ -77,14 +86,15 @@ def _zero_stage(path: str, where: str) -> int:
     return (settings.get("zero_optimization") or {}).get("stage", 0)
 
 
-def of_process(environment: Mapping[str, str] = os.environ) -> str | None:
+def of_process(environment: Mapping[str, str] | None = None) -> str | None:
     """Read from the environment how the `accelerate launch` that started this process splits a model, or None."""
-    if environment.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+    variables = _present(environment)
+    if variables.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         return FSDP
-    if environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
+    if variables.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
         return None
-    stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
-    file = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    stage = variables.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
+    file = variables.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
     if file:
         stage = _zero_stage(file, "ACCELERATE_DEEPSPEED_CONFIG_FILE")
     return ZERO_3 if str(stage) == "3" else ZERO_2
