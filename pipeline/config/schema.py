@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, SerializeAsAny
 
 from pipeline.config.values import Name, PathText, Seed, Text
 
@@ -236,7 +236,7 @@ class RunConfig(Strict):
     checks: Checks = Checks()
     gate: Literal["stop", "warn", "off"] = "stop"
     gate_limits: GateLimits = GateLimits()
-    stages: dict[Name, Stage]
+    stages: dict[Name, SerializeAsAny[Stage]]
     source: Path
 
     @property
