@@ -60,6 +60,17 @@ def _imported():
     import pipeline.chain.preflight  # noqa: F401
 
 
+@pytest.fixture(autouse=True)
+def _forgotten_functions(tmp_path_factory):
+    """Forget the functions of users that a test imported, as the end of a process does."""
+    yield
+    folder = str(tmp_path_factory.getbasetemp())
+    for name, module in list(sys.modules.items()):
+        if (getattr(module, "__file__", None) or "").startswith(folder):
+            del sys.modules[name]
+    sys.path[:] = [path for path in sys.path if not path.startswith(folder)]
+
+
 @pytest.fixture
 def rlhf(tmp_path):
     """`rlhf(*args)`: the command in a process of its own, in `tmp_path`."""
