@@ -26,7 +26,7 @@ from pipeline.records import manifest
 from pipeline.show.plan import describe_reference
 from pipeline.stages import kto
 from pipeline.system.errors import UserError
-from pipeline.training import checkpoints
+from pipeline.training import beside_parent, checkpoints
 from pipeline.training.assertions import CheckFailed
 
 SIZE = tiny.TRAINING["per_device_train_batch_size"]
@@ -296,7 +296,7 @@ def test_the_reference_is_the_parent_or_the_stage_stops(tmp_path, monkeypatch, l
             patch.setattr(trl.trainer.kto_trainer, "use_adapter", lambda model, adapter_name: original(model, None))
         else:
             base = loading.Weights(str(tmp_path / "model"))
-            patch.setattr(kto, "load_policy", lambda loader, _: loading.load_policy(loader, base))
+            patch.setattr(beside_parent, "load_policy", lambda loader, _: loading.load_policy(loader, base))
         with pytest.raises(CheckFailed, match="the reference is not the parent: rewards of "):
             run(path, "kto")
     assert run(path, "kto").stages["kto"].metrics["initial_loss"] == 0.5

@@ -107,6 +107,7 @@ MARKERS = {
     "citation",
     "command: quickstart",
     "command: tests",
+    "commands: own data",
     "config",
     "data",
     "defaults",
@@ -317,10 +318,12 @@ def _shell_lines() -> list[list[str]]:
     return [shlex.split(part, comments=True) for part in parts]
 
 
-def test_every_rlhf_command_is_valid(monkeypatch):
+def test_every_rlhf_command_is_valid(monkeypatch, tmp_path):
     from pipeline.cli import cli
 
     monkeypatch.chdir(REPO)
+    own = tmp_path / "my-run.yaml"  # in the README the user has written it
+    own.write_text(fences("config")[0], encoding="utf-8")
     commands = [words[1:] for words in _shell_lines() if words[0].endswith("rlhf")]
     assert {words[0] for words in commands} == set(cli.commands)
     for name, *arguments in commands:
@@ -328,7 +331,7 @@ def test_every_rlhf_command_is_valid(monkeypatch):
         if given.get("accelerate_config"):
             assert (REPO / given["accelerate_config"]).is_file()
         if "config" in given:
-            config = load(given["config"], given["overrides"])
+            config = load(own if given["config"] == own.name else given["config"], given.get("overrides", ()))
             stages = {given.get("until"), given.get("only"), *given.get("redo", ()), *given.get("stages", ())} - {None}
             assert stages <= config.stages.keys()
 

@@ -7,6 +7,7 @@ schedules and the gate, which stops a run on a reward model that is not good eno
 
 import json
 import math
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -280,20 +281,24 @@ def test_the_config_for_several_gpus(tmp_path, rlhf):
 
 
 def test_the_readmes_example(tmp_path, one_process):
-    """The example as it stands, beside files of the names it gives."""
+    """The example as it stands, beside files of the names it gives, by the commands that follow it."""
     (text,) = fences("config")
-    path = tmp_path / "example.yaml"
+    (commands,) = fences("commands: own data")
+    look, trial, run = (shlex.split(line)[1:] for line in commands.splitlines())
+    path = tmp_path / "my-run.yaml"
     path.write_text(text, encoding="utf-8")
     config = load(path)
     standins.MODELS[config.model.path](tmp_path / config.model.path)
-    prompts = standins.prompts()
-    comparisons = [{"prompt": p, "chosen": standins.good(p), "rejected": standins.bad(p)} for p in prompts[:80]]
-    demonstrations = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in comparisons[16:]]
+    prompts = standins.prompts()[:160]
+    comparisons = [{"prompt": p, "chosen": standins.good(p), "rejected": standins.bad(p)} for p in prompts]
+    demonstrations = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in comparisons]
     tiny.write_rows(tmp_path / "demonstrations.jsonl", demonstrations)
-    tiny.write_rows(tmp_path / "comparisons.jsonl", comparisons[16:])
-    tiny.write_rows(tmp_path / "heldout.jsonl", comparisons[:16])
+    tiny.write_rows(tmp_path / "comparisons.jsonl", comparisons)
     check_overrides(path, EXAMPLE)
-    one_process("run", path, *arguments(EXAMPLE))
+    assert "\u27e6" in one_process(*look)
+    one_process(*trial, *arguments(EXAMPLE))
+    check_records(load(path, ("run_dir=runs/trial", "training.max_steps=4")), tmp_path / "runs" / "trial")
+    one_process(*run, *arguments(EXAMPLE))
     run_dir = tmp_path / "runs" / config.name
     check_records(config, run_dir)
     assert "dpo" in one_process("status", run_dir)

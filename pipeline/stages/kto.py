@@ -1,20 +1,17 @@
 """KTO, straight from SFT on answers labelled good or bad; the reference is a frozen copy of the parent."""
 
-from typing import Any
-
 from accelerate import PartialState
 from datasets import Dataset
 from trl.trainer.kto_config import KTOConfig
 from trl.trainer.kto_trainer import KTOTrainer
 
 from pipeline.config.schema import Offline
-from pipeline.models.loading import continue_policy, float32_logits, load_policy, precision_kept
 from pipeline.training import assertions
+from pipeline.training.beside_parent import first_tokens, is_rounded, trainer_beside_parent
 from pipeline.training.context import Result, StageContext
 from pipeline.training.fit import fit
 from pipeline.training.trainers import TokenisedRows
 
-NUM_COMPARED = 4  # rows on which the policy is compared with its parent
 REWARDS = ("rewards/chosen", "rewards/rejected")  # 0 before the first update, each by itself
 # The total weight of desirable rows over that of undesirable ones: Eq. 8 of the KTO paper (arXiv 2402.01306).
 BALANCED = (1.0, 4 / 3)
@@ -27,8 +24,6 @@ class TokenisedKTOTrainer(TokenisedRows, KTOTrainer):
 def run(ctx: StageContext[Offline]) -> Result:
     rows, eval_rows, datasets = ctx.rows()
     args = ctx.training_args()
-    parent = ctx.start()
-    lora = ctx.stage.lora
     # KTOTrainer goes through the rows in their order; a file may have all rows of one label first.
     rows = rows.shuffle(seed=ctx.seed, keep_in_memory=True)
     _say_balance(ctx, args, rows["label"][:])
@@ -37,34 +32,9 @@ def run(ctx: StageContext[Offline]) -> Result:
         with PartialState().main_process_first():
             rows = with_kl_completions(rows, size)
             eval_rows = None if eval_rows is None else with_kl_completions(eval_rows, size)
-    model = continue_policy(ctx.loader, parent, lora, ctx.seed)
-    float32_logits(model)
-    texts = [row["prompt_ids"] + row["completion_ids"] for row in rows.take(NUM_COMPARED).to_list()]
-    expected = assertions.parent_log_probs(model, texts)
-    reference = None  # with adapters TRL copies the policy's into a second one, "ref"
-    if lora is None:
-        reference = load_policy(ctx.loader, parent)
-        float32_logits(reference)
-    with precision_kept(model):
-        trainer = TokenisedKTOTrainer(
-            model,
-            reference,
-            args,
-            train_dataset=rows,
-            eval_dataset=eval_rows,
-            processing_class=ctx.tokenizer,
-            identity=ctx.identity,
-        )
-    assertions.policy_is_parent(model, texts, expected)
-
-    def first_token() -> dict[str, Any]:
-        prompts = rows.take(assertions.NUM_FIRST)["prompt_ids"][:]
-        return {"first_token": assertions.first_token(trainer, prompts, ctx.tokenizer)}
-
-    is_rounded = ctx.loader.is_rounded or trainer.accelerator.mixed_precision != "no"
-    loss = assertions.initial_loss(ctx.name, trainer, "rewards", REWARDS, is_rounded)
-    measured = {"initial_loss": loss}
-    return fit(ctx, trainer, datasets, measured, first_token)
+    trainer = trainer_beside_parent(ctx, TokenisedKTOTrainer, args, rows, eval_rows, "completion_ids")
+    loss = assertions.initial_loss(ctx.name, trainer, "rewards", REWARDS, is_rounded(ctx, trainer))
+    return fit(ctx, trainer, datasets, {"initial_loss": loss}, lambda: first_tokens(ctx, trainer, rows))
 
 
 def with_kl_completions(rows: Dataset, size: int) -> Dataset:

@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import PartialState
@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase, Trainer
 
 from pipeline.models.loading import to_device
 from pipeline.system.errors import UserError
+from pipeline.system.json_object import JsonObject
 from pipeline.training import divergence
 
 if TYPE_CHECKING:
@@ -28,17 +29,6 @@ ROUNDED = 0.05
 
 class CheckFailed(UserError):
     """The stage would train the wrong thing, or hand on what it did not train."""
-
-
-class FirstToken(TypedDict):
-    """The likeliest first tokens of completions of `prompts` prompts.
-
-    `special` is the share that is special, `likeliest` the most frequent token as text.
-    """
-
-    special: float
-    prompts: int
-    likeliest: str
 
 
 def trains_exactly(modules: Sequence[nn.Module], expected: Callable[[str], bool]) -> None:
@@ -194,8 +184,11 @@ def _tolerance(trainer: "TokenisedRows", batch: dict[str, torch.Tensor], is_roun
 
 
 @torch.no_grad()
-def first_token(trainer: Trainer, prompts: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase) -> FirstToken:
-    """Look at the likeliest first token of a completion of each prompt, by the trained model."""
+def first_token(trainer: Trainer, prompts: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase) -> JsonObject:
+    """Look at the likeliest first token of a completion of each prompt, by the trained model.
+
+    Returns the fields of `records.metrics.FirstToken`.
+    """
     model = trainer.model
     assert model is not None
     training = model.training
