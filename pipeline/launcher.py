@@ -84,6 +84,7 @@ def run(
         manifest.drop(config.run_path, forgotten)
     for number, (name, reason) in enumerate(pending.items(), 1):
         console.print(Rule(_title(config, name, number, len(pending)), align="left", style="bold cyan"))
+        run_folder.open_run(config)  # before anything is written: other files may have come since
         process.run_stage(config, name, overrides, launch_files[name], reason, name in redo, console)
     recorded = run_folder.open_run(config)
     results.shift_table(recorded, console)

@@ -8,16 +8,11 @@ import contextlib
 import dataclasses
 import datetime
 import importlib
-import os
 import shutil
 import sys
 import threading
 import time
 from typing import Literal, cast
-
-from pipeline.chain import run_folder
-from pipeline.config import graph
-from pipeline.system import digests
 
 from pipeline.system.quiet import quieten_transformers  # isort: skip
 
@@ -28,8 +23,9 @@ from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.base import base_model
-from pipeline.chain import gate, staleness
+from pipeline.chain import gate, run_folder, staleness
 from pipeline.chain.staleness import Decision
+from pipeline.config import graph
 from pipeline.config.graph import parents
 from pipeline.config.lineage import output_folder, place_of
 from pipeline.config.load import load
@@ -37,16 +33,19 @@ from pipeline.config.schema import RunConfig, Stage, TrainingStage
 from pipeline.config.stage_types import type_of
 from pipeline.data import run_tokenizer
 from pipeline.launch import channel, sharding
+from pipeline.launch.channel import Launch
 from pipeline.launch.joining import forget_options, join_processes
 from pipeline.models.loading import Loader
 from pipeline.records import manifest
 from pipeline.records.manifest import Output, Record
 from pipeline.records.stage_folder import CHECKPOINTS, LOCK
-from pipeline.system import disk, streams, versions
+from pipeline.system import digests, disk, streams, versions
 from pipeline.system.errors import UserError
 from pipeline.system.processes import same_everywhere
 from pipeline.training import checkpoints
 from pipeline.training.context import Result, StageContext
+
+BY_HAND = Launch()
 
 
 def main() -> None:
@@ -54,16 +53,18 @@ def main() -> None:
     if len(sys.argv) < 3:
         raise SystemExit("usage: accelerate launch -m pipeline.stage CONFIG STAGE [KEY=VALUE ...]")
     streams.prepare()
-    if channel.LAUNCHER in os.environ:
-        os.environ.pop("PYTHONSAFEPATH", None)  # it was for this process, not for what a user's function starts
     path, name, *overrides = sys.argv[1:]
-    threading.Thread(target=channel.end_with_launcher, daemon=True).start()
+    answers = None
     try:
+        launch, answers = channel.received()
+        if answers is not None and launch.launcher is not None:
+            watch = (launch.launcher, answers)
+            threading.Thread(target=channel.end_with_launcher, args=watch, daemon=True).start()
         config = load(path, tuple(overrides))
         with disk.reported(config.run_path):
-            run(config, name)
+            run(config, name, launch)
     except UserError as error:
-        channel.report_error(str(error))
+        channel.report_error(answers, str(error))
         # Any process may be the one that found it, and a progress bar may be in the middle of its line.
         print(f"\nerror: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
@@ -72,8 +73,8 @@ def main() -> None:
             torch.distributed.destroy_process_group()
 
 
-def run(config: RunConfig, name: str) -> None:
-    """Run stage `name` if its record is not current.
+def run(config: RunConfig, name: str, launch: Launch = BY_HAND) -> None:
+    """Run stage `name` if its record is not current. `launch`: what its launcher says.
 
     Raises:
         UserError: if it cannot start: unknown name, unfinished parents, another process at work on it.
@@ -88,7 +89,7 @@ def run(config: RunConfig, name: str) -> None:
         for message in ignored:
             print(f"{name}: {message}", flush=True)
     with _locked(config, name) if state.is_main_process else contextlib.nullcontext():
-        decision = same_everywhere(lambda: _prepare(config, name))
+        decision = same_everywhere(lambda: _prepare(config, name, launch))
         if decision.run:
             _execute(config, name, decision, state)
         elif state.is_main_process:
@@ -97,7 +98,7 @@ def run(config: RunConfig, name: str) -> None:
             print(f"{name}: finished already, and nothing changed", flush=True)
 
 
-def _prepare(config: RunConfig, name: str) -> Decision:
+def _prepare(config: RunConfig, name: str, launch: Launch) -> Decision:
     """Decide whether a stage runs, from its record and those of the stages that it builds on.
 
     Raises:
@@ -119,11 +120,11 @@ def _prepare(config: RunConfig, name: str) -> Decision:
         print(f"{name}: gate: {verdict}", flush=True)
     identity = decision.identity or staleness.identify(config, name, recorded)  # it may not be readable
     folder = config.run_path / name / CHECKPOINTS
-    if os.environ.get(channel.REDO):
+    if launch.redo:
         shutil.rmtree(folder, ignore_errors=True)
     checkpoints.check_processes(folder, name, identity.digest(), PartialState().num_processes)
     # The launcher decided when the records of all stages were still there.
-    reason = os.environ.get(channel.REASON, decision.reason)
+    reason = decision.reason if launch.reason is None else launch.reason
     return dataclasses.replace(decision, identity=identity, reason=reason)
 
 
@@ -223,7 +224,10 @@ def _same_tokenizer(config: RunConfig, name: str, fingerprint: str) -> None:
     if recorded.tokenizer is None or fingerprint != recorded.tokenizer.fingerprint:
         raise UserError(f"{config.run_path / 'tokenizer'} is not the tokenizer this run was started with. {mend}")
     for parent in parents(config.stages[name]).values():
-        if recorded.stages[parent].tokenizer != fingerprint:
+        record = recorded.stages.get(parent)
+        if record is None:
+            raise UserError(f"the record of {parent!r} is gone: another process runs it again. Run {name!r} after it")
+        if record.tokenizer != fingerprint:
             folder = config.run_path / output_folder(parent)
             raise UserError(f"{folder} holds another tokenizer than the run's; {name!r} cannot use it. {mend}")
 

@@ -233,14 +233,16 @@ def test_a_forked_worker_ends_by_the_signal():
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGTERM
 
 
-def test_a_stage_ends_though_nobody_asked_how_its_launcher_ended():
-    """The launcher is a zombie then: its number is still taken."""
+def test_a_stage_ends_though_nobody_asked_how_its_launcher_ended(tmp_path):
+    """The launcher is a zombie then: its number is still taken. What it can no longer remove, the stage removes."""
+    folder = tmp_path / "rlhf-launch"
+    folder.mkdir()
     gone = subprocess.Popen(["true"])
     while psutil.Process(gone.pid).status() != psutil.STATUS_ZOMBIE:
         time.sleep(0.01)
     pid = os.fork()
     if pid == 0:
-        os.environ[channel.LAUNCHER] = str(gone.pid)
-        channel.end_with_launcher()
+        channel.end_with_launcher(gone.pid, folder)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+    assert not folder.exists()
     gone.wait()

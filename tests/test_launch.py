@@ -1,5 +1,6 @@
 """What a stage finds of devices and of other processes: nothing that reading the config has decided, or refused."""
 
+import errno
 import math
 import os
 import shutil
@@ -228,7 +229,8 @@ def test_an_error_that_another_process_finds_is_said(monkeypatch, capsys, tmp_pa
         raise UserError("row 3 is bad")
 
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv(channel.ERRORS, str(tmp_path))
+    (tmp_path / "launch.json").write_text("{}")
+    monkeypatch.setenv(channel.FOLDER, str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["stage", "config.yaml", "evaluate"])
     monkeypatch.setattr(stage, "load", find)
     with pytest.raises(SystemExit) as stopped:
@@ -236,25 +238,59 @@ def test_an_error_that_another_process_finds_is_said(monkeypatch, capsys, tmp_pa
     assert stopped.value.code == 2
     assert capsys.readouterr().err == "\nerror: row 3 is bad\n"
     assert channel.error_in(tmp_path) == "row 3 is bad"  # for the launcher
+    assert channel.FOLDER not in os.environ  # a run that a user's function starts is another launcher's
 
 
-def test_of_several_errors_the_first_is_told(monkeypatch, tmp_path):
+def test_of_several_errors_the_first_is_told(tmp_path):
     """Another process may fail only since the first has gone; a file that is half written is no error."""
-    monkeypatch.setenv(channel.ERRORS, str(tmp_path))
     assert channel.error_in(tmp_path) is None
     (tmp_path / "7.partial").write_text("row")
     assert channel.error_in(tmp_path) is None
     message = "row 3 is bad:\n  it ends in \udcff"
-    channel.report_error(message)
+    channel.report_error(tmp_path, message)
     os.utime(next(tmp_path.glob("*.txt")), (1, 1))
     (tmp_path / "9.txt").write_text("the others are gone")
     assert channel.error_in(tmp_path) == "row 3 is bad:\n  it ends in \\udcff"
 
 
 def test_an_error_by_hand_leaves_no_file(monkeypatch, tmp_path):
-    monkeypatch.delenv(channel.ERRORS, raising=False)
+    monkeypatch.delenv(channel.FOLDER, raising=False)
     monkeypatch.chdir(tmp_path)
-    channel.report_error("row 3 is bad")
+    launch, folder = channel.received()
+    assert launch == channel.Launch() and folder is None
+    channel.report_error(folder, "row 3 is bad")
+    assert list(tmp_path.iterdir()) == []
+
+
+SAID = channel.Launch(launcher=7, reason="config changed: model.revision ('\u00e9' -> '\u0436\0')", redo=True)
+
+
+def test_what_the_launcher_says_arrives_once(monkeypatch, tmp_path):
+    """In any locale, and a process that the stage starts hears nothing of it."""
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    with channel.opened(SAID, tmp_path) as folder:
+        assert folder.isascii() and not folder.startswith(str(tmp_path))
+        monkeypatch.setenv(channel.FOLDER, folder)
+        assert channel.received() == (SAID, Path(folder))
+        assert channel.FOLDER not in os.environ and "PYTHONSAFEPATH" not in os.environ
+        assert channel.received() == (channel.Launch(), None)
+    assert not Path(folder).exists()
+    monkeypatch.setenv(channel.FOLDER, folder)
+    with pytest.raises(UserError, match="the `rlhf run` that starts this stage has ended"):
+        channel.received()
+
+
+def test_a_full_temporary_folder_stops_no_stage(monkeypatch, tmp_path):
+    real = channel.tempfile.mkdtemp
+
+    def full(suffix=None, prefix=None, dir=None):
+        if dir is None:
+            raise OSError(errno.ENOSPC, "no space")
+        return real(suffix, prefix, dir)
+
+    monkeypatch.setattr(channel.tempfile, "mkdtemp", full)
+    with channel.opened(SAID, tmp_path) as folder:
+        assert Path(folder).parent == tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
@@ -263,8 +299,10 @@ def test_an_error_by_hand_leaves_no_file(monkeypatch, tmp_path):
 FAILS = """
 import sys
 from pipeline.launch import channel
+launch, folder = channel.received()
+assert launch.reason == "not finished yet" and not launch.redo
 if sys.argv[1] == "user":
-    channel.report_error("judge gave None")
+    channel.report_error(folder, "judge gave None")
 print("error: an old message\\nexitcode : 2 \\nChildFailedError", flush=True)
 raise SystemExit(1)
 """

@@ -1,4 +1,4 @@
-"""Decide before an RL or DPO stage starts whether the stages that it builds on are good enough, by their records."""
+"""Decide before an aligned policy is trained whether the stages that it builds on are good enough, by their records."""
 
 from dataclasses import dataclass
 

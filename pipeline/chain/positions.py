@@ -33,7 +33,7 @@ def check(config: RunConfig, name: str, audits: Mapping[str, Audit]) -> None:
 def _longest(stage: Stage, audit: Audit) -> tuple[int, str, str]:
     """Return the longest sequence in tokens, what it is made of, and how to make it shorter."""
     longest = audit.lengths["row"][-1] if audit.lengths else 0
-    if isinstance(stage, TrainingStage) and type_of(stage).rows == "text":
+    if isinstance(stage, TrainingStage) and type_of(stage).reads_raw_text:
         options = effective(stage.type, stage.training)
         limit = options["max_length"]
         if limit is not None and (audit.streamed or options["packing"]):

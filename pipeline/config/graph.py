@@ -37,7 +37,7 @@ def evaluated_beside(config: RunConfig, dataset: str) -> list[str]:
     """
     texts: set[str] = set()
     for stage in config.stages.values():
-        if type_of(stage).rows == "text":
+        if type_of(stage).reads_raw_text:
             texts |= set(datasets(stage).values())
     others = [other for other in uses(config, HELD_OUT) if other != dataset]
     return [other for other in others if (other in texts) == (dataset in texts)]

@@ -61,7 +61,7 @@ def root(config: RunConfig) -> Place:
     """Find the model before any alignment: the base model, or the first pretrain stage of a run from scratch."""
     if config.model.path:
         return Place()
-    return place_of(config, next(name for name, stage in config.stages.items() if type_of(stage).rows == "text"))
+    return place_of(config, next(name for name, stage in config.stages.items() if type_of(stage).reads_raw_text))
 
 
 def continues(parent: TrainingStage | None, stage: TrainingStage) -> bool:

@@ -137,7 +137,7 @@ def _check_start(config: RunConfig, name: str, stage: TrainingStage, problems: P
     elif config.quantization and parent is not None and not continues(parent, stage):
         merged = "which would have to be merged into quantised weights; use the same LoRA options in both stages"
         problems.add(f"differs in shape from the adapter of {stage.init!r}, {merged}", *where)
-    trains_text_in_full = type_of(stage).rows == "text" and stage.lora is None
+    trains_text_in_full = type_of(stage).reads_raw_text and stage.lora is None
     if config.model.scratch and stage.init == BASE and not trains_text_in_full:
         message = "a model from scratch has no weights yet: start with a pretrain stage that has `lora: null`"
         problems.add(message, "stages", name)

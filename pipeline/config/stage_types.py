@@ -4,6 +4,7 @@ Nothing else compares the names of types. A new type is a row here, a file in `s
 that no other type reads, a class in `data/rows.py`.
 """
 
+import functools
 import pkgutil
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,31 @@ _RLOO_LOGS = {
     "completions/clipped_ratio": ("missing_eos", 0),
     "frac_reward_zero_std": ("frac_reward_zero_std", 0),
 }
+
+
+# Types that compare the completions of a prompt with one another.
+_GROUPS = functools.partial(
+    StageType,
+    section=Online,
+    module="rloo_grpo",
+    rows="prompts",
+    makes="aligned policy",
+    has_reference=True,
+    length_option="max_prompt_length",
+    new_tokens="training.max_completion_length",
+    trl_tokenises=True,
+    sharded=(ZERO_2,),
+    # The watchdog sees what is logged. TRL's default would leave dropout on in the reference and in the old policy.
+    defaults={"logging_steps": 1, "disable_dropout": True},
+    bounds={"beta": NOT_NEGATIVE},
+    headline=("initial_kl", "kl", "first_reward", "reward"),
+)
+
+
+def _scored_by_a_model_or_functions(stage_type: str) -> Reference:
+    """Make the field of a stage that names its reward model; functions of the user make it needless."""
+    missing = f"{stage_type} needs a reward: add a stage of type reward or `reward_functions`"
+    return Reference("reward", REWARD_MODELS, "reward", missing=missing, unless="reward_functions")
 
 
 def _fault_of_kto(args: "KTOConfig") -> str | None:
@@ -114,56 +140,15 @@ STAGE_TYPES: Mapping[str, StageType] = {
         headline=("initial_kl", "kl", "first_score", "score"),
         watched=_PPO_LOGS,
     ),
-    "rloo": StageType(
-        section=Online,
-        module="rloo_grpo",
-        rows="prompts",
-        makes="aligned policy",
+    "rloo": _GROUPS(
         trl_config="trl:RLOOConfig",
-        references=(
-            _START_FROM_SFT,
-            Reference(
-                "reward",
-                REWARD_MODELS,
-                "reward",
-                missing="rloo needs a reward: add a stage of type reward or `reward_functions`",
-                unless="reward_functions",
-            ),
-        ),
-        has_reference=True,
-        length_option="max_prompt_length",
-        new_tokens="training.max_completion_length",
-        trl_tokenises=True,
-        sharded=(ZERO_2,),
-        # The watchdog sees what is logged. TRL's default would leave dropout on in the reference and in the old policy.
-        defaults={"logging_steps": 1, "disable_dropout": True},
+        references=(_START_FROM_SFT, _scored_by_a_model_or_functions("rloo")),
         refused={_SAME_POLICIES: "disable_dropout"},
-        bounds={"beta": NOT_NEGATIVE},
-        headline=("initial_kl", "kl", "first_reward", "reward"),
         watched=_RLOO_LOGS,
     ),
-    "grpo": StageType(
-        section=Online,
-        module="rloo_grpo",
-        rows="prompts",
-        makes="aligned policy",
+    "grpo": _GROUPS(
         trl_config="trl:GRPOConfig",
-        references=(
-            _START_FROM_SFT,
-            Reference(
-                "reward",
-                REWARD_MODELS,
-                "reward",
-                missing="grpo needs a reward: add a stage of type reward or `reward_functions`",
-                unless="reward_functions",
-            ),
-        ),
-        has_reference=True,
-        length_option="max_prompt_length",
-        new_tokens="training.max_completion_length",
-        trl_tokenises=True,
-        sharded=(ZERO_2,),
-        defaults={"logging_steps": 1, "disable_dropout": True},
+        references=(_START_FROM_SFT, _scored_by_a_model_or_functions("grpo")),
         refused={
             _SAME_POLICIES: "disable_dropout",
             "log-probabilities are computed in float32 already": "cast_lm_head_to_fp32",
@@ -175,8 +160,6 @@ STAGE_TYPES: Mapping[str, StageType] = {
             "multi_objective_aggregation": "sum_then_normalize normalize_then_sum",
             "vllm_importance_sampling_mode": "token_truncate token_mask sequence_truncate sequence_mask",
         },
-        bounds={"beta": NOT_NEGATIVE},
-        headline=("initial_kl", "kl", "first_reward", "reward"),
         watched=_RLOO_LOGS | {"clip_ratio": ("clip_fraction", 0)},  # its name with Liger kernels
     ),
     "dpo": StageType(

@@ -57,3 +57,8 @@ class StageType:
     check_options: Callable[[Any], str | None] | None = None  # says what is wrong with an instance of `trl_config`
     headline: tuple[str, ...] = ()  # the metrics that people read first
     watched: Mapping[str, tuple[str, int]] = field(default_factory=dict)  # see `rl/healthy_ranges.py`
+
+    @property
+    def reads_raw_text(self) -> bool:
+        """Tell whether it reads documents, which have no prompts and may be streamed."""
+        return self.rows == "text"

@@ -1,29 +1,82 @@
 """Tell the process of a stage what its launcher knows, and tell the launcher why the stage stopped.
 
-The launcher sets environment variables. The stage answers by a file in a temporary folder: the run folder may lie on
-the full disk that the answer is about, and what a killed launcher leaves there cannot be taken for another answer.
+Both leave files in a temporary folder, which one environment variable names. The run folder may lie on the full disk
+that an answer is about, and what a killed launcher leaves there cannot be taken for another answer. A stage takes the
+variable away: a run that a user's function starts is not the launcher's.
 """
 
 import contextlib
+import json
 import os
+import shutil
+import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
 
-LAUNCHER = "RLHF_LAUNCHER_PID"  # a stage watches this process and ends with it
-REDO = "RLHF_REDO"  # set for a stage that is to begin anew, whatever checkpoints it has
-REASON = "RLHF_REASON"  # why the stage runs, for its record
-ERRORS = "RLHF_ERROR_FOLDER"  # the folder for the user's error that stops the stage
+from pipeline.system.errors import UserError
+
+FOLDER = "RLHF_LAUNCH_FOLDER"  # the variable that names the folder
+_LAUNCH = "launch.json"
 _SUFFIX = ".txt"
 
 
-def report_error(message: str) -> None:
+@dataclass(frozen=True)
+class Launch:
+    """Hold what a launcher tells a stage; of a stage that is started by hand nothing is known.
+
+    `launcher`: the number of the launcher's process, with which the stage ends.
+    `reason`: why the stage runs, for its record.
+    `redo`: whether the stage begins anew, whatever checkpoints it has.
+    """
+
+    launcher: int | None = None
+    reason: str | None = None
+    redo: bool = False
+
+
+@contextlib.contextmanager
+def opened(launch: Launch, spare: Path) -> Iterator[str]:
+    """Make the folder and leave in it what the stage must know; `spare` takes it if there is no temporary folder."""
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="rlhf-", ignore_cleanup_errors=True)
+        _write(folder.name, launch)
+    except OSError:
+        folder = tempfile.TemporaryDirectory(prefix="launch-", dir=spare, ignore_cleanup_errors=True)
+        _write(folder.name, launch)
+    with folder:
+        yield folder.name
+
+
+def _write(folder: str, launch: Launch) -> None:
+    (Path(folder) / _LAUNCH).write_text(json.dumps(asdict(launch)), encoding="utf-8")
+
+
+def received() -> tuple[Launch, Path | None]:
+    """Take what the launcher has left for this process, and the folder for its answer; processes within get neither.
+
+    Raises:
+        UserError: if the folder is gone: its launcher has ended.
+    """
+    folder = os.environ.pop(FOLDER, None)
+    if folder is None:
+        return Launch(), None
+    os.environ.pop("PYTHONSAFEPATH", None)  # it was for this process, not for what a user's function starts
+    try:
+        said = json.loads((Path(folder) / _LAUNCH).read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(f"the `rlhf run` that starts this stage has ended ({FOLDER}={folder} is gone)") from None
+    return Launch(**said), Path(folder)
+
+
+def report_error(folder: Path | None, message: str) -> None:
     """Leave a user's error to the launcher, if there is one. Any process of the stage may be the one that met it."""
-    folder = os.environ.get(ERRORS)
     if folder is None:
         return
-    partial = Path(folder) / f"{os.getpid()}.partial"
+    partial = folder / f"{os.getpid()}.partial"
     with contextlib.suppress(OSError):  # the log has the message too
         partial.write_text(message, encoding="utf-8", errors="backslashreplace")
         partial.replace(partial.with_suffix(_SUFFIX))  # in one step: the other processes' launcher may kill this one
@@ -36,14 +89,12 @@ def error_in(folder: str | Path) -> str | None:
     return None if first is None else first.read_text(encoding="utf-8")
 
 
-def end_with_launcher() -> None:
+def end_with_launcher(number: int, folder: Path) -> None:
     """End this process when the `rlhf run` that started it is gone, so that a killed run leaves nothing training."""
-    number = os.environ.get(LAUNCHER)
-    if number is None:
-        return
     with contextlib.suppress(psutil.NoSuchProcess):
-        launcher = psutil.Process(int(number))
+        launcher = psutil.Process(number)
         # A killed process keeps its number until its own parent has asked how it ended.
         while launcher.is_running() and launcher.status() != psutil.STATUS_ZOMBIE:
             time.sleep(1)
+    shutil.rmtree(folder, ignore_errors=True)  # the launcher could not
     os._exit(1)

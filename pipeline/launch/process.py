@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 
 import psutil
 from rich.console import Console
@@ -44,14 +43,15 @@ def run_stage(
     """Run a stage's process until it ends, show and log its output. `reason`: why it runs, for its record.
 
     Raises:
-        StageFailed: if it ended without a record.
+        StageFailed: if it ended with an error or without a record.
     """
+    before = _record(config, name)
     path = config.run_path / name / LOG
     path.parent.mkdir(parents=True, exist_ok=True)
     argv = command(config, name, overrides, accelerate_file)
-    before = _record(config, name)
-    with tempfile.TemporaryDirectory(prefix="rlhf-") as errors:
-        environment = _environment(accelerate_file, console, errors, reason, redo)
+    launch = channel.Launch(os.getpid(), reason, redo)
+    with channel.opened(launch, path.parent) as answers:
+        environment = _environment(accelerate_file, console, answers)
         process = subprocess.Popen(
             argv, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
@@ -72,7 +72,7 @@ def run_stage(
             if process.poll() is None:
                 _stop(process)
         if exit_code != 0 or _record(config, name) is None:
-            raise _failure(name, exit_code, channel.error_in(errors), log)
+            raise _failure(name, exit_code, channel.error_in(answers), log)
 
 
 def _record(config: RunConfig, name: str) -> Record | None:
@@ -81,20 +81,16 @@ def _record(config: RunConfig, name: str) -> Record | None:
     return None if recorded is None else recorded.stages.get(name)
 
 
-def _environment(accelerate_file: str | None, console: Console, errors: str, reason: str, redo: bool) -> dict[str, str]:
-    """Return the environment of a stage's process."""
+def _environment(accelerate_file: str | None, console: Console, folder: str) -> dict[str, str]:
+    """Return the environment of a stage's process; `folder` is that of the channel."""
     environment = os.environ | {
-        channel.LAUNCHER: str(os.getpid()),
-        channel.REASON: reason,
-        channel.ERRORS: errors,
+        channel.FOLDER: folder,
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONIOENCODING": "utf-8:backslashreplace",  # what `relay` reads, in any locale
         "PYTHONSAFEPATH": "1",  # or `-m` would look for this package in the working directory first
     }
     if not console.encoding.startswith("utf"):
         environment["TQDM_ASCII"] = " 123456789#"  # bars of blocks would be shown as escapes
-    if redo:
-        environment[channel.REDO] = "true"
     if accelerate_file is None:
         # One process on several GPUs would fall into torch's DataParallel, which no trainer here supports.
         environment["CUDA_VISIBLE_DEVICES"] = _first_gpu()

@@ -255,7 +255,7 @@ def _environment_cases() -> list[Case]:
         ("ASCII", {"LC_ALL": "C", "LANG": "C"}),
         ("40 columns", {"COLUMNS": "40"}),
         ("odd COLUMNS", {"COLUMNS": "wide"}),
-        ("launcher that is gone", {"RLHF_LAUNCHER_PID": "1"}),
+        ("launcher that is gone", {"RLHF_LAUNCH_FOLDER": "/nowhere"}),
         (
             "ranks",
             {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"},
