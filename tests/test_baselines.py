@@ -62,7 +62,8 @@ ONLINE |= {"max_completion_length": 10, "beta": 0.05}
 PPO = tiny.PPO["training"] | ADAM | {"response_length": 10, "local_rollout_forward_batch_size": 4}
 TRAINING = {"ppo": PPO | {"total_episodes": 32}, "rloo": ONLINE, "grpo": ONLINE}  # four rollouts, two passes over each
 PENALTY = 3.0  # for completions without eos
-KINDS = {"lora": {}, "full": {"lora": None}, "4bit": {"quantization": QUANTISED}}
+DROPOUT = {"lora": tiny.LORA | {"lora_dropout": 0.5}}
+KINDS = {"lora": {}, "full": {"lora": None}, "4bit": {"quantization": QUANTISED}, "dropout": DROPOUT}
 METHODS = ["sft_mean", "greedy", "leave_one_out", "reference", "rloo", "grpo"]
 TOLERANCE = 1e-4  # relative
 SD = 5.0
@@ -383,7 +384,7 @@ def write_mixed(folder: Path) -> dict:
 
 @pytest.mark.parametrize(
     ("method", "kind"),
-    [("sft_mean", "lora"), ("greedy", "lora"), ("reference", "lora"), ("sft_mean", "full"), ("sft_mean", "4bit")],
+    [("sft_mean", kind) for kind in KINDS] + [("greedy", "lora"), ("reference", "lora")],
 )
 def test_ppo_is_given_the_score_less_the_baseline(of_kind, given, method, kind):
     """r(x, y) + delta(x) - b(x), each computed apart from the pipeline's run; the penalty for eos comes after that."""

@@ -11,6 +11,8 @@ token ids) -> rows (one class for each kind of row) -> batches (a batch of raw r
 for text of any size, and bookmark keeps the place that training has in it. fingerprints tells whether the data have
 changed. faults says what can be wrong with a row, unreadable what can be wrong with a file.
 
-Stages and the run's config are not known here: `config/requests.py` says in plain values what a stage asks of a
-dataset.
+run_tokenizer makes and opens the run's one tokenizer, with a template of chat_templates.
+
+Stages are not known here: `config/requests.py` says in plain values what a stage asks of a dataset. Of the config only
+the sections of datasets, model and tokenizer are.
 """

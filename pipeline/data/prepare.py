@@ -23,13 +23,14 @@ from pipeline.data.places import Part
 from pipeline.data.row_kind import RowKind
 from pipeline.data.rows import ROWS, serves
 from pipeline.data.sieve import Sieve, audit_of, column, repeats, row_lengths, weighted
+from pipeline.system import digests
 from pipeline.system.cache import cache_folder
 from pipeline.system.digests import digest, file_digest
 from pipeline.system.errors import UserError
 
 # Prepared rows are cached by this too: another version of these files may prepare them otherwise.
 _LIBRARIES = [importlib.metadata.version(name) for name in ("datasets", "jinja2", "tokenizers", "transformers")]
-_FILES = sorted(Path(__file__).parent.glob("*.py"))
+_FILES = [*sorted(Path(__file__).parent.glob("*.py")), Path(digests.__file__)]  # all that decides what rows become
 CODE = digest([_LIBRARIES, *map(file_digest, _FILES)])
 BATCH = 250  # rows; a few hundred MB of Python lists and encodings at most
 SLICE = 100_000  # rows per set of processes: what they have read stays in their memory until they end

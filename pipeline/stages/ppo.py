@@ -45,7 +45,6 @@ METRICS = {
     "policy/clipfrac_avg": "clip_fraction",
     "objective/entropy": "entropy",
 }
-NUM_COMPARED = 4  # prompts on which the policy is compared with its parent and with the reference
 
 
 def run(ctx: StageContext[Ppo]) -> Result:
@@ -57,7 +56,8 @@ def run(ctx: StageContext[Ppo]) -> Result:
     # Before PPO's models are in memory: to sample, the parent is loaded once more.
     answers = answers_of(ctx, prompts, sampling(ctx, args))
     ctx.say(f"{ctx.name}: PPO starts from its first update (a run that was stopped in it starts it anew)")
-    models = _load_models(ctx, args, prompts["input_ids"][:NUM_COMPARED])
+    first_prompts: list[Ids] = prompts.take(assertions.NUM_COMPARED)["input_ids"][:]
+    models = _load_models(ctx, args, first_prompts)
     baseline = make_baseline(ctx, models.reward, answers, args.local_rollout_forward_batch_size)
     trainer = _make_trainer(ctx, args, models, baseline, prompts.select_columns(["input_ids"]))
     policy_parameters = {name: p for name, p in models.policy.named_parameters() if should_train(ctx, name)}
@@ -65,7 +65,7 @@ def run(ctx: StageContext[Ppo]) -> Result:
     watch = Watch(ctx, trainer, policy_parameters, centred=baseline is not None, raises=True)
     if eval_rows is not None:
         watch.hold_out(eval_rows["prompt_ids"][:], sampling(ctx, args), models.policy, models.reward)
-    metrics: JsonObject = {"initial_kl": _train(ctx, trainer, models, prompts["input_ids"][:NUM_COMPARED])}
+    metrics: JsonObject = {"initial_kl": _train(ctx, trainer, models, first_prompts)}
     metrics |= watch.finish()
     # After `watch.finish`: the policy that is kept may be an earlier one.
     assertions.finite_weights(ctx.name, policy_parameters.values())
@@ -97,9 +97,10 @@ def _prompts(rows: Dataset) -> Dataset:
 
 
 def _load_models(ctx: StageContext[Ppo], args: "PPOConfig", prompts: list[Ids]) -> Models:
-    """Load the four models, the reward model on this process's device, and check on `prompts` that the policy is sound.
+    """Load the four models, and check on `prompts` that the policy is its parent.
 
-    The trainer would move the reward model there too, but the baseline is scored with it before.
+    The baseline is scored before there is a trainer. So the reward model is put on this process's device, and both the
+    reward model and the backbone that it may share with the policy are put in eval mode: no dropout in the scores.
     """
     stage = ctx.stage
     assert stage.reward is not None, "references.py fills it in"
@@ -123,6 +124,7 @@ def _load_models(ctx: StageContext[Ppo], args: "PPOConfig", prompts: list[Ids]) 
         for model in [models.policy] if shared else [models.policy, models.value]:
             cast(PreTrainedModel, model).gradient_checkpointing_enable()  # a PeftModel hands it on
     to_device(models.reward)
+    models.policy.eval()
     return models
 
 

@@ -23,7 +23,6 @@ from pipeline.training.context import Result, StageContext
 from pipeline.training.fit import fit, should_train
 from pipeline.training.trainers import reference_given
 
-NUM_COMPARED = 4  # prompts on which the policy is compared with its parent and with the reference
 RewardFunction = Callable[..., list[float]]
 
 
@@ -80,7 +79,7 @@ def run(ctx: StageContext[Online]) -> Result:
     parent = ctx.start()
     model = continue_policy(ctx.loader, parent, stage.lora, ctx.seed)
     float32_logits(model)
-    first = rows["prompt_ids"][:NUM_COMPARED]
+    first = rows["prompt_ids"][: assertions.NUM_COMPARED]
     expected = assertions.parent_log_probs(model, first)
     reference = load_policy(ctx.loader, parent) if stage.lora is None and args.beta else None
     if reference is not None:

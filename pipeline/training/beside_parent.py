@@ -12,8 +12,6 @@ from pipeline.training import assertions
 from pipeline.training.context import StageContext
 from pipeline.training.trainers import TokenisedRows
 
-NUM_COMPARED = 4  # rows on which the policy is compared with its parent
-
 T = TypeVar("T", bound=TokenisedRows)
 
 
@@ -36,7 +34,7 @@ def trainer_beside_parent(
     lora = ctx.stage.lora
     model = continue_policy(ctx.loader, parent, lora, ctx.seed)
     float32_logits(model)
-    texts = [row["prompt_ids"] + row[answer] for row in rows.take(NUM_COMPARED).to_list()]
+    texts = [row["prompt_ids"] + row[answer] for row in rows.take(assertions.NUM_COMPARED).to_list()]
     expected = assertions.parent_log_probs(model, texts)
     reference = None  # with adapters TRL copies the policy's into a second one, "ref"
     if lora is None:

@@ -13,6 +13,7 @@ from pipeline.config.schema import TrainingStage
 from pipeline.config.stage_types import makes
 from pipeline.config.type_row import POLICIES
 from pipeline.models.loading import num_parameters
+from pipeline.records.stage_folder import CHECKPOINTS
 from pipeline.system.json_object import JsonObject
 from pipeline.training import assertions, checkpoints
 from pipeline.training.context import Result, StageContext, write_json
@@ -91,7 +92,7 @@ def _held_out(ctx: StageContext[TrainingStage], trainer: Trainer) -> JsonObject:
 
 def _newest(ctx: StageContext[TrainingStage]) -> Path | None:
     """Find the checkpoint to go on from, and say which one it is, or why there is none."""
-    folder = ctx.folder / "checkpoints"
+    folder = ctx.folder / CHECKPOINTS
     state = PartialState()
     if state.is_main_process and checkpoints.open_folder(folder, ctx.identity, state.num_processes):
         ctx.say(f"{ctx.name}: config or inputs changed since its checkpoints were made; starting from the beginning")

@@ -28,7 +28,7 @@ STATISTICS = ("test_figures_shift.py", "test_shift_statistics.py", "test_figures
 SHIFT = ("test_figures.py", "test_gate.py")
 GATE = ("test_figures_gate.py", "test_gate.py")
 APART = "centred_score or offline_baseline or one_out_by_hand or one_group or reliability or shrinkage_is or scored_as"
-GIVEN = "(given_the and (sft_mean-lora or greedy or reference))"
+GIVEN = "(given_the and (sft_mean-lora or dropout or greedy or reference))"
 BASELINES = ("test_figures_ppo.py", f"test_baselines.py -k '{APART} or {GIVEN}'")
 WATCHDOG = ("test_figures_watchdog.py", "test_watchdog.py")
 DATA = ("test_figures_plan.py", "test_split.py", "test_data.py", "test_sources.py -k weights")
@@ -294,6 +294,7 @@ TABLE: tuple[tuple[str, tuple[str, ...], tuple[Change, ...]], ...] = (
         "stages/ppo.py",
         BASELINES,
         (
+            ("the baseline is scored with dropout", "    models.policy.eval()\n    return models", "    return models"),
             ("an answer begins one token late", '"answer_ids": row["input_ids"][start:]', '"answer_ids": row["input_ids"][start + 1 :]'),
         ),
     ),
