@@ -7,14 +7,17 @@ import subprocess
 import pytest
 import tiny
 
+from pipeline.config.stage_types import STAGE_TYPES
+
 QUANTIZATION = {"load_in_4bit": True}
 OTHER_SHAPE = {"r": 8, "lora_alpha": 8, "target_modules": "all-linear"}
 # Stages of the types that the tiny run does not have.
 MORE_STAGES = {
     "rloo": {"data": "prompts", "training": {"max_steps": 1, "num_generations": 2}},
     "grpo": {"data": "prompts", "training": {"max_steps": 1, "num_generations": 2}},
+    "kto": {"data": "demos"},
 }
-TRAINING_TYPES = ("pretrain", "sft", "reward", "ppo", "dpo", "rloo", "grpo")
+TRAINING_TYPES = tuple(name for name, row in STAGE_TYPES.items() if row.trl_config is not None)
 
 
 def snapshot(folder):

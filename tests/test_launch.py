@@ -20,6 +20,7 @@ from test_equalities import run
 
 from pipeline import launcher, stage
 from pipeline.config.load import load
+from pipeline.config.stage_types import STAGE_TYPES
 from pipeline.launch import channel, joining, process, sharding
 from pipeline.records import manifest
 from pipeline.stages import ppo
@@ -97,11 +98,11 @@ def test_a_launchers_options_do_not_reach_a_stage(parents, tmp_path, monkeypatch
 
 
 FILES = ROOT / "accelerate_configs"
-TRAINED = ("pretrain", "sft", "reward", "ppo", "rloo", "grpo", "dpo")
+TRAINED = tuple(name for name, row in STAGE_TYPES.items() if row.trl_config is not None)
 REFUSED = {
     "fsdp2.yaml": {*TRAINED, "shift", "evaluate"},
-    "zero3.yaml": {"reward", "ppo", "rloo", "grpo", "dpo", "shift", "evaluate"},
-    "zero2.yaml": {"rloo", "dpo"},  # grpo has no reference by default
+    "zero3.yaml": {"reward", "ppo", "rloo", "grpo", "dpo", "kto", "shift", "evaluate"},
+    "zero2.yaml": {"rloo", "dpo", "kto"},  # grpo has no reference by default
     "multi_gpu.yaml": set(),
     "single_gpu.yaml": set(),
     "cpu_2_processes.yaml": set(),
@@ -114,11 +115,13 @@ def every_type(tmp_path_factory):
     rl = {"data": "demonstrations", "training": {"num_generations": 4}}
     sampled = {"data": "held_out", "max_new_tokens": 8}
     stages = {"pretrain": {"data": "texts", "training": {"max_length": 32}}, **STAGES, "rloo": rl, "grpo": rl}
-    stages |= {"dpo": tiny.DPO, "shift": sampled, "evaluate": sampled}
+    stages |= {"dpo": tiny.DPO, "kto": {"data": "labelled"}, "shift": sampled, "evaluate": sampled}
     path = tiny.make_run(tmp_path_factory.mktemp("types"), stages)
     tiny.write_rows(path.parent / "texts.jsonl", [{"text": row["chosen"]} for row in tiny.comparisons()])
     tiny.write_rows(path.parent / "held_out.jsonl", [{"prompt": f"What of {topic}?"} for topic in tiny.TOPICS])
-    names = ("comparisons", "demonstrations", "texts", "held_out")
+    labelled = [row | {"label": number % 2 == 0} for number, row in enumerate(tiny.demonstrations())]
+    tiny.write_rows(path.parent / "labelled.jsonl", labelled)
+    names = ("comparisons", "demonstrations", "texts", "held_out", "labelled")
     tiny.edit(path, {"data": {name: {"path": f"{name}.jsonl"} for name in names}})
     return path
 
