@@ -182,7 +182,8 @@ def stop(config, monkeypatch, tmp_path, program, number, said=2):
 @pytest.mark.parametrize("number", ENDING)
 def test_a_signal_to_the_launcher_ends_all_processes_of_a_stage(config, monkeypatch, tmp_path, number):
     shown, pids = stop(config, monkeypatch, tmp_path, TREE, number)
-    assert "Stopped in sft. The same command goes on from there; its log is " in shown
+    words = "Stopped in sft. The same command goes on from the last checkpoint of sft, if there is one; its log is "
+    assert words in shown
     assert len(pids) == 2
     psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=10)
     assert not any(psutil.pid_exists(pid) for pid in pids)

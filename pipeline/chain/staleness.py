@@ -26,7 +26,7 @@ from pipeline.config.schema import RunConfig, TrainingStage
 from pipeline.config.stage_types import type_of
 from pipeline.data import fingerprints
 from pipeline.data.prepare import Datasets
-from pipeline.records.manifest import Manifest, Record
+from pipeline.records.manifest import NOT_FINISHED, Manifest, Record
 from pipeline.system import digests
 from pipeline.system.digests import digest
 from pipeline.system.errors import UserError
@@ -35,7 +35,6 @@ from pipeline.system.errors import UserError
 _LOADING = ("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers")
 NEUTRAL = ("logging_", "log_", "save_", "report_to", "run_name", "disable_tqdm", *_LOADING)
 _WIRING = {"init", "reward", "shift", "policy", "baseline", "policies", "data", "eval_data", "accelerate_config"}
-NOT_FINISHED = "not finished yet"
 CURRENT = "finished, nothing changed"
 _UNSET = "unset"  # shown for a key that one side lacks
 _MISSING = object()  # equal to no value

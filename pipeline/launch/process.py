@@ -66,7 +66,8 @@ def run_stage(
             is_finished = _record(config, name) not in (None, before)
             where = f"after {name}, which is finished" if is_finished else f"in {name}"
             again = ", without --redo," if redo else ""
-            say_last(console, f"\nStopped {where}. The same command{again} goes on from there; its log is {path}")
+            place = "there" if is_finished else f"the last checkpoint of {name}, if there is one"
+            say_last(console, f"\nStopped {where}. The same command{again} goes on from {place}; its log is {path}")
             raise
         finally:
             if process.poll() is None:

@@ -26,6 +26,7 @@ from pipeline.system.json_object import JsonObject
 SCHEMA_VERSION = 1
 FILE = "manifest.json"
 PARTIAL = f"{FILE}.tmp"
+NOT_FINISHED = "not finished yet"  # the reason of a stage that had no record
 _LOCK = ".manifest.lock"
 _MEND = "Restore it from a copy, or move the run folder away to start anew; nothing was changed"
 

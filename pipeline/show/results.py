@@ -172,7 +172,7 @@ def status(run_dir: Path, console: Console) -> None:
     result_table(recorded, console)
     for name, record in recorded.stages.items():
         say(console, f"\n{name}", "bold")
-        if record.reason is not None:
+        if record.reason not in (None, manifest.NOT_FINISHED):  # of a first run there is nothing to tell
             say(console, f"why it ran: {record.reason}")
         code = printable(snippet(run_dir, recorded, record), console.encoding)
         console.print(code, highlight=False, markup=False, emoji=False, soft_wrap=True)  # to be copied: never wrapped
