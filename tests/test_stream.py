@@ -223,7 +223,11 @@ def test_killed_it_trains_on_as_if_it_had_not_been(tmp_path, model):
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path, model):
-    """The second half of a corpus takes no more resident memory than the first, give or take a tenth of its size."""
+    """The second half of a corpus takes no more resident memory than the first, give or take a third of its size.
+
+    Kept as text it would take all of its size, and as token ids several times as much. The process has other things in
+    its memory, which may grow by some MiB meanwhile.
+    """
     size = 60 << 20
     with (tmp_path / "corpus.jsonl").open("w") as file:
         i = 0
@@ -238,4 +242,4 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, model):
         resident.append(psutil.Process().memory_info().rss)
     half = len(resident) // 2
     assert half > 50
-    assert max(resident[half:]) - max(resident[:half]) < size / 2 / 10
+    assert max(resident[half:]) - max(resident[:half]) < size / 2 / 3
