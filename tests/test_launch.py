@@ -19,6 +19,7 @@ from rich.console import Console
 from test_equalities import run
 
 from pipeline import launcher, stage
+from pipeline.chain import run_folder
 from pipeline.config.load import load
 from pipeline.config.stage_types import STAGE_TYPES
 from pipeline.launch import channel, joining, process, sharding
@@ -283,18 +284,42 @@ def test_what_the_launcher_says_arrives_once(monkeypatch, tmp_path):
         channel.received()
 
 
-def test_a_full_temporary_folder_stops_no_stage(monkeypatch, tmp_path):
-    real = channel.tempfile.mkdtemp
+@pytest.mark.parametrize("what", ["folder", "file"])
+def test_a_full_temporary_folder_stops_no_stage(monkeypatch, tmp_path, what):
+    """Neither a folder nor a file can be made there; the stage, which has never run, takes its run folder as it is."""
+    config = load(tiny.make_run(tmp_path, {"sft": tiny.SFT}))
+    make_folder = channel.tempfile.mkdtemp
+    write = channel._write
 
     def full(suffix=None, prefix=None, dir=None):
-        if dir is None:
+        if dir is None and what == "folder":
             raise OSError(errno.ENOSPC, "no space")
-        return real(suffix, prefix, dir)
+        return make_folder(suffix, prefix, dir)
+
+    def write_unless_full(folder, launch):
+        if what == "file" and not folder.startswith(str(config.run_path)):
+            raise OSError(errno.ENOSPC, "no space")
+        write(folder, launch)
 
     monkeypatch.setattr(channel.tempfile, "mkdtemp", full)
-    with channel.opened(SAID, tmp_path) as folder:
-        assert Path(folder).parent == tmp_path
-    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(channel, "_write", write_unless_full)
+    seen = []
+
+    def look(*_):
+        monkeypatch.undo()
+        run_folder.open_run(config)  # as a stage does before it takes its lock
+        seen.extend(path.name for path in config.run_path.glob("launch-*"))
+        return [sys.executable, "-c", "raise SystemExit(1)"]
+
+    class Popen(subprocess.Popen):
+        def __init__(self, argv, **options):
+            super().__init__(look(), **options)
+
+    monkeypatch.setattr(process.subprocess, "Popen", Popen)
+    with (tmp_path / "shown.txt").open("w") as shown, pytest.raises(StageFailed):
+        process.run_stage(config, "sft", (), None, "not finished yet", False, Console(file=shown))
+    assert len(seen) == 1
+    assert [path.name for path in config.run_path.iterdir()] == ["sft"]
 
 
 # In the place of a stage: a process of a launch leaves an error, and the launch ends as torchrun does; then a crash

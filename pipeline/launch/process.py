@@ -50,7 +50,7 @@ def run_stage(
     path.parent.mkdir(parents=True, exist_ok=True)
     argv = command(config, name, overrides, accelerate_file)
     launch = channel.Launch(os.getpid(), reason, redo)
-    with channel.opened(launch, path.parent) as answers:
+    with channel.opened(launch, config.run_path) as answers:  # a stage's folder may hold nothing else before its lock
         environment = _environment(accelerate_file, console, answers)
         process = subprocess.Popen(
             argv, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
