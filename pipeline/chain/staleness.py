@@ -129,7 +129,7 @@ def _config_of(config: RunConfig, name: str) -> Flat:
     if model["scratch"]:
         model["scratch"] = model["scratch"]["architecture"]
     shared = {"model": model, "quantization": config.quantization}
-    if type_of(stage).rows != "text":
+    if not type_of(stage).reads_raw_text:
         shared["too_long"] = config.too_long
     return _flat({key: value for key, value in own.items() if key not in _WIRING} | shared)
 

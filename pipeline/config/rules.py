@@ -44,7 +44,7 @@ def check_training(config: RunConfig, name: str, training: Options, problems: Pr
         problems.add(message, "stages", name, "training")
     if training.get("eval_strategy", "no") != "no" and "eval_data" not in datasets(stage):
         problems.add("`eval_strategy` needs `eval_data`", "stages", name, "training")
-    if type_of(stage).rows != "text":
+    if not type_of(stage).reads_raw_text:
         return
     if stage.data in config.data and config.data[stage.data].streaming:
         _check_stream(stage.type, name, training, problems)
