@@ -241,6 +241,13 @@ def _ultrafeedback_prompt(prompt: str) -> Row:
     return {"prompt": dialogue(prompt, "")[:1]}
 
 
+def _kto_mix(prompt: str) -> Row:
+    label = len(prompt) % 2 == 0
+    answer = good(prompt) if label else bad(prompt)
+    first, last = dialogue(prompt, answer)
+    return {"prompt": [first], "completion": [last], "label": label}
+
+
 def _capybara(prompt: str) -> Row:
     return {"source": "Airoboros", "messages": _ultrachat(prompt)["messages"], "num_turns": 2}
 
@@ -278,6 +285,7 @@ DATASETS: dict[str, tuple[Callable[[str], Row], str, str | None]] = {
     "HuggingFaceTB/smollm-corpus/cosmopedia-v2": (_cosmopedia, "train", None),
     "HuggingFaceTB/smollm-corpus/fineweb-edu-dedup": (_fineweb, "train", None),
     "trl-lib/Capybara": (_capybara, "train", "test"),
+    "trl-lib/kto-mix-14k": (_kto_mix, "train", "test"),
     "trl-lib/ultrafeedback-prompt": (_ultrafeedback_prompt, "train", "test"),
     "trl-lib/ultrafeedback_binarized": (_ultrafeedback_of_trl, "train", "test"),
 }

@@ -1,6 +1,11 @@
 """KTO: equal to bare TRL, its rows, its reference, what it refuses, and the chain through the real command."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +37,7 @@ from pipeline.training.assertions import CheckFailed
 SIZE = tiny.TRAINING["per_device_train_batch_size"]
 KTO = {"data": "unpaired", "training": {"max_length": 64, "max_steps": 6}}
 FROM_BASE = KTO | {"init": "base"}
+TWO_PROCESSES = Path(__file__).parents[1] / "accelerate_configs" / "cpu_2_processes.yaml"
 
 
 def unpaired() -> list[dict[str, Any]]:
@@ -286,6 +292,32 @@ def test_resumed_is_uninterrupted(tmp_path, monkeypatch, lora):
     assert outputs[0] == outputs[1]
 
 
+def test_two_processes_that_were_killed_go_on(tmp_path):
+    """With TRL's defaults, bf16 autocast and gradient checkpointing, and by the real command."""
+    files = {}
+    for name in ("whole", "parts"):
+        folder = tmp_path / name
+        folder.mkdir()
+        own = {key: tiny.SMALL[key] for key in ("use_cpu", "per_device_train_batch_size")}
+        own |= {"max_steps": 120, "save_steps": 40, "save_strategy": "steps", "learning_rate": 1e-3}
+        path = make_run(folder, {"kto": FROM_BASE | {"training": {"max_length": 64} | own}}, training={})
+        command = [sys.executable, "-m", "pipeline", "run", str(path), "--accelerate-config", str(TWO_PROCESSES)]
+        checkpoint = folder / "run" / "kto" / "checkpoints" / "checkpoint-40"
+        if name == "parts":
+            process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+            while not (checkpoint / checkpoints.MARKER).exists():
+                assert process.poll() is None, "it ended before it could be killed"
+                time.sleep(0.01)
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        record = manifest.read(folder / "run").stages["kto"]
+        assert record.world_size == 2 and record.metrics["steps"] == 120
+        assert record.resumed_from_step in ((40, 80) if name == "parts" else (None,))
+        files[name] = (folder / "run" / "kto" / "output" / "adapter_model.safetensors").read_bytes()
+    assert files["whole"] == files["parts"]
+
+
 @pytest.mark.parametrize("lora", [tiny.LORA, None], ids=["lora", "full"])
 def test_the_reference_is_the_parent_or_the_stage_stops(tmp_path, monkeypatch, lora):
     path = make_run(tmp_path, {"sft": tiny.SFT, "kto": KTO}, lora=lora)
@@ -356,8 +388,7 @@ def test_the_gate_judges_the_parent_and_sharded_launches_are_refused(tmp_path, m
 def test_the_chain_through_the_command(tmp_path, rlhf, cli):
     """From SFT to KTO to the evaluation, as `rlhf` plans, checks, runs and shows it; KTO in two processes."""
     evaluate = {"data": "prompts", "judge": "judge:score", "max_new_tokens": 8}
-    two_processes = str(Path(__file__).parents[1] / "accelerate_configs" / "cpu_2_processes.yaml")
-    in_two = KTO | {"eval_data": "held_out", "accelerate_config": two_processes}
+    in_two = KTO | {"eval_data": "held_out", "accelerate_config": str(TWO_PROCESSES)}
     stages = {"sft": tiny.SFT | {"eval_data": "prompts"}, "kto": in_two, "evaluate": evaluate}
     path = make_run(tmp_path, stages, gate="stop")
     (tmp_path / "judge.py").write_text("def score(prompt, completion):\n    return -len(completion)\n")

@@ -8,8 +8,9 @@ import sys
 
 import pytest
 import tiny
+from rich.console import Console
 
-from pipeline import stage
+from pipeline import launcher, stage
 from pipeline.chain import run_folder
 from pipeline.config.load import load
 from pipeline.records import manifest
@@ -41,6 +42,34 @@ def test_files_of_others_are_never_written_over(tmp_path, cli, name, run_dir):
     with pytest.raises(UserError, match="holds files that no run has put there"):  # also if started by hand
         stage.run(load(path), "sft")
     assert files(tmp_path) == before
+
+
+def test_files_that_come_while_the_run_is_at_work(tmp_path, monkeypatch):
+    """Nothing is written beside them, not even a log."""
+    path = tiny.make_run(tmp_path, {"sft": tiny.SFT, "dpo": tiny.DPO})
+    mine = tmp_path / "run" / "dpo" / "notes.md"
+    started = []
+
+    def run_stage(config, name, *_):
+        started.append(name)
+        mine.parent.mkdir(parents=True)
+        mine.write_text("three years of work")
+
+    monkeypatch.setattr(launcher.process, "run_stage", run_stage)
+    with pytest.raises(UserError, match="dpo holds files that no run has put there"):
+        launcher.run(load(path), Console(quiet=True))
+    assert started == ["sft"]
+    assert files(mine.parent) == {"notes.md": b"three years of work"}
+
+
+def test_a_parent_whose_record_is_dropped_meanwhile(finished):
+    """By another process that runs it again."""
+    config = load(finished.config, (f"run_dir={finished.run_dir}",))
+    fingerprint = manifest.read(finished.run_dir).tokenizer.fingerprint
+    stage._same_tokenizer(config, "reward", fingerprint)
+    manifest.drop(finished.run_dir, ["sft"])
+    with pytest.raises(UserError, match=r"the record of 'sft' is gone: another process runs it again"):
+        stage._same_tokenizer(config, "reward", fingerprint)
 
 
 def test_a_file_where_a_stage_has_its_folder(tmp_path, cli):

@@ -33,7 +33,6 @@ MULTI_GPU = "qwen2.5-7b-multi-gpu.yaml"
 REASONS = {
     "path": "there is no hub: a folder holds a stand-in of the same kind",
     "sources": "the same for each of them; a folder has no `name` of a configuration",
-    "use_cpu": "transformers takes bf16 on a machine without a GPU only if it is told to use the CPU",
     "total_episodes": "two updates are enough to see PPO train",
     "max_steps": "two steps are enough to see pretraining, RLOO and GRPO train",
     "response_length": "a random model does not stop by itself",
@@ -44,14 +43,12 @@ REASONS = {
 # By config, what is changed beside its model and data. The other stages are short because their rows are few.
 SHORT: dict[str, Overrides] = {
     "smollm2-135m.yaml": {
-        "training.use_cpu": True,
         "stages.pretrain.training.max_steps": 2,
         "stages.ppo.training.total_episodes": 64,
         "stages.ppo.training.response_length": 8,
         "stages.evaluate.max_new_tokens": 8,
     },
     "qwen2.5-0.5b-lora.yaml": {
-        "training.use_cpu": True,
         "stages.ppo.training.total_episodes": 64,
         "stages.ppo.training.response_length": 8,
         "stages.rloo.training.max_steps": 2,
@@ -61,13 +58,11 @@ SHORT: dict[str, Overrides] = {
         "stages.evaluate.max_new_tokens": 8,
     },
     "llama3.1-8b-qlora.yaml": {
-        "training.use_cpu": True,
         "stages.ppo.training.total_episodes": 32,
         "stages.ppo.training.response_length": 8,
         "stages.evaluate.max_new_tokens": 8,
     },
     MULTI_GPU: {
-        "training.use_cpu": True,
         "stages.sft.accelerate_config": "../accelerate_configs/cpu_2_processes.yaml",
         "stages.reward.accelerate_config": "../accelerate_configs/cpu_2_processes.yaml",
         "stages.ppo.accelerate_config": "../accelerate_configs/cpu_2_processes.yaml",
@@ -78,7 +73,6 @@ SHORT: dict[str, Overrides] = {
     },
 }
 EXAMPLE: Overrides = {
-    "training.use_cpu": True,
     "stages.ppo.training.total_episodes": 32,
     "stages.evaluate.max_new_tokens": 8,
 }
