@@ -134,7 +134,6 @@ STAGE_TYPES: Mapping[str, StageType] = {
             ),
             "PPO's length is `total_episodes`": "max_steps",
             "PPOTrainer clips no gradients; lower the learning rate instead": "max_grad_norm",
-            "PPOTrainer cannot resume from a checkpoint; a stopped PPO stage starts anew": "save_strategy save_steps",
         },
         check_options=fault_of_ppo,
         headline=("initial_kl", "kl", "first_score", "score"),

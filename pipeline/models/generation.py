@@ -1,18 +1,17 @@
 """Sample completions from a policy, by token ids; nothing here knows of a run."""
 
 import contextlib
-import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
-import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, set_seed
 
 from pipeline.models import scoring
 from pipeline.models.loading import Model
 from pipeline.system.digests import hash64
+from pipeline.system.random_states import random_states, set_random_states
 
 Ids = list[int]  # token ids; a completion's end with eos unless it was cut off
 
@@ -45,14 +44,11 @@ class Sampling:
 @contextlib.contextmanager
 def same_random_numbers() -> Iterator[None]:
     """Leave the random number generators of python, numpy and torch as they were before the block."""
-    state_of_python = random.getstate()
-    state_of_numpy = np.random.get_state()
+    states = random_states()
     try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count()), device_type="cuda"):
-            yield
+        yield
     finally:
-        random.setstate(state_of_python)
-        np.random.set_state(state_of_numpy)
+        set_random_states(states)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +18,8 @@ class BestPolicy(TrainerCallback):
     `evaluate` returns the mean score, the same on every process, from the same prompts and random numbers each time,
     and leaves the model in the mode it found it in. Looking does not change the training: the random number
     generators go on as if it had not happened. `parameters` are those the policy trains; the copy of the best is kept
-    in the CPU's memory. After a resume only policies from the checkpoint on are known.
+    in the CPU's memory. After a resume only policies from the checkpoint on are known, unless `load_state_dict` was
+    called: then `history` and the best go on as they were.
     """
 
     def __init__(
@@ -38,7 +40,8 @@ class BestPolicy(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
-        self._look(state.global_step)
+        if not self.history or self.history[-1]["update"] != state.global_step:
+            self._look(state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if state.global_step % self.every == 0:
@@ -60,6 +63,16 @@ class BestPolicy(TrainerCallback):
             self._best = (update, score)
             self._copy = {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
         self.say(f"held-out score at update {update}: {score:.4g}" + (", the best so far" if is_best else ""))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps: the scores so far, and the best policy."""
+        return {"history": self.history, "best": self._best, "copy": self._copy}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        self.history = state["history"]
+        self._best = state["best"]
+        self._copy = state["copy"]
 
     @torch.no_grad()
     def restore(self) -> tuple[int, float]:

@@ -169,7 +169,7 @@ class Watch:
         self._dog = Watchdog(
             stage.type, stage.on_alarm, self._say, lambda: finite(parameters.values()), centred, raises
         )
-        self._best: BestPolicy | None = None
+        self.best: BestPolicy | None = None
         trainer.add_callback(self._dog)
 
     def _say(self, message: str) -> None:
@@ -192,17 +192,17 @@ class Watch:
             scores = scoring.score(reward, rows, cast(int, ctx.tokenizer.pad_token_id), sampling.batch_size)
             return float(torch.tensor(gather_object(scores)).mean())
 
-        self._best = BestPolicy(self._parameters, evaluate, ctx.stage.eval_every, self._say)
-        self._trainer.add_callback(self._best)
+        self.best = BestPolicy(self._parameters, evaluate, ctx.stage.eval_every, self._say)
+        self._trainer.add_callback(self.best)
 
     def finish(self) -> JsonObject:
         """After training, put the best policy back if an alarm ended it; return what to record."""
         metrics: JsonObject = {"alarms": self._dog.alarms}
-        if self._best is None:
+        if self.best is None:
             return metrics
-        metrics["held_out_scores"] = self._best.history
+        metrics["held_out_scores"] = self.best.history
         if self._dog.alarms and self._ctx.stage.on_alarm == "stop":
-            update, score = self._best.restore()
+            update, score = self.best.restore()
             self._say(f"stopped; the policy of update {update} is kept, with a held-out score of {score:.4g}")
             metrics["kept_update"] = update
         return metrics

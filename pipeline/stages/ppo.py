@@ -7,7 +7,7 @@ and a subclass adds figures to its log.
 import contextlib
 import gc
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from accelerate import PartialState
 from datasets import Dataset
@@ -25,11 +25,12 @@ from pipeline.models.ppo import Models, separate_models, shared_models, start_fr
 from pipeline.models.views import VALUE
 from pipeline.rl.baselines import Baseline, answers_of, make_baseline
 from pipeline.rl.centred_reward import CentredReward, Subtraction, Watched
+from pipeline.rl.resuming import Place, keep_checkpoints
 from pipeline.rl.watchdog import Stopped, Watch
 from pipeline.system.json_object import JsonObject
-from pipeline.training import assertions
+from pipeline.training import assertions, checkpoints
 from pipeline.training.context import Result, StageContext
-from pipeline.training.fit import first_and_last, save_log, save_policy, should_train
+from pipeline.training.fit import first_and_last, newest_checkpoint, save_log, save_policy, should_train
 from pipeline.training.trainers import ppo_trainer_class
 
 if TYPE_CHECKING:
@@ -49,13 +50,12 @@ METRICS = {
 
 def run(ctx: StageContext[Ppo]) -> Result:
     rows, eval_rows, datasets = ctx.rows()
-    args: PPOConfig = ctx.training_args(bf16=False, fp16=False, stop_token="eos", save_strategy="no")
+    args: PPOConfig = ctx.training_args(bf16=False, fp16=False, stop_token="eos", **_saving())
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
     check_batch(len(rows), batch * PartialState().num_processes, f"stages.{ctx.name}: ")
     prompts = _prompts(rows)
     # Before PPO's models are in memory: to sample, the parent is loaded once more.
     answers = answers_of(ctx, prompts, sampling(ctx, args))
-    ctx.say(f"{ctx.name}: PPO starts from its first update (a run that was stopped in it starts it anew)")
     first_prompts: list[Ids] = prompts.take(assertions.NUM_COMPARED)["input_ids"][:]
     models = _load_models(ctx, args, first_prompts)
     baseline = make_baseline(ctx, models.reward, answers, args.local_rollout_forward_batch_size)
@@ -65,6 +65,8 @@ def run(ctx: StageContext[Ppo]) -> Result:
     watch = Watch(ctx, trainer, policy_parameters, centred=baseline is not None, raises=True)
     if eval_rows is not None:
         watch.hold_out(eval_rows["prompt_ids"][:], sampling(ctx, args), models.policy, models.reward)
+    checkpoint = newest_checkpoint(ctx)
+    keep_checkpoints(trainer, watch.best, checkpoint)
     metrics: JsonObject = {"initial_kl": _train(ctx, trainer, models, first_prompts)}
     metrics |= watch.finish()
     # After `watch.finish`: the policy that is kept may be an earlier one.
@@ -73,7 +75,13 @@ def run(ctx: StageContext[Ppo]) -> Result:
     save_log(ctx, trainer)
     metrics |= {"updates": trainer.state.global_step, "episodes": trainer.state.episode}
     metrics |= first_and_last(trainer.state.log_history, METRICS)
-    return Result(metrics, num_parameters(models.policy, models.value), datasets)
+    resumed = checkpoints.step_of(checkpoint) if checkpoint else None
+    return Result(metrics, num_parameters(models.policy, models.value), datasets, resumed)
+
+
+def _saving() -> dict[str, Any]:
+    """Say how checkpoints are made: DeepSpeed has a form of its own for them, which PPO cannot go on from."""
+    return {} if sharding.of_process() is None else {"save_strategy": "no"}
 
 
 def sampling(ctx: StageContext[Ppo], args: "PPOConfig") -> Sampling:
@@ -148,7 +156,8 @@ def _make_trainer(
     one_step_per_accumulation(trainer)
     # PPOTrainer makes its dataloaders itself, so that they can be replaced only now.
     group = stage.baseline_completions if stage.prompt_baseline == "leave_one_out" else 1
-    trainer.dataloader = Watched(trainer.dataloader, centred.rollout.see, group)
+    generator = getattr(trainer.dataloader, "synchronized_generator", None)
+    trainer.dataloader = Place(Watched(trainer.dataloader, centred.rollout.see, group), generator)
     trainer.eval_dataloader = Watched(trainer.eval_dataloader, centred.rollout.forget)
     return trainer
 

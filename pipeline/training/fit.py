@@ -45,7 +45,7 @@ def fit(
     counts = num_parameters(model)  # before FSDP or DeepSpeed takes it apart
     trainable = [p for p in model.parameters() if p.requires_grad]
     before = assertions.fingerprint_of(trainable)
-    checkpoint = _newest(ctx)
+    checkpoint = newest_checkpoint(ctx)
     trainer.add_callback(checkpoints.MarkComplete())
     # Streamed rows have no length, so that the trainer cannot do without `max_steps`.
     if checkpoint is not None and checkpoints.is_last(checkpoint) and hasattr(trainer.train_dataset, "__len__"):
@@ -90,7 +90,7 @@ def _held_out(ctx: StageContext[TrainingStage], trainer: Trainer) -> JsonObject:
     return metrics
 
 
-def _newest(ctx: StageContext[TrainingStage]) -> Path | None:
+def newest_checkpoint(ctx: StageContext[TrainingStage]) -> Path | None:
     """Find the checkpoint to go on from, and say which one it is, or why there is none."""
     folder = ctx.folder / CHECKPOINTS
     state = PartialState()

@@ -7,13 +7,16 @@ import contextlib
 import copy
 import importlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
 from datasets import Dataset
+from safetensors.torch import save_file
 from torch import nn
 
+from pipeline.models.generation import same_random_numbers
 from pipeline.system.digests import digest
 
 if TYPE_CHECKING:  # the first two are also for the stage to name
@@ -24,16 +27,46 @@ else:
     _Trainer = object
 
 
+TRAINED = "trained.safetensors"  # in a checkpoint of PPO: all weights that train
+
+
+def shown_every(trainer: "PPOTrainer") -> int:
+    """Return how many updates lie between two looks at completions: PPOTrainer counts them from its start only."""
+    return max(1, trainer.state.max_steps // trainer.args.num_sample_generations)
+
+
 def ppo_trainer_class(observe: Callable[[], dict[str, float]] = dict) -> "Callable[..., PPOTrainer]":
-    """Return TRL's PPOTrainer with one change: what `observe` returns is added to each entry of its log.
+    """Return TRL's PPOTrainer with three changes that leave its loop as it is.
+
+    What `observe` returns is added to each entry of its log. Its checkpoints hold the weights that train, of the policy
+    and of the value model; TRL saves all adapters of the policy and nothing of the value model. The completions that it
+    shows take no random numbers from the training, and come at the same updates in a resumed run.
 
     Its arguments have no types: TRL names PreTrainedModel, and takes any module that has the same parts.
     """
     from trl.experimental.ppo import PPOTrainer
 
     class ObservedPPOTrainer(PPOTrainer):
+        def __init__(self, **options: Any):
+            super().__init__(**options)
+            self.sample_generations_freq = 1  # `generate_completions` decides
+
         def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
             super().log(logs | observe(), start_time)
+
+        def generate_completions(self, sampling: bool = False) -> None:
+            if not sampling or (self.state.global_step - 1) % shown_every(self) == 0:
+                with same_random_numbers():
+                    super().generate_completions(sampling)
+
+        def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+            assert output_dir is not None and _internal_call, "the stage saves the policy itself"
+            if not self.args.should_save:
+                return
+            model = self.accelerator.unwrap_model(self.model)
+            trained = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            save_file(trained, Path(output_dir) / TRAINED)
 
     return ObservedPPOTrainer
 

@@ -1,0 +1,140 @@
+"""PPO that was killed and goes on ends as PPO that was not: the same bytes, the same log."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+
+from pipeline import stage
+from pipeline.config.load import load
+from pipeline.records import manifest
+from pipeline.training import checkpoints
+from pipeline.training.trainers import TRAINED
+
+OTHER_TIMES = ("eps",)  # episodes per second
+NUM_UPDATES = 7  # 12 prompts in batches of 8: a pass over the prompts is one update
+TRAINING = tiny.PPO["training"] | {
+    "total_episodes": 8 * NUM_UPDATES,
+    "save_steps": 2,
+    "num_sample_generations": 3,
+    "lr_scheduler_type": "linear",
+}
+LEAVE_ONE_OUT = {"prompt_baseline": "leave_one_out", "baseline_completions": 4}
+# Half of the batch: a pass over the prompts has three updates.
+SMALL = TRAINING | {"gradient_accumulation_steps": 1, "total_episodes": 4 * NUM_UPDATES}
+
+
+class Killed(Exception):
+    pass
+
+
+def write(folder: Path, options: dict, **top) -> Path:
+    folder.mkdir(exist_ok=True)
+    spec = {"data": "demonstrations", "training": TRAINING} | options
+    path = tiny.make_run(folder, {"sft": tiny.SFT, "reward": tiny.REWARD, "ppo": spec}, **({"gate": "off"} | top))
+    tiny.write_rows(folder / "held_out.jsonl", [{"prompt": f"What of {topic}?"} for topic in tiny.TOPICS])
+    names = ("comparisons", "demonstrations", "held_out")
+    tiny.edit(path, {"data": {name: {"path": f"{name}.jsonl"} for name in names}})
+    return path
+
+
+def train(path: Path) -> manifest.Record:
+    config = load(path)
+    stage.run(config, "ppo")
+    return manifest.read(config.run_path).stages["ppo"]
+
+
+def log_of(folder: Path) -> list[dict]:
+    entries = json.loads((folder / "run" / "ppo" / "log_history.json").read_text())
+    return [{key: value for key, value in entry.items() if key not in OTHER_TIMES} for entry in entries]
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    output = folder / "run" / "ppo" / "output"
+    return {file.name: file.read_bytes() for file in sorted(output.glob("*.safetensors"))}
+
+
+@pytest.fixture
+def killed_at(monkeypatch):
+    """`killed_at(update)`: the next PPO stage dies after the checkpoint of this update."""
+    mark = checkpoints.MarkComplete.on_save
+
+    def arrange(update: int | None) -> None:
+        def mark_then_die(self, args, state, control, **kwargs):
+            mark(self, args, state, control, **kwargs)
+            if state.global_step == update:
+                raise Killed
+
+        monkeypatch.setattr(checkpoints.MarkComplete, "on_save", mark_then_die)
+
+    return arrange
+
+
+CASES = {
+    "plain": {},
+    "several passes": {"training": SMALL},
+    "leave one out": LEAVE_ONE_OUT | {"training": SMALL},
+    "sft mean, held out": {"prompt_baseline": "sft_mean", "eval_data": "held_out", "eval_every": 3},
+    "gradient checkpointing": {"training": TRAINING | {"gradient_checkpointing": True}},
+    "separate models": {"lora": None},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_resumed_is_uninterrupted(tmp_path, killed_at, case, dtype):
+    options = CASES[case]
+    if dtype == "bfloat16" and options.get("lora", "some") is None:
+        pytest.skip("all weights are never trained in bfloat16")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    model = {"model": {"path": "model", "dtype": dtype}}
+    path = write(whole, options, **model)
+    config = load(path)
+    for name in ("sft", "reward"):
+        stage.run(config, name)
+    shutil.copytree(whole, parts)
+    expected = train(path)
+
+    path = write(parts, options, **model)
+    killed = (2, 6) if case == "several passes" else (4,)
+    for update in killed:
+        killed_at(update)
+        with pytest.raises(Killed):
+            train(path)
+    killed_at(None)
+    record = train(path)
+    assert record.resumed_from_step == killed[-1]
+    assert record.metrics == expected.metrics
+    assert log_of(parts) == log_of(whole)
+    assert bytes_of(parts) == bytes_of(whole)
+
+
+def test_killed_after_its_last_update(tmp_path, killed_at):
+    """There is nothing left to train, and it trains nothing more."""
+    path = write(tmp_path, {})
+    config = load(path)
+    for name in ("sft", "reward"):
+        stage.run(config, name)
+    killed_at(NUM_UPDATES)
+    with pytest.raises(Killed):
+        train(path)
+    killed_at(None)
+    record = train(path)
+    assert record.resumed_from_step == record.metrics["updates"] == NUM_UPDATES
+
+
+def test_a_checkpoint_holds_what_trains_and_no_more(tmp_path, killed_at):
+    path = write(tmp_path, {})
+    config = load(path)
+    for name in ("sft", "reward"):
+        stage.run(config, name)
+    killed_at(4)
+    with pytest.raises(Killed):
+        train(path)
+    folder = tmp_path / "run" / "ppo" / "checkpoints"
+    assert sorted(file.name for file in folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    files = {file.name for file in (folder / "checkpoint-4").iterdir()}
+    expected = {TRAINED, "optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth", "place-0.pt"}
+    assert files == expected | {checkpoints.MARKER}
