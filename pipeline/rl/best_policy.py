@@ -40,7 +40,7 @@ class BestPolicy(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
-        if not self.history or self.history[-1]["update"] != state.global_step:
+        if not self.history:
             self._look(state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:

@@ -5,8 +5,6 @@ and a subclass adds figures to its log.
 """
 
 import contextlib
-import gc
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 from accelerate import PartialState
@@ -185,22 +183,8 @@ def _train(ctx: StageContext[Ppo], trainer: "PPOTrainer", models: Models, prompt
         raise assertions.CheckFailed("the value model has no trainable parameter, so the critic would never learn")
     models.policy.eval()
     kl = assertions.reference_is_parent(models.policy, models.reference, prompts)
-    with contextlib.suppress(Stopped), _quick_collections():  # the watchdog has said why it stopped
+    with contextlib.suppress(Stopped):  # the watchdog has said why it stopped
         trainer.train()
     for what, parameters in groups.items():
         assertions.has_trained(before[what], parameters, f"{ctx.name}: {what}")
     return kl
-
-
-@contextlib.contextmanager
-def _quick_collections() -> Iterator[None]:
-    """Leave what exists already out of garbage collections.
-
-    PPOTrainer collects twice an update; half a million objects of imported modules take half a second each time.
-    """
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()

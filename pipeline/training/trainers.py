@@ -18,6 +18,7 @@ from torch import nn
 
 from pipeline.models.generation import same_random_numbers
 from pipeline.system.digests import digest
+from pipeline.training.rollouts import lean
 
 if TYPE_CHECKING:  # the first two are also for the stage to name
     from trl.experimental.ppo.ppo_config import PPOConfig as PPOConfig
@@ -35,6 +36,29 @@ def shown_every(trainer: "PPOTrainer") -> int:
     return max(1, trainer.state.max_steps // trainer.args.num_sample_generations)
 
 
+@contextlib.contextmanager
+def clipped(trainer: "PPOTrainer") -> Iterator[None]:
+    """Clip the gradients of a PPOTrainer to `max_grad_norm`, over policy and value model together, as Trainer does.
+
+    PPOTrainer knows the option and does not look at it. DeepSpeed clips by itself, by its own options.
+    """
+    norm = trainer.args.max_grad_norm
+    optimizer = trainer.optimizer.optimizer
+
+    def clip(*_: object) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grad_norm_(parameters, norm)
+
+    if not norm or trainer.is_deepspeed_enabled:
+        yield
+        return
+    hook = optimizer.register_step_pre_hook(clip)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def ppo_trainer_class(observe: Callable[[], dict[str, float]] = dict) -> "Callable[..., PPOTrainer]":
     """Return TRL's PPOTrainer with three changes that leave its loop as it is.
 
@@ -44,12 +68,16 @@ def ppo_trainer_class(observe: Callable[[], dict[str, float]] = dict) -> "Callab
 
     Its arguments have no types: TRL names PreTrainedModel, and takes any module that has the same parts.
     """
-    from trl.experimental.ppo import PPOTrainer
+    from trl.experimental.ppo import PPOTrainer, ppo_trainer
 
     class ObservedPPOTrainer(PPOTrainer):
         def __init__(self, **options: Any):
             super().__init__(**options)
             self.sample_generations_freq = 1  # `generate_completions` decides
+
+        def train(self) -> None:
+            with lean(ppo_trainer, self.processing_class.eos_token_id), clipped(self):
+                super().train()
 
         def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
             super().log(logs | observe(), start_time)

@@ -1,0 +1,107 @@
+"""PPO's memory does not grow with its batch, its sampling ends when all completions have, and its gradients are clipped."""
+
+import copy
+
+import pytest
+import tiny
+import torch
+from storages import Storages
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from trl.experimental.ppo import PPOTrainer, ppo_trainer
+
+from pipeline import stage
+from pipeline.config.load import load
+from pipeline.records import manifest
+from pipeline.training.rollouts import LogProbs, lean
+
+EOS, PAD, VOCABULARY = 2, 0, 11
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A model that ends about every fifth token."""
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    made = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **sizes)).eval()
+    made.generation_config = GenerationConfig()
+    return made
+
+
+def sampled(model, size: int, length: int):
+    """What PPOTrainer samples by itself and what it samples when it is lean, from the same random numbers."""
+    queries = torch.tensor([[PAD, 5, 6], [4, 5, 6], [PAD, PAD, 9], [7, 7, 8], [3, 4, 3]])
+    config = GenerationConfig(max_new_tokens=length, temperature=1.0 + 1e-7, top_k=0, top_p=1.0, do_sample=True)
+    found = []
+    for context in (None, lean(ppo_trainer, EOS)):
+        torch.manual_seed(7)
+        if context is None:
+            ids, logits = ppo_trainer.batch_generation(model, queries, size, PAD, copy.copy(config))
+            log_probs = ppo_trainer.selective_log_softmax(logits, ids[:, 3:])
+        else:
+            with context:
+                ids, values = ppo_trainer.batch_generation(model, queries, size, PAD, copy.copy(config))
+                assert isinstance(values, LogProbs)
+                parts = [values[start : start + size] for start in range(0, len(queries), size)]
+                log_probs = torch.cat([ppo_trainer.selective_log_softmax(part, ids[:, 3:]) for part in parts])
+        found.append((ids[:, 3:], log_probs, torch.random.get_rng_state()))
+    return found
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 64])
+def test_completions_and_log_probs_are_those_of_ppotrainer(model, size):
+    (plain, expected, state), (ids, log_probs, own_state) = sampled(model, size, 40)
+    assert torch.equal(state, own_state)
+    ended = 0
+    for row in range(len(plain)):
+        tokens = plain[row].tolist()
+        length = tokens.index(EOS) + 1 if EOS in tokens else len(tokens)
+        ended += EOS in tokens
+        assert ids[row, :length].tolist() == tokens[:length]
+        assert set(ids[row, length:].tolist()) <= {PAD}
+        torch.testing.assert_close(log_probs[row, :length], expected[row, :length])
+    assert ended == len(plain)
+    longest = max(row.tolist().index(EOS) + 1 for row in plain)
+    assert ids.shape[1] == longest + 1 < 40
+
+
+def test_completions_that_do_not_end(model):
+    (plain, expected, _), (ids, log_probs, _) = sampled(model, 2, 2)
+    assert ids.shape == plain.shape == (5, 2)
+    kept = ids != PAD
+    assert torch.equal(ids[kept], plain[kept])
+    torch.testing.assert_close(log_probs[kept], expected[kept])
+
+
+def run(folder, *names, vocabulary=None, **options):
+    folder.mkdir(exist_ok=True)
+    training = tiny.PPO["training"] | options
+    stages = {"sft": tiny.SFT, "reward": tiny.REWARD, "ppo": tiny.PPO | {"training": training}}
+    path = tiny.make_run(folder, stages, gate="off")
+    rows = [{"prompt": f"Tell me of {number}.", "completion": "It is good."} for number in range(10, 90)]
+    tiny.write_rows(folder / "demonstrations.jsonl", rows)
+    config = load(path)
+    for name in names:
+        stage.run(config, name)
+    return manifest.read(config.run_path).stages
+
+
+def test_memory_does_not_grow_with_the_batch(tmp_path, monkeypatch):
+    """Beyond the token ids and log-probabilities of the rollout, which are as many as its tokens."""
+    run(tmp_path, "sft", "reward")
+    train = PPOTrainer.train
+    peaks: dict[int, Storages] = {}
+
+    def counted(self):
+        with Storages() as count:
+            train(self)
+        peaks[self.args.batch_size] = count
+
+    monkeypatch.setattr(PPOTrainer, "train", counted)
+    for accumulation in (4, 16):
+        batch = 4 * accumulation
+        sizes = {"gradient_accumulation_steps": accumulation, "local_rollout_forward_batch_size": 4}
+        run(tmp_path, "ppo", total_episodes=batch, num_ppo_epochs=1, **sizes)
+    small, large = peaks[16], peaks[64]
+    tokens = (64 - 16) * (64 + 12)  # the longest prompts have fewer than 64
+    assert large.largest == small.largest
+    assert large.peak - small.peak < tokens * 40  # ids, masks, five figures of each token
