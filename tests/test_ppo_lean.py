@@ -1,6 +1,8 @@
 """PPO's memory does not grow with its batch, its sampling ends when all completions have, and its gradients are clipped."""
 
+import contextlib
 import copy
+import json
 
 import pytest
 import tiny
@@ -12,6 +14,7 @@ from trl.experimental.ppo import PPOTrainer, ppo_trainer
 from pipeline import stage
 from pipeline.config.load import load
 from pipeline.records import manifest
+from pipeline.training import trainers
 from pipeline.training.rollouts import LogProbs, lean
 
 EOS, PAD, VOCABULARY = 2, 0, 11
@@ -32,7 +35,7 @@ def sampled(model, size: int, length: int):
     queries = torch.tensor([[PAD, 5, 6], [4, 5, 6], [PAD, PAD, 9], [7, 7, 8], [3, 4, 3]])
     config = GenerationConfig(max_new_tokens=length, temperature=1.0 + 1e-7, top_k=0, top_p=1.0, do_sample=True)
     found = []
-    for context in (None, lean(ppo_trainer, EOS)):
+    for context in (None, lean(ppo_trainer, [], EOS)):
         torch.manual_seed(7)
         if context is None:
             ids, logits = ppo_trainer.batch_generation(model, queries, size, PAD, copy.copy(config))
@@ -72,11 +75,12 @@ def test_completions_that_do_not_end(model):
     torch.testing.assert_close(log_probs[kept], expected[kept])
 
 
-def run(folder, *names, vocabulary=None, **options):
+def run(folder, *names, vocabulary=None, lora=tiny.LORA, **options):
     folder.mkdir(exist_ok=True)
-    training = tiny.PPO["training"] | options
-    stages = {"sft": tiny.SFT, "reward": tiny.REWARD, "ppo": tiny.PPO | {"training": training}}
+    ppo = tiny.PPO | {"training": tiny.PPO["training"] | options, "lora": lora}
+    stages = {"sft": tiny.SFT, "reward": tiny.REWARD, "ppo": ppo}
     path = tiny.make_run(folder, stages, gate="off")
+    tiny.make_model(folder / "model", vocabulary=vocabulary)
     rows = [{"prompt": f"Tell me of {number}.", "completion": "It is good."} for number in range(10, 90)]
     tiny.write_rows(folder / "demonstrations.jsonl", rows)
     config = load(path)
@@ -86,8 +90,9 @@ def run(folder, *names, vocabulary=None, **options):
 
 
 def test_memory_does_not_grow_with_the_batch(tmp_path, monkeypatch):
-    """Beyond the token ids and log-probabilities of the rollout, which are as many as its tokens."""
-    run(tmp_path, "sft", "reward")
+    """Beyond the figures of the rollout's own tokens: no logits of a rollout are ever alive."""
+    vocabulary = 50_000
+    run(tmp_path, "sft", "reward", vocabulary=vocabulary)
     train = PPOTrainer.train
     peaks: dict[int, Storages] = {}
 
@@ -100,8 +105,30 @@ def test_memory_does_not_grow_with_the_batch(tmp_path, monkeypatch):
     for accumulation in (4, 16):
         batch = 4 * accumulation
         sizes = {"gradient_accumulation_steps": accumulation, "local_rollout_forward_batch_size": 4}
-        run(tmp_path, "ppo", total_episodes=batch, num_ppo_epochs=1, **sizes)
+        run(tmp_path, "ppo", vocabulary=vocabulary, total_episodes=batch, num_ppo_epochs=1, **sizes)
     small, large = peaks[16], peaks[64]
     tokens = (64 - 16) * (64 + 12)  # the longest prompts have fewer than 64
-    assert large.largest == small.largest
+    assert large.largest == small.largest == vocabulary * 64 * 4  # the embeddings: hidden size 64, float32
     assert large.peak - small.peak < tokens * 40  # ids, masks, five figures of each token
+
+
+# These count the padding behind each completion too, of which lean rollouts have less.
+OF_PADDING = ("policy/approxkl_avg", "policy/entropy_avg", "val/ratio", "val/ratio_var", "val/num_eos_tokens", "eps")
+
+
+@pytest.mark.parametrize("lora", [tiny.LORA, None], ids=["shared", "separate"])
+def test_training_is_that_of_ppotrainer(tmp_path, monkeypatch, lora):
+    """With the same completions, log-probabilities, losses and weights."""
+    logs = {}
+    for name in ("lean", "plain"):
+        if name == "plain":
+            monkeypatch.setattr(trainers, "lean", lambda *_: contextlib.nullcontext())
+        folder = tmp_path / name
+        run(folder, "sft", "reward", "ppo", lora=lora, gradient_checkpointing=True, missing_eos_penalty=0.5)
+        logs[name] = json.loads((folder / "run" / "ppo" / "log_history.json").read_text())
+    assert len(logs["lean"]) == 3
+    for lean_entry, entry in zip(logs["lean"], logs["plain"], strict=True):
+        kept = entry.keys() - set(OF_PADDING)
+        assert {name: lean_entry[name] for name in kept} == pytest.approx(
+            {name: entry[name] for name in kept}, rel=1e-4, abs=1e-5
+        )

@@ -60,8 +60,11 @@ def conversational(rows: list[dict[str, str]]) -> list[dict[str, Any]]:
     return [{k: [{"role": role.get(k, "assistant"), "content": v}] for k, v in row.items()} for row in rows]
 
 
-def make_model(folder: Path, seed: int = 0) -> Path:
-    """Write a random Llama of about 30,000 parameters with a tokenizer as an ordinary folder."""
+def make_model(folder: Path, seed: int = 0, vocabulary: int | None = None) -> Path:
+    """Write a random Llama of about 30,000 parameters with a tokenizer as an ordinary folder.
+
+    `vocabulary`: rows of its embeddings, if they are more than its tokenizer has tokens.
+    """
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -75,7 +78,7 @@ def make_model(folder: Path, seed: int = 0) -> Path:
     tokenizer.chat_template = TEMPLATE
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=vocabulary or len(tokenizer),
         hidden_size=64,
         intermediate_size=64,
         num_hidden_layers=2,

@@ -1,20 +1,24 @@
-"""Sample the rollouts of PPOTrainer without keeping their logits, and only as long as completions last.
+"""Let PPOTrainer sample and train with less: no logits that it does not read, no token behind the last end.
 
-PPOTrainer samples a rollout in chunks, keeps the logits of all of them (batch x response_length x vocabulary), and
-reads one log-probability per token from each. Here a chunk's log-probabilities are read when it has been sampled, so
-that its logits are freed before the next chunk. PPOTrainer's loop stays TRL's: it calls two functions of its module by
-name, and `lean` puts others in their place.
+PPOTrainer keeps the logits of a whole rollout (batch x response_length x vocabulary) to read one log-probability per
+token, samples `response_length` tokens even when all completions have ended, and computes the logits of the prompts
+too. Here the log-probability of a token is read when it is sampled, sampling ends with the longest completion of a
+chunk, and a forward pass computes the logits of the completions alone. PPOTrainer's loop stays TRL's: it calls some
+functions of its module by name, and `lean` puts others in their place.
 """
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
-from transformers import GenerationConfig
+from peft import PeftModel
+from torch import nn
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 
 class LogProbs:
@@ -27,56 +31,169 @@ class LogProbs:
         return LogProbs(self.values[rows])
 
 
-@contextlib.contextmanager
-def lean(ppo_trainer: ModuleType, eos_token_id: int) -> Iterator[None]:
-    """Let PPOTrainer, whose module is `ppo_trainer`, sample as this module does while the block runs.
+class CompletionLogits:
+    """Stand in the place of the logits of prompts and completions, and give those of the completions.
 
-    It collects garbage twice an update too, which takes longer than a small model's update: that is left to Python.
+    `logits`: from the last token of the prompts on, shape (rows, completion tokens + 1, vocabulary).
     """
-    select: Callable[..., torch.Tensor] = ppo_trainer.selective_log_softmax
 
+    def __init__(self, logits: torch.Tensor, start: int):
+        self._logits = logits
+        self._start = start
+
+    def __getitem__(self, place: tuple[slice, slice]) -> torch.Tensor:
+        assert place == (slice(None), slice(self._start, -1)), "PPOTrainer reads the completions' logits alone"
+        return self._logits[:, :-1]
+
+
+class LogProbsOfSampled(LogitsProcessor):
+    """See each token's logits before the token is sampled, and keep the token's log-probability afterwards."""
+
+    def __init__(self, temperature: float):
+        self.num_draws = 0
+        self.vocabulary = 1
+        self._temperature = temperature
+        self._columns: list[torch.Tensor] = []
+        self._scores: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self._read(input_ids)
+        self._scores = scores / self._temperature
+        self.num_draws += 1
+        self.vocabulary = scores.shape[1]
+        return scores
+
+    def _read(self, input_ids: torch.Tensor) -> None:
+        """Keep the log-probability of the last token."""
+        if self._scores is not None:
+            chosen = self._scores.gather(1, input_ids[:, -1:]).squeeze(1)
+            self._columns.append(chosen - self._scores.logsumexp(1))
+        self._scores = None
+
+    def values(self, sequences: torch.Tensor, length: int) -> torch.Tensor:
+        """Return the log-probabilities of what was sampled after `length` tokens, shape (rows, sampled tokens)."""
+        width = sequences.shape[1] - length
+        if len(self._columns) < width:
+            self._read(sequences)
+        return torch.stack(self._columns[:width], 1)
+
+
+class _Rollout:
+    """Sample a rollout for PPOTrainer, and know how long its prompts are."""
+
+    def __init__(self, eos_token_id: int):
+        self._eos = eos_token_id
+        self.length = 0  # of the padded prompts, in tokens
+
+    @torch.no_grad()
     def sample(
-        model: Any, queries: torch.Tensor, size: int, pad_token_id: int, config: GenerationConfig
+        self, model: Any, queries: torch.Tensor, size: int, pad_token_id: int, config: GenerationConfig
     ) -> tuple[torch.Tensor, LogProbs]:
+        """Do what TRL's `batch_generation` does; the second value holds log-probabilities for logits."""
         config = copy.copy(config)
-        config.eos_token_id = eos_token_id
+        config.eos_token_id = self._eos
         config.pad_token_id = pad_token_id
-        responses: list[torch.Tensor] = []
-        log_probs: list[torch.Tensor] = []
-        length = queries.shape[1]
-        for chunk in queries.split(size):
-            sequences, logits = ppo_trainer.generate(model, chunk, pad_token_id, config)
-            responses.append(sequences[:, length:])
-            log_probs.append(select(logits, responses[-1]))
-            _draw_the_rest(logits, config)
+        self.length = queries.shape[1]
+        chunks = [_sample_chunk(model, chunk, pad_token_id, config) for chunk in queries.split(size)]
         # PPOTrainer gives the score to the token after eos, so that there must be one.
-        width = min(config.max_new_tokens, max(part.shape[1] for part in responses) + 1)
-        found = torch.cat([_widened(part, width, pad_token_id) for part in responses])
-        return torch.cat([queries, found], 1), LogProbs(torch.cat([_widened(part, width, 0.0) for part in log_probs]))
+        width = min(config.max_new_tokens, max(ids.shape[1] for ids, _ in chunks) + 1)
+        responses = torch.cat([_widened(ids, width, pad_token_id) for ids, _ in chunks])
+        log_probs = torch.cat([_widened(values, width, 0.0) for _, values in chunks])
+        return torch.cat([queries, responses], 1), LogProbs(log_probs)
 
-    def select_from(logits: torch.Tensor | LogProbs, ids: torch.Tensor) -> torch.Tensor:
-        return logits.values if isinstance(logits, LogProbs) else select(logits, ids)
 
-    with (
-        mock.patch.object(ppo_trainer, "batch_generation", torch.no_grad()(sample)),
-        mock.patch.object(ppo_trainer, "selective_log_softmax", select_from),
-        mock.patch.object(ppo_trainer, "gc", SimpleNamespace(collect=lambda: 0)),
-    ):
-        yield
+def _sample_chunk(
+    model: Any, queries: torch.Tensor, pad_token_id: int, config: GenerationConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return completions and the log-probabilities of their tokens, both of shape (rows, longest completion)."""
+    mask = queries != pad_token_id
+    length = queries.shape[1]
+    seen = LogProbsOfSampled(config.temperature)
+    sequences = model.generate(
+        input_ids=torch.masked_fill(queries, ~mask, 0),
+        attention_mask=mask,
+        generation_config=config,
+        logits_processor=LogitsProcessorList([seen]),
+    )
+    ones = torch.ones(len(queries), seen.vocabulary, device=sequences.device)
+    _draw_the_rest(ones, config.max_new_tokens - seen.num_draws)
+    return sequences[:, length:], seen.values(sequences, length)
+
+
+def _draw_the_rest(ones: torch.Tensor, number: int) -> None:
+    """Draw the random numbers of `number` tokens that were not sampled, since all completions had ended.
+
+    So that what is sampled next is what PPOTrainer alone would sample. It is far cheaper than a token. `ones` has the
+    shape of the logits of a token, (rows, vocabulary).
+    """
+    for _ in range(number):
+        torch.multinomial(ones, 1)
 
 
 def _widened(rows: torch.Tensor, width: int, value: float) -> torch.Tensor:
     """Fill up rows on the right; shape (rows, width)."""
-    return torch.nn.functional.pad(rows, (0, width - rows.shape[1]), value=value)
+    return nn.functional.pad(rows, (0, width - rows.shape[1]), value=value)
 
 
-def _draw_the_rest(logits: torch.Tensor, config: GenerationConfig) -> None:
-    """Draw the random numbers of the tokens that were not sampled, since all completions had ended.
+class _Narrow:
+    """Let a policy, while `keep` is set, compute the logits of the last `keep` positions alone, and no hidden states."""
 
-    So that what is sampled next is what PPOTrainer alone would sample. It is far cheaper than a token.
+    def __init__(self, model: nn.Module, rollout: _Rollout):
+        self.keep: int | None = None
+        self._rollout = rollout
+        inner = model.get_base_model() if isinstance(model, PeftModel) else model
+        hooks = []
+        if "logits_to_keep" in inspect.signature(inner.forward).parameters:
+            hooks = [
+                model.register_forward_pre_hook(self._ask, with_kwargs=True),
+                model.register_forward_hook(self._answer),
+            ]
+        self.hooks = hooks
+
+    def _ask(self, _: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        if self.keep is None:
+            return None
+        return args, options | {"logits_to_keep": self.keep, "output_hidden_states": False}
+
+    def _answer(self, _: nn.Module, __: object, output: Any) -> None:
+        if self.keep is not None:
+            output.logits = CompletionLogits(output.logits, self._rollout.length - 1)
+
+
+@contextlib.contextmanager
+def lean(ppo_trainer: ModuleType, policies: list[nn.Module], eos_token_id: int) -> Iterator[None]:
+    """Let PPOTrainer, whose module is `ppo_trainer`, work as this module says while the block runs.
+
+    `policies` are the models whose logits it reads. It also collects garbage and empties the device's cache several
+    times an update. Both wait for the device or take longer than a small model's update, and neither is needed.
     """
-    number = config.max_new_tokens - logits.shape[1]
-    if number > 0:
-        flat = torch.ones_like(logits[:, 0])
-        for _ in range(number):
-            torch.multinomial(flat, 1)
+    rollout = _Rollout(eos_token_id)
+    narrow = [_Narrow(model, rollout) for model in policies]
+    select: Callable[..., torch.Tensor] = ppo_trainer.selective_log_softmax
+    forward: Callable[..., Any] = ppo_trainer.forward
+
+    def select_from(logits: torch.Tensor | LogProbs, ids: torch.Tensor) -> torch.Tensor:
+        return logits.values if isinstance(logits, LogProbs) else select(logits, ids)
+
+    def forward_narrow(model: nn.Module, sequences: torch.Tensor, pad_token_id: int) -> Any:
+        for one in narrow:
+            one.keep = sequences.shape[1] - rollout.length + 1
+        try:
+            return forward(model, sequences, pad_token_id)
+        finally:
+            for one in narrow:
+                one.keep = None
+
+    with contextlib.ExitStack() as stack:
+        for one in narrow:
+            for hook in one.hooks:
+                stack.callback(hook.remove)
+        for name, value in {
+            "batch_generation": rollout.sample,
+            "selective_log_softmax": select_from,
+            "forward": forward_narrow,
+            "gc": SimpleNamespace(collect=lambda: 0),
+            "empty_cache": lambda: None,
+        }.items():
+            stack.enter_context(mock.patch.object(ppo_trainer, name, value))
+        yield

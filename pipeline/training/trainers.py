@@ -76,7 +76,8 @@ def ppo_trainer_class(observe: Callable[[], dict[str, float]] = dict) -> "Callab
             self.sample_generations_freq = 1  # `generate_completions` decides
 
         def train(self) -> None:
-            with lean(ppo_trainer, self.processing_class.eos_token_id), clipped(self):
+            policies = [self.policy_model, self.ref_model]
+            with lean(ppo_trainer, policies, self.processing_class.eos_token_id), clipped(self):
                 super().train()
 
         def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
