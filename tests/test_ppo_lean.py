@@ -1,4 +1,4 @@
-"""PPO's memory does not grow with its batch, its sampling ends when all completions have, and its gradients are clipped."""
+"""PPO's memory does not grow with its batch, sampling ends when all completions have, and gradients are clipped."""
 
 import contextlib
 import copy

@@ -136,7 +136,7 @@ def _widened(rows: torch.Tensor, width: int, value: float) -> torch.Tensor:
 
 
 class _Narrow:
-    """Let a policy, while `keep` is set, compute the logits of the last `keep` positions alone, and no hidden states."""
+    """Let a policy, while `keep` is set, compute the logits of the last `keep` positions alone and no hidden states."""
 
     def __init__(self, model: nn.Module, rollout: _Rollout):
         self.keep: int | None = None

@@ -9,6 +9,9 @@ everything recorded is compared with a run that was not interrupted: the manifes
 was resumed from), every file of the run folder but the logs, and the names of all files in the data cache. Nothing may
 be left over: no file that the uninterrupted run does not have, no process, no lock.
 
+With `--at-random STAGE` every kill is a SIGKILL at a random time of this stage. With `--accelerate-config FILE` its
+processes are started as `rlhf run` starts them, by `accelerate launch`.
+
 A process takes long to import torch and TRL, so that launchers and stages are forked from this one, which has done it.
 All else is as `rlhf run` does it. Compared are runs with the same numbers of processes and threads, on CPUs in float32.
 """
@@ -43,7 +46,8 @@ TARGETS = ("launcher", "stage", "group")
 TIMES = ("started", "duration", "resumed_from_step")
 # In the log of TRL's trainers these count from the start of the process.
 SINCE_START = ("num_tokens", "train_loss", "eps")
-SECONDS = 40  # that a run may take
+SECONDS = 40  # that a run may take, from a process that has imported everything
+SECONDS_LAUNCHED = 180  # that it may take under `accelerate launch`
 
 
 @dataclass(frozen=True)
@@ -77,8 +81,8 @@ def _points() -> list[Point]:
             Point(f"{stage}: old output gone, new one not there", stage, rename, "before", "output.new", again=True),
             Point(f"{stage}: new output there, no record", stage, rename, "after", "output.new", again=True),
         ]
-    for stage, saved in (("sft", "checkpoint-2"), ("reward", "checkpoint-4")):
-        weights = "peft.peft_model:safe_save_file"
+    for stage, saved in (("sft", "checkpoint-2"), ("reward", "checkpoint-4"), ("ppo", "checkpoint-4")):
+        weights = "peft.peft_model:safe_save_file" if stage != "ppo" else "pipeline.training.trainers:save_file"
         points += [
             Point(f"{stage}: weights of {saved}", stage, weights, "torn", saved),
             Point(f"{stage}: optimizer of {saved}", stage, "torch:save", "torn", f"{saved}/optimizer.pt"),
@@ -108,6 +112,8 @@ def _points() -> list[Point]:
         Point("ppo: scores", "ppo", "pipeline.training.store:append", "torn", "/scores-"),
         Point("ppo: scores, written", "ppo", "pipeline.training.store:append", "after", "/scores-"),
         Point("ppo: in its first update", "ppo", "torch.optim.adamw:AdamW.step", "after", nth=2),
+        Point("ppo: between checkpoints", "ppo", "torch.optim.adamw:AdamW.step", "after", nth=6),
+        Point("ppo: place in the prompts", "ppo", "torch:save", "torn", "checkpoint-4/place-0.pt"),
         Point("ppo: weights of the output", "ppo", "peft.peft_model:safe_save_file", "torn", "output.new"),
         Point("dpo: merged weights", "dpo", "transformers.modeling_utils:safe_save_file", "torn", "merged"),
         Point("dpo: merged, no tokenizer", "dpo", "pipeline.models.loading:merge", "after"),
@@ -230,7 +236,7 @@ def _become(main: Callable[[], None], argv: list[str]) -> None:
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)  # of what it is now, a file or a pipe
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     _own_locks()
-    faulthandler.dump_traceback_later(SECONDS - 10)
+    faulthandler.dump_traceback_later(SECONDS_LAUNCHED - 10)
     sys.argv = argv
     code: Any = 0
     try:
@@ -295,7 +301,7 @@ class Forked(subprocess.Popen):
     spare: Spare
 
     def _execute_child(self, args: list[str], *given: Any) -> None:
-        if "pipeline.stage" not in args:
+        if "pipeline.stage" not in args or "accelerate.commands.launch" in args:
             return super()._execute_child(args, *given)
         environment, streams = given[5], given[9:15]
         self.spare.start(args[args.index("pipeline.stage") :], environment, [streams[0], streams[3]])
@@ -307,7 +313,9 @@ class Forked(subprocess.Popen):
 class Bench:
     """The chain, its uninterrupted run and what it looked like before each stage."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, accelerate_config: str | None = None):
+        self.launch = ["--accelerate-config", accelerate_config] if accelerate_config else []
+        self.time_limit = SECONDS_LAUNCHED if accelerate_config else SECONDS
         self.folder, self.work = folder, folder / "work"
         self.config = folder / "base" / "tiny.yaml"
         self.output, self.reached, self.started = folder / "output.txt", folder / "reached", folder / "stage"
@@ -333,12 +341,12 @@ class Bench:
         subprocess.Popen = Forked
         if kill is not None and kill.point is not None and kill.point.by == "launcher":
             kill_at(kill, self.reached)
-        _become(cli.main, ["rlhf", "run", str(self.config), "--until", until])
+        _become(cli.main, ["rlhf", "run", str(self.config), "--until", until, *self.launch])
         raise AssertionError
 
     def wait(self, pid: int) -> int:
         """The exit code of a launcher, negative for a signal, as subprocess has it."""
-        deadline = time.time() + SECONDS
+        deadline = time.time() + self.time_limit
         while True:
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
@@ -357,10 +365,21 @@ class Bench:
         base = self.folder / "base"
         base.mkdir(parents=True)
         steps = {"max_steps": 4, "save_steps": 2, "save_strategy": "steps"}
+        ppo = tiny.PPO | {
+            "prompt_baseline": "sft_mean",
+            "baseline_completions": 2,
+            "eval_data": "heldout",
+            "eval_every": 3,
+        }
+        ppo["training"] = tiny.PPO["training"] | {
+            "total_episodes": 64,
+            "per_device_train_batch_size": 2,
+            "save_steps": 2,
+        }
         stages = {
             "sft": tiny.SFT | {"training": steps},
             "reward": tiny.REWARD | {"training": tiny.REWARD["training"] | steps | {"save_total_limit": 1}},
-            "ppo": tiny.PPO | {"prompt_baseline": "sft_mean", "baseline_completions": 2},
+            "ppo": ppo,
             "dpo": tiny.DPO | {"lora": tiny.LORA | {"r": 2}, "training": tiny.DPO["training"] | steps},
             "evaluate": {"data": "heldout", "max_new_tokens": 8, "judge": "judge:score"},
         }
@@ -450,6 +469,16 @@ class Bench:
         faults += [f"differs: {name}" for name in sorted(seen.keys() & expected.keys()) if seen[name] != expected[name]]
         return faults + _held(self.work)
 
+    def resumed(self, stage: str) -> str:
+        """Say from which step a stage went on."""
+        from pipeline.records import manifest
+
+        recorded = manifest.read(self.work / "run")
+        if recorded is None or stage not in recorded.stages:
+            return "not finished"
+        step = recorded.stages[stage].resumed_from_step
+        return "from the start" if step is None else f"from step {step}"
+
     def trial(self, stage: str, kills: list[Kill]) -> tuple[int, list[str]]:
         """Kill a run of one stage as often as `kills` says, finish it, compare; how many kills came in time."""
         first = kills[0].point
@@ -532,8 +561,12 @@ def _entries(path: Path) -> Iterator[str]:
 # --- the kills -----------------------------------------------------------------------------------------------------
 
 
-def draw(bench: Bench, number: int, points: list[Point], rng: random.Random) -> tuple[str, list[Kill]]:
+def draw(
+    bench: Bench, number: int, points: list[Point], at_random: str | None, rng: random.Random
+) -> tuple[str, list[Kill]]:
     """The kills of one trial: at the points named, or every second one at the next point and the others at any time."""
+    if at_random:
+        return at_random, [Kill(signal.SIGKILL, "group", None, rng.uniform(0, bench.seconds[at_random] * 1.05))]
     if len(points) < len(POINTS):
         at = points[number % len(points)]
         return at.stage, [Kill(SIGNALS[number % len(SIGNALS)], TARGETS[number % len(TARGETS)], at)]
@@ -554,17 +587,18 @@ def said(kill: Kill) -> str:
     return f"{kill.number.name} to {kill.target}, {where}"
 
 
-def run(bench: Bench, num_kills: int, seed: int, names: list[str], minutes: float) -> Count:
+def run(bench: Bench, num_kills: int, seed: int, names: list[str], at_random: str | None, minutes: float) -> Count:
     """Kill until there are enough of them, or the time is up."""
     rng, count, number, end = random.Random(seed), Count(), 0, time.time() + 60 * minutes
     points = [point for point in POINTS if not names or point.name in names]
     if names:
         num_kills = len(points)
     while number < num_kills and time.time() < end:
-        stage, kills = draw(bench, number, points, rng)
+        stage, kills = draw(bench, number, points, at_random, rng)
         number += 1
         start = time.time()
         in_time, faults = bench.trial(stage, kills)
+        resumed = bench.resumed(stage)
         what = f"{stage}: " + "; then ".join(map(said, kills))
         for kill in kills[:in_time]:
             count.kills[f"{kill.number.name} to {kill.target}"] += 1
@@ -572,7 +606,7 @@ def run(bench: Bench, num_kills: int, seed: int, names: list[str], minutes: floa
         if point is not None:
             (count.reached.add if bench.reached.exists() else count.missed.append)(point.name)
         count.faults += [f"{what}: {fault}" for fault in faults]
-        print(f"{number:3d}  {time.time() - start:5.1f} s  {what}: {faults or 'equal'}", flush=True)
+        print(f"{number:3d}  {time.time() - start:5.1f} s  {what}: {faults or 'equal'}, {resumed}", flush=True)
     return count
 
 
@@ -584,6 +618,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60.0, help="stop after so many")
     parser.add_argument("--points", nargs="*", default=[], choices=[point.name for point in POINTS], metavar="NAME",
                         help="only these, each once, by all signals and of all processes in turn")  # fmt: skip
+    parser.add_argument("--at-random", choices=STAGES, help="only SIGKILL, at random times of this stage")
+    parser.add_argument("--accelerate-config", metavar="FILE", help="run stages under `accelerate launch`")
     options = parser.parse_args()
     # A shell lets a command in the background ignore the one, and `nohup` the other.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -605,12 +641,13 @@ def main() -> None:
     import pipeline.stages.reward
     import pipeline.stages.sft  # noqa: F401
 
-    bench = Bench(folder)
+    file = options.accelerate_config
+    bench = Bench(folder, str(Path(file).resolve()) if file else None)
     start = time.time()
     used = [point.stage for point in POINTS if not options.points or point.name in options.points]
-    bench.make(max(used, key=STAGES.index))
+    bench.make(options.at_random or max(used, key=STAGES.index))
     print(f"uninterrupted: {bench.seconds}, with imports {time.time() - start:.0f} s", flush=True)
-    count = run(bench, options.kills, options.seed, options.points, options.minutes)
+    count = run(bench, options.kills, options.seed, options.points, options.at_random, options.minutes)
     result = {
         "kills": dict(sorted(count.kills.items())),
         "total": sum(count.kills.values()),
