@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+import math
 
 import pytest
 import tiny
@@ -14,7 +15,7 @@ from trl.experimental.ppo import PPOTrainer, ppo_trainer
 from pipeline import stage
 from pipeline.config.load import load
 from pipeline.records import manifest
-from pipeline.training import trainers
+from pipeline.training import rollouts, trainers
 from pipeline.training.rollouts import LogProbs, lean
 
 EOS, PAD, VOCABULARY = 2, 0, 11
@@ -132,3 +133,19 @@ def test_training_is_that_of_ppotrainer(tmp_path, monkeypatch, lora):
         assert {name: lean_entry[name] for name in kept} == pytest.approx(
             {name: entry[name] for name in kept}, rel=1e-4, abs=1e-5
         )
+
+
+def test_a_completion_without_a_token_leaves_the_weights_finite(tmp_path, monkeypatch):
+    """It begins with the pad token, and is alone in its micro-batch."""
+    sample = rollouts._sample_chunk
+
+    def first_is_empty(model, queries, pad_token_id, config):
+        ids, log_probs = sample(model, queries, pad_token_id, config)
+        ids[0] = pad_token_id
+        return ids, log_probs
+
+    monkeypatch.setattr(rollouts, "_sample_chunk", first_is_empty)
+    record = run(tmp_path, "sft", "reward", "ppo", per_device_train_batch_size=1, gradient_accumulation_steps=8)["ppo"]
+    log = json.loads((tmp_path / "run" / "ppo" / "log_history.json").read_text())
+    assert all(math.isfinite(value) for entry in log for value in entry.values())
+    assert record.metrics["alarms"] == []

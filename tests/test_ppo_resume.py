@@ -1,7 +1,12 @@
 """PPO that was killed and goes on ends as PPO that was not: the same bytes, the same log."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +18,7 @@ from pipeline.records import manifest
 from pipeline.training import checkpoints
 from pipeline.training.trainers import TRAINED
 
+TWO_PROCESSES = Path(__file__).parents[1] / "accelerate_configs" / "cpu_2_processes.yaml"
 OTHER_TIMES = ("eps",)  # episodes per second
 NUM_UPDATES = 7  # 12 prompts in batches of 8: a pass over the prompts is one update
 TRAINING = tiny.PPO["training"] | {
@@ -140,3 +146,37 @@ def test_a_checkpoint_holds_what_trains_and_no_more(tmp_path, killed_at):
     files = {file.name for file in (folder / "checkpoint-4").iterdir()}
     expected = {TRAINED, "optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth", "place-0.pt"}
     assert files == expected | {checkpoints.MARKER}
+
+
+def test_two_processes_that_were_killed_go_on(tmp_path):
+    """Each process goes on with its own random numbers and its own place in the prompts."""
+    training = TRAINING | {"per_device_train_batch_size": 2, "total_episodes": 8 * 40, "save_steps": 10}
+    training |= {"learning_rate": 1e-3}
+    options = {"prompt_baseline": "sft_mean", "eval_data": "held_out", "eval_every": 7, "training": training}
+    whole = tmp_path / "whole"
+    parts = tmp_path / "parts"
+    config = load(write(whole, options))
+    for name in ("sft", "reward"):
+        stage.run(config, name)
+    shutil.copytree(whole, parts)
+    for folder in (whole, parts):
+        path = write(folder, options)
+        command = [sys.executable, "-m", "pipeline", "run", str(path), "--accelerate-config", str(TWO_PROCESSES)]
+        if folder == parts:
+            kill_after(command, folder / "run" / "ppo" / "checkpoints" / "checkpoint-20" / checkpoints.MARKER)
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        record = manifest.read(folder / "run").stages["ppo"]
+        assert record.world_size == 2 and record.metrics["updates"] == 40
+        assert (record.resumed_from_step in (20, 30)) == (folder == parts)
+    assert log_of(parts) == log_of(whole)
+    assert bytes_of(parts) == bytes_of(whole)
+
+
+def kill_after(command: list[str], file: Path) -> None:
+    """Start a command, and kill it with all its processes once there is a file."""
+    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+    while not file.exists():
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -122,8 +122,8 @@ class Checkpoints(TrainerCallback):
             for name, saved in load_file(folder / TRAINED).items():
                 own[name].copy_(saved)
         # The Trainer's own method for this asks for attributes that PPOTrainer does not have.
-        device = trainer.accelerator.device
-        trainer.optimizer.load_state_dict(torch.load(folder / OPTIMIZER_NAME, map_location=device, weights_only=True))
+        optimizer = torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
+        trainer.optimizer.load_state_dict(optimizer)
         trainer.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
         kept = _load(folder / _own_file())
         self._place.begin_at(Taken(**kept["place"]))

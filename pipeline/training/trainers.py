@@ -97,6 +97,9 @@ def ppo_trainer_class(observe: Callable[[], dict[str, float]] = dict) -> "Callab
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             save_file(trained, Path(output_dir) / TRAINED)
 
+        def create_model_card(self, *_: object, **__: object) -> None:
+            """Write none beside checkpoints; under several processes TRL's would fail."""
+
     return ObservedPPOTrainer
 
 
