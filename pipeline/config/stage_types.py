@@ -127,8 +127,8 @@ STAGE_TYPES: Mapping[str, StageType] = {
         new_tokens="training.response_length",
         autocast=False,
         sharded=(ZERO_2,),
-        # Without clipping, as PPOTrainer alone; an update is long, so that checkpoints come more often.
-        defaults={"num_sample_generations": 0, "missing_eos_penalty": 1.0, "max_grad_norm": 0.0, "save_steps": 20},
+        # An update is long, so that checkpoints come more often than TRL's are made.
+        defaults={"num_sample_generations": 0, "missing_eos_penalty": 1.0, "save_steps": 20},
         refused={
             "PPO computes in `model.dtype`: PPOTrainer samples outside autocast, its first ratio would not be 1": (
                 "bf16 fp16"

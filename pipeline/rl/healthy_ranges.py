@@ -142,7 +142,7 @@ CENTRED = (
 # Causes and remedy of a value that is NaN or infinite, whatever the measure.
 NOT_FINITE = (
     "training diverged: a learning rate too high, or numbers too large for the precision",
-    "lower the learning rate, set `max_grad_norm` (RLOO, GRPO), train in bf16 or fp32 rather than fp16",
+    "lower the learning rate, set `max_grad_norm`, train in bf16 or fp32 rather than fp16",
 )
 # Nothing can be sampled with such weights, so they are looked at after every update, before anything is logged.
 WEIGHTS = Range("weights", -math.inf, math.inf, 1, *NOT_FINITE)

@@ -71,7 +71,8 @@ class Place:
             self._generator.set_state(states["generator"])
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        start, self._start = self._start, None
+        start = self._start
+        self._start = None
         if start is not None:
             self._set_states(start.begun)
         self._begun = self._states()
@@ -105,9 +106,11 @@ class Checkpoints(TrainerCallback):
         self._place = cast(Place, trainer.dataloader)
         self._best = best
         self._checkpoint = checkpoint
-        self._total = trainer.args.num_total_batches
+        total = trainer.args.num_total_batches
+        assert total is not None, "the trainer has counted them"
+        self._total = total
         if checkpoint is not None:
-            trainer.args.num_total_batches -= step_of(checkpoint)
+            trainer.args.num_total_batches = total - step_of(checkpoint)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
@@ -117,10 +120,10 @@ class Checkpoints(TrainerCallback):
         folder = self._checkpoint
         trainer = self._trainer
         model = trainer.accelerator.unwrap_model(trainer.model)
-        own = dict(model.named_parameters())
+        parameters = dict(model.named_parameters())
         with torch.no_grad():
             for name, saved in load_file(folder / TRAINED).items():
-                own[name].copy_(saved)
+                parameters[name].copy_(saved)
         # The Trainer's own method for this asks for attributes that PPOTrainer does not have.
         optimizer = torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
         trainer.optimizer.load_state_dict(optimizer)
@@ -129,11 +132,11 @@ class Checkpoints(TrainerCallback):
         self._place.begin_at(Taken(**kept["place"]))
         if self._best is not None:
             self._best.load_state_dict(kept["best"])
-        before = type(state).load_from_json(str(folder / "trainer_state.json"))
-        state.global_step = before.global_step
-        state.episode = cast(Any, before).episode
-        state.log_history = before.log_history
-        state.max_steps = self._total
+        saved_state = type(trainer.state).load_from_json(str(folder / "trainer_state.json"))
+        trainer.state.global_step = saved_state.global_step
+        trainer.state.episode = saved_state.episode
+        trainer.state.log_history = saved_state.log_history
+        trainer.state.max_steps = self._total
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         assert args.output_dir is not None

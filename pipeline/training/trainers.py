@@ -8,7 +8,7 @@ import copy
 import importlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from unittest import mock
 
 import torch
@@ -43,7 +43,7 @@ def clipped(trainer: "PPOTrainer") -> Iterator[None]:
     PPOTrainer knows the option and does not look at it. DeepSpeed clips by itself, by its own options.
     """
     norm = trainer.args.max_grad_norm
-    optimizer = trainer.optimizer.optimizer
+    optimizer = cast(Any, trainer.optimizer).optimizer  # accelerate's is around it
 
     def clip(*_: object) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -77,7 +77,8 @@ def ppo_trainer_class(observe: Callable[[], dict[str, float]] = dict) -> "Callab
 
         def train(self) -> None:
             policies = [self.policy_model, self.ref_model]
-            with lean(ppo_trainer, policies, self.processing_class.eos_token_id), clipped(self):
+            eos = cast(Any, self.processing_class).eos_token_id
+            with lean(ppo_trainer, policies, eos), clipped(self):
                 super().train()
 
         def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -262,7 +262,7 @@ def _others() -> list[Case]:
     found.append(Case("lora", "no such modules", words, changes={"lora.target_modules": ["nothing_here"]}))
     changes = {"lora": {"r": 4, "target_modules": ["q_proj"], "layers_to_transform": [99]}}
     found.append(Case("lora", "no such layer", ("lora", "target.modules|layer"), changes=changes))
-    owned = [("ppo", "max_steps", 5), ("ppo", "max_grad_norm", 1.0), ("ppo", "bf16", True), ("sft", "output_dir", "x")]
+    owned = [("ppo", "max_steps", 5), ("ppo", "bf16", True), ("sft", "output_dir", "x")]
     owned += [
         ("sft", "seed", 5),
         ("dpo", "push_to_hub", True),
