@@ -34,7 +34,7 @@ def _longest(stage: Stage, audit: Audit) -> tuple[int, str, str]:
     """Return the longest sequence in tokens, what it is made of, and how to make it shorter."""
     longest = audit.lengths["row"][-1] if audit.lengths else 0
     if isinstance(stage, TrainingStage) and type_of(stage).reads_raw_text:
-        options = effective(stage.type, stage.training)
+        options = effective(stage.kind, stage.training)
         limit = options["max_length"]
         if limit is not None and (audit.streamed or options["packing"]):
             return limit, f"pieces have {limit} tokens", "lower `training.max_length`"
@@ -43,7 +43,7 @@ def _longest(stage: Stage, audit: Audit) -> tuple[int, str, str]:
     if key is None and isinstance(stage, TrainingStage) and "row" in audit.lengths:
         lengths = {name: quantiles[-1] for name, quantiles in audit.lengths.items()} | {"row": longest}
         kind = ROWS[type_of(stage).rows]
-        longest, made_of = kind.longest(lengths, effective(stage.type, stage.training))
+        longest, made_of = kind.longest(lengths, effective(stage.kind, stage.training))
         return longest, made_of, "lower `training.max_length`"
     if key is None:
         return longest, f"its longest row has {longest} tokens", "lower `training.max_length`"

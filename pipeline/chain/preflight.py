@@ -97,7 +97,7 @@ def _audits(config: RunConfig, data: Datasets, name: str) -> dict[str, Audit]:
     for role, dataset in datasets(stage).items():
         if config.data[dataset].streaming:
             assert isinstance(stage, TrainingStage), "only pretraining reads a stream"
-            length = effective(stage.type, stage.training)["max_length"]
+            length = effective(stage.kind, stage.training)["max_length"]
             audits[role] = TextStream(data, dataset, length, config.seed_of(name)).look()
         else:
             audits[role] = data.prepare(request(config, name, role)).audit
@@ -157,7 +157,7 @@ def check_batch(num_rows: int, batch: int, where: str = "") -> None:
 
 def _steps(stage: TrainingStage, audit: Audit) -> int:
     """Return the optimizer steps in one process (PPO: updates of the policy); there are fewer in several processes."""
-    options = effective(stage.type, stage.training)
+    options = effective(stage.kind, stage.training)
     rows = audit.sequences
     batch = batch_of(options)
     if isinstance(stage, Ppo):

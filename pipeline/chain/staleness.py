@@ -122,7 +122,7 @@ def _config_of(config: RunConfig, name: str) -> Flat:
     stage = config.stages[name]
     own = stage.model_dump(mode="json")
     if isinstance(stage, TrainingStage):
-        training = with_defaults(stage.type, stage.training)
+        training = with_defaults(stage.kind, stage.training)
         own["training"] = {key: value for key, value in training.items() if not key.startswith(NEUTRAL)}
     own["seed"] = config.seed_of(name)
     model = config.model.model_dump(mode="json", exclude={"path"})
@@ -139,7 +139,7 @@ def _defaults(config: RunConfig, name: str) -> Flat:
     stage = config.stages[name]
     own = _defaults_of(stage)
     if isinstance(stage, TrainingStage):
-        own["training"] = with_defaults(stage.type, {})
+        own["training"] = with_defaults(stage.kind, {})
     shared = _defaults_of(config)
     return _flat(own | {key: shared[key] for key in ("model", "quantization", "too_long")})
 

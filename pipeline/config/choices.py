@@ -8,7 +8,7 @@ import re
 import typing
 
 from pipeline.config.document import shown
-from pipeline.config.stage_types import STAGE_TYPES
+from pipeline.config.stage_types import KINDS, row_of
 from pipeline.system.errors import nearest
 
 # The words of an option of one stage type stand in the row of the type (`stage_types`).
@@ -42,7 +42,7 @@ def _known(kind: str, key: str, hint: object) -> set[str]:
         from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
         return {"all", "none", *INTEGRATION_TO_CALLBACK}
-    own = STAGE_TYPES[kind].words if kind in STAGE_TYPES else {}
+    own = row_of(kind).words if kind in KINDS else {}
     words = own.get(key, _WORDS.get(key))
     if words is not None:
         return set(words.split())

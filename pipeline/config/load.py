@@ -11,8 +11,8 @@ from pydantic import BaseModel, ValidationError
 from pipeline.config import architecture, options, ranges, rehearsal
 from pipeline.config.document import Document, Problems, kind_of, plain, shown
 from pipeline.config.references import wire
-from pipeline.config.schema import REPORT, RESERVED, Options, RunConfig, TrainingStage
-from pipeline.config.stage_types import STAGE_TYPES
+from pipeline.config.schema import REPORT, RESERVED, Options, RunConfig, TrainingStage, kind_of
+from pipeline.config.stage_types import KINDS, STAGE_TYPES
 from pipeline.system.errors import all_of, nearest, reason_of
 
 M = TypeVar("M", bound=BaseModel)
@@ -167,7 +167,9 @@ def _sections(raw: Options) -> Iterator[tuple[tuple[str, ...], str, Options]]:
         stage_type = str(_at(raw, "stages", name, "type") or name)
         if stage_type in STAGE_TYPES and issubclass(STAGE_TYPES[stage_type].section, TrainingStage):
             places["stages", name, "lora"] = "lora"
-            places["stages", name, "training"] = stage_type
+            kind = kind_of(stage_type, _at(raw, "stages", name, "trainer"))
+            # The schema refuses a trainer that its type does not have.
+            places["stages", name, "training"] = kind if kind in KINDS else stage_type
     for loc, kind in places.items():
         section = _at(raw, *loc)
         if isinstance(section, dict):

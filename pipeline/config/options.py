@@ -18,7 +18,7 @@ from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 from pipeline.config import architecture, choices, ranges
 from pipeline.config.document import shown
 from pipeline.config.schema import Options, Ppo, Stage, TrainingStage
-from pipeline.config.stage_types import STAGE_TYPES, config_class, type_of
+from pipeline.config.stage_types import KINDS, config_class, row_of, type_of
 from pipeline.system.errors import nearest
 
 _REASONS = {
@@ -74,7 +74,7 @@ def _by_option(reasons: Mapping[str, str]) -> dict[str, str]:
 OWNED = _by_option(_REASONS)
 # What the pipeline chooses where the user is silent, beside TRL's own defaults. README lists these.
 DEFAULTS: dict[str, Mapping[str, Any]] = {"all": {"report_to": "none", "save_total_limit": 2}}
-DEFAULTS |= {name: row.defaults for name, row in STAGE_TYPES.items() if row.defaults}
+DEFAULTS |= {name: row.defaults for name, row in KINDS.items() if row.defaults}
 
 
 def owned_by(kind: str) -> dict[str, str]:
@@ -83,7 +83,7 @@ def owned_by(kind: str) -> dict[str, str]:
         return _by_option(_LORA_REASONS)
     if kind == "quantization":
         return {}
-    return OWNED | _by_option(STAGE_TYPES[kind].refused) if kind in STAGE_TYPES else OWNED
+    return OWNED | _by_option(row_of(kind).refused) if kind in KINDS else OWNED
 
 
 def target_of(kind: str) -> type[Any]:
@@ -194,24 +194,24 @@ def _fault_of(kind: str, key: str, value: object) -> str | None:
 
 def range_of(kind: str, key: str) -> ranges.Range | None:
     """Find the range of an option, if it has one; `kind` is a stage type, `training`, `lora` or `quantization`."""
-    own = STAGE_TYPES[kind].bounds if kind in STAGE_TYPES else {}
+    own = row_of(kind).bounds if kind in KINDS else {}
     return own.get(key, ranges.RANGES.get(key))
 
 
-def with_defaults(stage_type: str, training: Options) -> Options:
-    """Lay the pipeline's defaults under the `training:` section of a stage."""
-    return {**DEFAULTS["all"], **DEFAULTS.get(stage_type, {}), **training}
+def with_defaults(kind: str, training: Options) -> Options:
+    """Lay the pipeline's defaults under the `training:` section of a stage of this kind."""
+    return {**DEFAULTS["all"], **DEFAULTS.get(kind, {}), **training}
 
 
-def effective(stage_type: str, training: Options) -> Options:
+def effective(kind: str, training: Options) -> Options:
     """Return all options of a stage's `training:` section: the user's, our defaults, and TRL's defaults."""
-    fields = config_class(stage_type).__dataclass_fields__
-    return {key: field.default for key, field in fields.items()} | with_defaults(stage_type, training)
+    fields = config_class(kind).__dataclass_fields__
+    return {key: field.default for key, field in fields.items()} | with_defaults(kind, training)
 
 
-def precision(stage_type: str, training: Options) -> str:
-    """Return the autocast of a stage as accelerate names it: bf16 (TRL's default), fp16 or no (always for PPO)."""
-    if not STAGE_TYPES[stage_type].autocast:
+def precision(kind: str, training: Options) -> str:
+    """Return the autocast of a stage as accelerate names it: bf16 (TRL's default), fp16 or no (always for PPOTrainer)."""
+    if not row_of(kind).autocast:
         return "no"
     if training.get("fp16"):
         return "fp16"
@@ -221,7 +221,7 @@ def precision(stage_type: str, training: Options) -> str:
 def length_limit(stage: Stage) -> tuple[str, int | None]:
     """Return the option that limits a row's length, and the limit in tokens; None where texts are cut into pieces."""
     if isinstance(stage, Ppo) and stage.prompt_baseline == "reference":  # its rows are prompts with their answers
-        longest = stage.max_prompt_length + effective(stage.type, stage.training)["response_length"]
+        longest = stage.max_prompt_length + effective(stage.kind, stage.training)["response_length"]
         return "max_prompt_length + training.response_length", longest
     key = type_of(stage).length_option
     return ("max_prompt_length", None) if key is None else (key, value_at(stage, key))
@@ -234,4 +234,4 @@ def value_at(stage: Stage, key: str) -> Any:
         return getattr(stage, key)
     assert section == "training"
     assert isinstance(stage, TrainingStage)
-    return effective(stage.type, stage.training)[option]
+    return effective(stage.kind, stage.training)[option]

@@ -60,7 +60,7 @@ def wire(config: RunConfig, problems: Problems) -> RunConfig:
 
 def _training(config: RunConfig, stage: TrainingStage) -> Options:
     """Lay a stage's `training:` over what all stages share, as far as its type may set that (PPO takes no bf16)."""
-    owned = options.owned_by(stage.type)
+    owned = options.owned_by(stage.kind)
     shared = {key: value for key, value in config.training.items() if key not in owned}
     return shared | stage.training
 

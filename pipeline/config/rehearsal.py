@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from pipeline.config.options import LIBRARY_SECTIONS, target_of, with_defaults
 from pipeline.config.schema import Options
-from pipeline.config.stage_types import STAGE_TYPES, config_class
+from pipeline.config.stage_types import config_class, row_of
 
 # Variables by which a process knows that it is one of several.
 _LAUNCHED = ("ACCELERATE_", "FSDP_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "PMI_", "OMPI_", "MV2_")
@@ -57,5 +57,5 @@ def rehearse(kind: str, values: Options) -> str | None:
             args = config_class(kind)(**with_defaults(kind, values) | device)
     except (ValueError, TypeError, AttributeError, ImportError) as error:
         return " ".join(str(error).split())
-    check = STAGE_TYPES[kind].check_options
+    check = row_of(kind).check_options
     return None if check is None else check(args)

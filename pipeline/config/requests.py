@@ -101,7 +101,7 @@ def _piece_length(stage: TrainingStage, role: str) -> int | None:
 
     Wrapped packing cuts texts itself.
     """
-    options = effective(stage.type, stage.training)
+    options = effective(stage.kind, stage.training)
     packing = options["packing"]
     if role == "eval_data" and options["eval_packing"] is not None:
         packing = options["eval_packing"]

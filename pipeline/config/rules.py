@@ -39,7 +39,7 @@ def check_sources(config: RunConfig, problems: Problems) -> None:
 def check_training(config: RunConfig, name: str, training: Options, problems: Problems) -> None:
     """Check that TRL accepts the options of a stage together, and that they fit the stage's datasets."""
     stage = config.section(name, TrainingStage)
-    message = rehearsal.rehearse(stage.type, training)
+    message = rehearsal.rehearse(stage.kind, training)
     if message:
         problems.add(message, "stages", name, "training")
     if training.get("eval_strategy", "no") != "no" and "eval_data" not in datasets(stage):
@@ -47,14 +47,14 @@ def check_training(config: RunConfig, name: str, training: Options, problems: Pr
     if not type_of(stage).reads_raw_text:
         return
     if stage.data in config.data and config.data[stage.data].streaming:
-        _check_stream(stage.type, name, training, problems)
+        _check_stream(stage.kind, name, training, problems)
     elif not message:
-        _check_packing(stage.type, name, training, problems)
+        _check_packing(stage.kind, name, training, problems)
 
 
-def _check_stream(stage_type: str, name: str, training: Options, problems: Problems) -> None:
+def _check_stream(kind: str, name: str, training: Options, problems: Problems) -> None:
     """Check what pretraining on a stream asks of its options."""
-    values = options.effective(stage_type, training)
+    values = options.effective(kind, training)
     where = ("stages", name, "training")
     for key in ("max_steps", "max_length"):
         if values[key] is None or values[key] <= 0:
@@ -66,9 +66,9 @@ def _check_stream(stage_type: str, name: str, training: Options, problems: Probl
             )
 
 
-def _check_packing(stage_type: str, name: str, training: Options, problems: Problems) -> None:
+def _check_packing(kind: str, name: str, training: Options, problems: Problems) -> None:
     """Check that packed pieces have a length."""
-    values = options.effective(stage_type, training)
+    values = options.effective(kind, training)
     if values["packing"] and values["max_length"] is None:
         problems.add("is the length of packed pieces; give a number", "stages", name, "training", "max_length")
 
@@ -91,7 +91,7 @@ def check_reinforced(name: str, stage: Reinforced, problems: Problems) -> None:
 
 def _check_groups(name: str, stage: Ppo, problems: Problems) -> None:
     """Check that every batch that is scored at once holds whole groups of completions of one prompt."""
-    values = options.effective(stage.type, stage.training)
+    values = options.effective(stage.kind, stage.training)
     number = stage.baseline_completions
     sizes = {
         "local_rollout_forward_batch_size": values["local_rollout_forward_batch_size"],

@@ -32,6 +32,11 @@ Format = Literal[
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
+def kind_of(stage_type: str, trainer: object) -> str:
+    """Name the row of `stage_types.py` for a stage's type and its `trainer`; None: the type has one trainer."""
+    return stage_type if trainer in (None, stage_type) else f"{stage_type} on {trainer}"
+
+
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -138,6 +143,11 @@ class Stage(Strict):
     seed: Seed | None = None
     accelerate_config: PathText | None = None
 
+    @property
+    def kind(self) -> str:
+        """Name the row of `stage_types.py` that describes the stage: its type, or the variant of it."""
+        return self.type
+
 
 class TrainingStage(Stage):
     """A stage that trains from the output of another (`init`) by the rows of `data`."""
@@ -171,11 +181,19 @@ class Reinforced(TrainingStage):
 
 
 class Ppo(Reinforced):
-    """PPO against a reward model, with or without a baseline of each prompt that is subtracted from its scores."""
+    """PPO against a reward model, with or without a baseline of each prompt that is subtracted from its scores.
 
+    `trainer` is TRL's class that trains: PPOTrainer, or GRPOTrainer with a value model.
+    """
+
+    trainer: Literal["ppo", "grpo"] = "ppo"
     prompt_baseline: Literal["none", "sft_mean", "greedy", "reference", "leave_one_out"] = "none"
     baseline_completions: Annotated[int, Field(ge=2)] = 4
     baseline_shrinkage: bool = False
+
+    @property
+    def kind(self) -> str:
+        return kind_of(self.type, self.trainer)
 
 
 class Online(Reinforced):

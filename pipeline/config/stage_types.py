@@ -4,6 +4,7 @@ Nothing else compares the names of types. A new type is a row here, a file in `s
 that no other type reads, a class in `data/rows.py`.
 """
 
+import dataclasses
 import functools
 import pkgutil
 from collections.abc import Iterator, Mapping
@@ -40,6 +41,46 @@ _RLOO_LOGS = {
     "frac_reward_zero_std": ("frac_reward_zero_std", 0),
 }
 
+# What GRPOTrainer has and PPO has not, or has under another name.
+_REFUSED_ON_GRPO = {
+    "PPO's length is `total_episodes`": "max_steps",
+    "it has another name in PPO: `response_length`, `num_ppo_epochs`, `cliprange`, `kl_coef`, `baseline_completions`": (
+        "max_completion_length num_iterations epsilon epsilon_high beta num_generations num_generations_eval"
+    ),
+    "a rollout's size is per_device_train_batch_size * gradient_accumulation_steps": (
+        "generation_batch_size steps_per_generation auto_find_batch_size"
+    ),
+    "the loss is PPO's, with advantages of a value model": (
+        "loss_type scale_rewards reward_weights multi_objective_aggregation importance_sampling_level delta "
+        "mask_truncated_completions top_entropy_quantile off_policy_mask_threshold use_bias_correction_kl "
+        "entropy_coef entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target use_adaptive_entropy "
+        "router_aux_loss_coef sapo_temperature_neg sapo_temperature_pos "
+        "vespo_k_neg vespo_k_pos vespo_lambda_neg vespo_lambda_pos"
+    ),
+    "completions are drawn from the policy's full distribution, as PPOTrainer draws them": (
+        "top_p top_k min_p repetition_penalty generation_kwargs cache_implementation"
+    ),
+    "transformers samples, from one adapter of several on a backbone": (
+        "use_vllm vllm_mode vllm_model_impl vllm_enable_sleep_mode vllm_structured_outputs_regex "
+        "vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout vllm_group_port "
+        "vllm_gpu_memory_utilization vllm_max_model_length vllm_tensor_parallel_size "
+        "vllm_importance_sampling_correction vllm_importance_sampling_mode vllm_importance_sampling_cap "
+        "vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min use_transformers_paged "
+        "use_transformers_continuous_batching transformers_continuous_batching_config ds3_gather_for_generation"
+    ),
+    "the pipeline renders prompts and draws their order": (
+        "chat_template_kwargs shuffle_dataset pad_to_multiple_of max_tool_calling_iterations"
+    ),
+    "an evaluate stage shows completions": (
+        "log_completions log_multimodal num_completions_to_print log_unique_prompts log_completions_hub_repo"
+    ),
+    "`eval_data` is scored every `eval_every` updates": "eval_strategy eval_on_start",
+    "each update is logged, as PPOTrainer does": "logging_steps logging_strategy",
+    _SAME_POLICIES: "disable_dropout",
+    "log-probabilities are computed in float32 already": "cast_lm_head_to_fp32",
+    "every weight that trains takes part in every loss": "ddp_find_unused_parameters",
+    "the reference of a stage is its parent": "ref_model_mixup_alpha ref_model_sync_steps",
+}
 
 # Types that compare the completions of a prompt with one another.
 _GROUPS = functools.partial(
@@ -237,10 +278,30 @@ STAGE_TYPES: Mapping[str, StageType] = {
     ),
 }
 
+# Types whose rows depend on their `trainer`, by the name that `kind_of` gives them.
+VARIANTS: Mapping[str, StageType] = {
+    "ppo on grpo": dataclasses.replace(
+        STAGE_TYPES["ppo"],
+        module="ppo_on_grpo",
+        trl_config="pipeline.config.critic_config:CriticConfig",
+        autocast=True,
+        sharded=(),
+        defaults={"missing_eos_penalty": 1.0, "max_grad_norm": 0.0, "save_steps": 20},
+        refused=_REFUSED_ON_GRPO,
+        check_options=None,
+    ),
+}
+KINDS: Mapping[str, StageType] = {**STAGE_TYPES, **VARIANTS}
+
+
+def row_of(kind: str) -> StageType:
+    """Return the row of a type, or of a variant of a type."""
+    return STAGE_TYPES[kind] if kind in STAGE_TYPES else VARIANTS[kind]
+
 
 def type_of(stage: Stage) -> StageType:
-    """Return the row of a stage's type."""
-    return STAGE_TYPES[stage.type]
+    """Return the row of a stage: its type's, or that of the variant which its `trainer` asks for."""
+    return row_of(stage.kind)
 
 
 def makes(stage: Stage, *kinds: Makes) -> bool:
@@ -253,8 +314,8 @@ def stages_that_make(config: RunConfig, *kinds: Makes) -> Iterator[str]:
     return (name for name, stage in config.stages.items() if makes(stage, *kinds))
 
 
-def config_class(stage_type: str) -> type[Any]:
+def config_class(kind: str) -> type[Any]:
     """Return the TRL config class that a stage's `training:` section is passed to; the import takes seconds."""
-    name = STAGE_TYPES[stage_type].trl_config
-    assert name is not None, f"{stage_type} trains nothing"
+    name = row_of(kind).trl_config
+    assert name is not None, f"{kind} trains nothing"
     return pkgutil.resolve_name(name)

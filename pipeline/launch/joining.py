@@ -52,8 +52,8 @@ def forget_options(stage: Stage) -> list[str]:
     own_precision = "no"
     own_steps = steps
     if isinstance(stage, TrainingStage):
-        own_precision = options.precision(stage.type, stage.training)
-        own_steps = str(options.effective(stage.type, stage.training)["gradient_accumulation_steps"])
+        own_precision = options.precision(stage.kind, stage.training)
+        own_steps = str(options.effective(stage.kind, stage.training)["gradient_accumulation_steps"])
     messages = []
     if precision not in ("no", own_precision):
         messages.append(

@@ -122,8 +122,8 @@ def _own_reason(config: RunConfig, name: str, sharding: str) -> str | None:
     if sharding == ZERO_3:
         why = "the parent's adapter would be merged by one process, while the others wait for its weights"
         return why if start_of(config, name).merge else None
-    if isinstance(stage, Online) and effective(stage.type, stage.training)["beta"]:
+    if isinstance(stage, Online) and effective(stage.kind, stage.training)["beta"]:
         return REASONS[ZERO_2]
-    if makes(stage, "reward model") and precision(stage.type, stage.training) != "no":
+    if makes(stage, "reward model") and precision(stage.kind, stage.training) != "no":
         return "in mixed precision it rounds the score head, and the saved model scores otherwise (`bf16: false` works)"
     return None

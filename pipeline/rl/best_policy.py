@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pipeline.models.generation import same_random_numbers
 from pipeline.training.assertions import finite
@@ -81,3 +83,29 @@ class BestPolicy(TrainerCallback):
         for name, parameter in self.parameters.items():
             parameter.copy_(self._copy[name])
         return self._best
+
+
+def keep_best(trainer: Trainer, best: BestPolicy | None, checkpoint: Path | None) -> None:
+    """Let the trainer's checkpoints hold the best policy too, and go on from the one in `checkpoint`."""
+    if best is None:
+        return
+    trainer.add_callback(_KeepBest(best))
+    if checkpoint is not None:
+        best.load_state_dict(torch.load(checkpoint / _file(), map_location="cpu", weights_only=True))
+
+
+class _KeepBest(TrainerCallback):
+    """Save the best policy beside what the Trainer saves."""
+
+    def __init__(self, best: BestPolicy):
+        self._best = best
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        assert args.output_dir is not None, "every stage has one"
+        PartialState().wait_for_everyone()  # the main process makes the folder
+        torch.save(self._best.state_dict(), Path(args.output_dir) / f"checkpoint-{state.global_step}" / _file())
+
+
+def _file() -> str:
+    """Name the file of this process in a checkpoint."""
+    return f"best-{PartialState().process_index}.pt"

@@ -179,6 +179,6 @@ def parts_of(
 
     masked = True
     if isinstance(stage, TrainingStage):
-        masked = effective(stage.type, stage.training).get("completion_only_loss", True)
+        masked = effective(stage.kind, stage.training).get("completion_only_loss", True)
     parts = kind.parts(row, type_of(stage).trains_on, masked)
     return [(label, [(text(piece), is_trained) for piece, is_trained in pieces]) for label, pieces in parts]

@@ -39,7 +39,7 @@ def describe_reference(config: RunConfig, name: str) -> str:
         return f"{stage.baseline} (win rate, KL)"
     if not type_of(stage).has_reference:
         return "-"
-    if isinstance(stage, Online) and not effective(stage.type, stage.training)["beta"]:
+    if isinstance(stage, Online) and not effective(stage.kind, stage.training)["beta"]:
         return "none (beta: 0)"
     parent = start_of(config, name).parent
     return "frozen copy of " + ("base model" if parent == BASE else parent)

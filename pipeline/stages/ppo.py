@@ -5,6 +5,7 @@ and a subclass adds figures to its log.
 """
 
 import contextlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 from accelerate import PartialState
@@ -51,11 +52,11 @@ def run(ctx: StageContext[Ppo]) -> Result:
     args: PPOConfig = ctx.training_args(bf16=False, fp16=False, stop_token="eos", **_saving())
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
     check_batch(len(rows), batch * PartialState().num_processes, f"stages.{ctx.name}: ")
-    prompts = _prompts(rows)
+    prompts = take_prompts(rows)
     # Before PPO's models are in memory: to sample, the parent is loaded once more.
     answers = answers_of(ctx, prompts, sampling(ctx, args))
     first_prompts: list[Ids] = prompts.take(assertions.NUM_COMPARED)["input_ids"][:]
-    models = _load_models(ctx, args, first_prompts)
+    models = load_models(ctx, args, first_prompts)
     baseline = make_baseline(ctx, models.reward, answers, args.local_rollout_forward_batch_size)
     trainer = _make_trainer(ctx, args, models, baseline, prompts.select_columns(["input_ids"]))
     policy_parameters = {name: p for name, p in models.policy.named_parameters() if should_train(ctx, name)}
@@ -65,7 +66,7 @@ def run(ctx: StageContext[Ppo]) -> Result:
         watch.hold_out(eval_rows["prompt_ids"][:], sampling(ctx, args), models.policy, models.reward)
     checkpoint = newest_checkpoint(ctx)
     keep_checkpoints(trainer, watch.best, checkpoint)
-    metrics: JsonObject = {"initial_kl": _train(ctx, trainer, models, first_prompts)}
+    metrics: JsonObject = {"initial_kl": train_checked(ctx, models, first_prompts, trainer.train)}
     metrics |= watch.finish()
     # After `watch.finish`: the policy that is kept may be an earlier one.
     assertions.finite_weights(ctx.name, policy_parameters.values())
@@ -87,7 +88,7 @@ def sampling(ctx: StageContext[Ppo], args: "PPOConfig") -> Sampling:
     return Sampling(args.temperature, args.response_length, args.local_rollout_forward_batch_size, ctx.seed)
 
 
-def _prompts(rows: Dataset) -> Dataset:
+def take_prompts(rows: Dataset) -> Dataset:
     """Return prompts as PPOTrainer takes them, `input_ids`; from rows with an answer of their own with `answer_ids`.
 
     Such a row is a dialogue as it would be trained on: the last answer is what stands behind the last 0 of the mask.
@@ -102,7 +103,7 @@ def _prompts(rows: Dataset) -> Dataset:
     return rows.map(cut, remove_columns=rows.column_names, desc="Taking answers apart")
 
 
-def _load_models(ctx: StageContext[Ppo], args: "PPOConfig", prompts: list[Ids]) -> Models:
+def load_models(ctx: StageContext[Ppo], args: "PPOConfig", prompts: list[Ids]) -> Models:
     """Load the four models, and check on `prompts` that the policy is its parent.
 
     The baseline is scored before there is a trainer. So the reward model is put on this process's device, and both the
@@ -170,7 +171,7 @@ def one_step_per_accumulation(trainer: "PPOTrainer") -> None:
     trainer.accelerator.gradient_state.plugin_kwargs["sync_with_dataloader"] = False
 
 
-def _train(ctx: StageContext[Ppo], trainer: "PPOTrainer", models: Models, prompts: list[Ids]) -> float:
+def train_checked(ctx: StageContext[Ppo], models: Models, prompts: list[Ids], train: Callable[[], object]) -> float:
     """Train, with the checks before and after; return the KL to the reference on `prompts` before any update."""
     assertions.trains_exactly([models.policy], lambda name: should_train(ctx, name) or f".{VALUE}." in name)
     groups: dict[str, list[nn.Parameter]] = {"policy": [], "value model": []}
@@ -184,7 +185,7 @@ def _train(ctx: StageContext[Ppo], trainer: "PPOTrainer", models: Models, prompt
     models.policy.eval()
     kl = assertions.reference_is_parent(models.policy, models.reference, prompts)
     with contextlib.suppress(Stopped):  # the watchdog has said why it stopped
-        trainer.train()
+        train()
     for what, parameters in groups.items():
         assertions.has_trained(before[what], parameters, f"{ctx.name}: {what}")
     return kl

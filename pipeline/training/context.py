@@ -114,12 +114,12 @@ class StageContext(Generic[S]):
         Its class depends on the type of the stage, hence `Any`.
         """
         assert isinstance(self.stage, TrainingStage), "other stages have no options of TRL"
-        options = with_defaults(self.stage.type, self.stage.training)
+        options = with_defaults(self.stage.kind, self.stage.training)
         fixed: dict[str, Any] = {"output_dir": str(self.folder / CHECKPOINTS), "seed": self.seed}
         device = PartialState().device
         if device is not None and device.type == "cpu":  # or transformers would refuse bf16, which a CPU computes too
             fixed["use_cpu"] = True
-        return config_class(self.stage.type)(**(options | fixed | ours))
+        return config_class(self.stage.kind)(**(options | fixed | ours))
 
     @functools.cached_property
     def data(self) -> Datasets:

@@ -1,0 +1,192 @@
+"""Sample completions, score them, and make of them what PPO on GRPOTrainer trains on."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.nn.functional import pad
+from transformers import PreTrainedTokenizerBase
+from trl.trainer.utils import selective_log_softmax
+
+from pipeline.config.critic_config import CriticConfig
+from pipeline.models import scoring
+from pipeline.models.generation import Ids, Sampling, batches, generate
+from pipeline.models.loading import Model
+from pipeline.models.ppo import Models
+from pipeline.models.views import ScoreView
+from pipeline.rl.advantages import PADDING, Rollout, advantages_and_returns, masks, token_rewards
+from pipeline.rl.centred_reward import Figures, ScoredChunk, Subtraction
+
+# The figures of an update, by their names in PPOTrainer's log; each a tensor with one number.
+Stats = dict[str, torch.Tensor]
+
+
+class PolicyAndValue(nn.Module):
+    """Be policy and value model in one module with one forward pass, so that DDP reduces the gradients of both.
+
+    The value model is a view of the policy's backbone: of its own it has the score head alone.
+    """
+
+    def __init__(self, policy: Model, value: ScoreView):
+        super().__init__()
+        self.policy = policy
+        self.value = value
+        self.config = policy.config
+        # The Trainer asks both of its model.
+        self.is_gradient_checkpointing = False
+
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
+        cast(Any, self.policy).gradient_checkpointing_enable(**options)
+        self.is_gradient_checkpointing = True
+
+    def forward(self, num_logits: dict[str, int], **inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the policy's logits, and the values of all positions, shape (rows, length)."""
+        hidden = self.value.transformer(**inputs).hidden_states[-1]
+        values = self.value.score(hidden).squeeze(-1)
+        return self.policy(**inputs, **num_logits).logits, values
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Hold some completions with their prompts; all but `sequences` and `mask` of shape (rows, width) or (rows,)."""
+
+    sequences: torch.Tensor
+    lengths: torch.Tensor
+    ended: torch.Tensor
+    scores: torch.Tensor
+    log_probs: torch.Tensor
+    reference: torch.Tensor
+    values: torch.Tensor
+
+
+class Rollouts:
+    """Make rollouts. `keeps_logits` says that the model can leave out the logits of prompts.
+
+    `figures` collects what is scored, as PPOTrainer's stage logs it.
+    """
+
+    def __init__(
+        self,
+        models: Models,
+        args: CriticConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        subtraction: Subtraction,
+        keeps_logits: bool,
+        autocast: Callable[[], AbstractContextManager[Any]],
+    ):
+        self._models = models
+        self._args = args
+        self._tokenizer = tokenizer
+        self._pad = cast(int, tokenizer.pad_token_id)
+        self._subtraction = subtraction
+        self._keeps_logits = keeps_logits
+        self._autocast = autocast
+        size = args.local_rollout_forward_batch_size
+        self._sampling = Sampling(args.temperature, args.response_length, size, args.seed)
+        self.figures = Figures()
+
+    @torch.no_grad()
+    def make(self, model: nn.Module, prompts: Sequence[Ids], update: int) -> tuple[Rollout, Stats]:
+        """Sample one completion of each prompt from the policy of `model`, which is in eval mode.
+
+        The random numbers of completions follow from the update and the prompts alone.
+        """
+        size = self._sampling.batch_size
+        policy = cast(Model, self._models.policy)
+        completions: list[Ids] = []
+        with self._autocast():
+            for chunk in batches(list(prompts), size):
+                drawn = generate(policy, chunk, self._sampling, self._tokenizer, update)
+                completions += [self._cut(ids) for ids in drawn]
+        # The score goes to the token after the last, so that there must be one.
+        width = min(self._args.response_length, max(map(len, completions)) + 1)
+        length = max(map(len, prompts))
+        chunks = []
+        for start in range(0, len(prompts), size):
+            rows = slice(start, start + size)
+            chunks.append(self._score(model, prompts[rows], completions[rows], length, width))
+        columns = {name: torch.cat([getattr(chunk, name) for chunk in chunks]) for name in vars(chunks[0])}
+        return self._judge(Scored(**columns), width)
+
+    def _cut(self, ids: Ids) -> Ids:
+        """Cut a completion before its first padding, as PPOTrainer has it: a policy may sample that token too."""
+        return ids[: ids.index(self._pad)] if self._pad in ids else ids
+
+    def _score(
+        self, model: nn.Module, prompts: Sequence[Ids], completions: list[Ids], length: int, width: int
+    ) -> Scored:
+        """Score some completions, and say what policy, reference and value model think of them."""
+        device = next(model.parameters()).device
+        padded_prompts = scoring.padded(prompts, self._pad, device, "left")["input_ids"]
+        answers = scoring.padded(completions, self._pad, device, "right")["input_ids"]
+        prompts_and_answers = (
+            pad(padded_prompts, (length - padded_prompts.shape[1], 0), value=self._pad),
+            pad(answers, (0, width - answers.shape[1]), value=self._pad),
+        )
+        sequences = torch.cat(prompts_and_answers, 1)
+        log_probs, values, _ = self.forward(model, sequences, width)
+        with self._autocast():
+            inputs, num_logits = self._inputs(sequences, width)
+            reference = self._log_probs(self._models.reference(**inputs, **num_logits).logits, sequences, width)[0]
+        rows = [[*prompt, *ids] for prompt, ids in zip(prompts, completions, strict=True)]
+        scores = torch.tensor(scoring.score(self._models.reward, rows, self._pad, len(rows)), device=device)
+        raw, base = self._subtraction([tuple(prompt) for prompt in prompts], scores)
+        lengths = torch.tensor([len(ids) for ids in completions], device=device)
+        eos = self._tokenizer.eos_token_id
+        ended = torch.tensor([eos in ids for ids in completions], device=device)
+        self.figures.chunks.append(ScoredChunk(raw, raw - base, lengths, ended, values))
+        return Scored(sequences, lengths, ended, raw - base, log_probs, reference, values)
+
+    def _judge(self, scored: Scored, width: int) -> tuple[Rollout, Stats]:
+        """Compute rewards, advantages and returns of completions."""
+        args = self._args
+        real, valued = masks(scored.lengths, width)
+        scores = scored.scores
+        if args.missing_eos_penalty is not None:
+            scores = scores - args.missing_eos_penalty * ~scored.ended
+        log_probs = scored.log_probs.masked_fill(~real, PADDING)
+        reference = scored.reference.masked_fill(~real, PADDING)
+        values = scored.values.masked_fill(~valued, 0)
+        given = token_rewards(
+            log_probs, reference, scores, scored.lengths, args.kl_coef, args.kl_estimator, args.whiten_rewards
+        )
+        advantages, returns = advantages_and_returns(given.rewards, values, real, args.gamma, args.lam)
+        penalty = (-args.kl_coef * given.kl).sum(1).mean()
+        stats = {
+            "objective/kl": given.kl.sum(1).mean(),
+            "objective/entropy": (-log_probs * real).sum(1).mean(),
+            "objective/non_score_reward": penalty,
+            "objective/rlhf_reward": penalty + scores.mean(),
+            "objective/scores": scores.mean(),
+        }
+        return Rollout(scored.sequences, real, valued, log_probs, values, advantages, returns), stats
+
+    def forward(
+        self, model: nn.Module, sequences: torch.Tensor, width: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return log-probabilities, values and logits of the last `width` tokens, shape (rows, width, ...)."""
+        inputs, num_logits = self._inputs(sequences, width)
+        logits, values = model(num_logits=num_logits, **inputs)
+        log_probs, logits = self._log_probs(logits, sequences, width)
+        return log_probs, values[:, -width - 1 : -1], logits
+
+    def _inputs(self, sequences: torch.Tensor, width: int) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+        """Return what a model takes of padded sequences, and how many logits are asked for."""
+        mask = sequences != self._pad
+        inputs = {
+            "input_ids": sequences.masked_fill(~mask, 0),
+            "attention_mask": mask,
+            "position_ids": mask.cumsum(1) - mask.long(),
+        }
+        return inputs, {"logits_to_keep": width + 1} if self._keeps_logits else {}
+
+    def _log_probs(
+        self, logits: torch.Tensor, sequences: torch.Tensor, width: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the log-probabilities of the last `width` tokens at the temperature of sampling, and the logits."""
+        # The logits at position t - 1 are the distribution of token t.
+        logits = logits[:, -width - 1 : -1] / (self._args.temperature + 1e-7)
+        return selective_log_softmax(logits, sequences[:, -width:]), logits

@@ -1,0 +1,184 @@
+"""Train PPO with a value model on TRL's stable GRPOTrainer, to the same figures as TRL's experimental PPOTrainer.
+
+GRPOTrainer compares the completions of a prompt with one another. Here a value model says what was to be expected, and
+each token gets an advantage of its own (GAE). One step of the Trainer is one update of PPO: a rollout, and
+`num_ppo_epochs` passes over it. The Trainer takes the last of the optimizer's steps, with all that belongs to it: the
+schedule, logs, checkpoints and callbacks. So these count updates, and a checkpoint never lies within a rollout.
+"""
+
+import contextlib
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+from trl.trainer.grpo_trainer import GRPOTrainer
+from trl.trainer.utils import entropy_from_logits
+
+from pipeline.config.critic_config import CriticConfig
+from pipeline.models.loading import precision_kept
+from pipeline.models.ppo import Models
+from pipeline.models.views import ScoreView
+from pipeline.rl.advantages import PADDING, Rollout, policy_loss, value_loss
+from pipeline.rl.centred_reward import Subtraction
+from pipeline.rl.critic_rollout import PolicyAndValue, Rollouts, Stats
+from pipeline.training.trainers import TRAINED
+
+
+def in_order_of_training(prompts: Dataset, num_updates: int, batch: int, seed: int) -> Dataset:
+    """Return the prompts of all updates, `batch` for each: pass after pass, each in an order of its own.
+
+    What is left of a pass that does not fill a batch is passed over.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    while len(order) < num_updates * batch:
+        order += torch.randperm(len(prompts), generator=generator)[: len(prompts) - len(prompts) % batch].tolist()
+    return prompts.select(order[: num_updates * batch])
+
+
+class CriticTrainer(GRPOTrainer):
+    """Train the policy and the value model of `models`, which are views of one backbone.
+
+    The completions of `prompts` (`input_ids`) are scored by the reward model, less what `subtraction` takes off.
+    """
+
+    def __init__(
+        self,
+        models: Models,
+        args: CriticConfig,
+        subtraction: Subtraction,
+        prompts: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+    ):
+        assert isinstance(models.value, ScoreView), "the plan refuses separate models"
+        self.episodes_per_update = args.per_device_train_batch_size * args.world_size
+        episodes = args.total_episodes or int(args.num_train_epochs * len(prompts))
+        args.max_steps = math.ceil(episodes / self.episodes_per_update)
+        unique = self.episodes_per_update // cast(int, args.num_generations)
+        rows = in_order_of_training(prompts, args.max_steps, unique, args.seed)
+        with precision_kept(models.policy):
+            super().__init__(cast(Any, models.policy), no_rewards, args, train_dataset=rows, processing_class=tokenizer)
+        both = PolicyAndValue(models.policy, models.value).to(args.device)
+        self.model = both
+        self.model_wrapped = both
+        keeps_logits = "logits_to_keep" in self.model_kwarg_keys
+        self._rollouts = Rollouts(models, args, tokenizer, subtraction, keeps_logits, self.accelerator.autocast)
+        self._stats: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self._updates: list[Stats] = []  # the figures of updates that are not logged yet
+
+    # upstream: GRPOTrainer would sample here, for each micro-batch; `training_step` has done it.
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        return generation_batch
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Make one update but for the optimizer's last step, which the Trainer takes."""
+        self.model.eval()
+        prompts = [row["input_ids"] for row in inputs]
+        rollout, stats = self._rollouts.make(self.model, prompts, self.state.global_step)
+        stats["lr"] = torch.tensor(self.lr_scheduler.get_last_lr()[0])
+        losses = []
+        micro_batches = list(self._micro_batches(rollout))
+        per_step = self.args.micro_batches_per_step
+        for number, micro_batch in enumerate(micro_batches, 1):
+            ends_step = number % per_step == 0
+            with contextlib.nullcontext() if ends_step else self.accelerator.no_sync(model):
+                losses.append(super().training_step(model, cast(Any, micro_batch), num_items_in_batch))
+            if ends_step and number < len(micro_batches):
+                self._step(model)
+        self._close(stats)
+        return torch.stack(losses).mean() * per_step
+
+    def _micro_batches(self, rollout: Rollout) -> Iterator[Rollout]:
+        """Go through a rollout once for each epoch, each time in another order."""
+        number = len(rollout.sequences)
+        for _ in range(self.args.num_ppo_epochs):
+            order = torch.from_numpy(np.random.permutation(number)).to(rollout.sequences.device)
+            for rows in order.split(self.args.micro_batch_size):
+                yield rollout.take(rows)
+
+    def _step(self, model: nn.Module) -> None:
+        """Take a step of the optimizer within an update, as the Trainer takes the last one."""
+        if self.args.max_grad_norm:
+            self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+        self.optimizer.step()
+        model.zero_grad()
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Return the loss of policy and value model on a micro-batch, as a part of a step's loss."""
+        args = self.args
+        rollout = cast(Rollout, inputs)
+        log_probs, values, logits = self._rollouts.forward(model, rollout.sequences, rollout.real.shape[1])
+        change = log_probs.masked_fill(~rollout.real, PADDING) - rollout.log_probs
+        ratio = change.exp()
+        of_policy = policy_loss(ratio, rollout, args.cliprange)
+        of_value = value_loss(values, rollout, args.cliprange_value)
+        seen = {
+            "policy/approxkl_avg": 0.5 * (change**2).mean(),
+            "policy/clipfrac_avg": of_policy.clipped,
+            "loss/policy_avg": of_policy.loss,
+            "loss/value_avg": of_value.loss,
+            "val/clipfrac_avg": of_value.clipped,
+            "policy/entropy_avg": entropy_from_logits(logits.detach()).mean(),
+            "val/ratio": ratio.mean(),
+        }
+        for name, value in seen.items():
+            self._stats[name].append(value.detach())
+        return (of_policy.loss + args.vf_coef * of_value.loss) / args.micro_batches_per_step
+
+    def _close(self, stats: Stats) -> None:
+        """Keep the figures of an update for the log."""
+        of_micro_batches = {name: torch.stack(values) for name, values in self._stats.items()}
+        self._stats.clear()
+        stats |= {name: values.mean() for name, values in of_micro_batches.items()}
+        everywhere = cast(torch.Tensor, self.accelerator.gather(of_micro_batches["val/ratio"]))
+        stats["val/ratio_var"] = everywhere.var()
+        self._updates.append(stats)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the figures of PPO that PPOTrainer and its stage log."""
+        if self._updates:
+            names = list(self._updates[0])
+            rows = torch.stack(
+                [torch.stack([update[name].to(self.args.device) for name in names]) for update in self._updates]
+            )
+            means = cast(torch.Tensor, self.accelerator.gather(rows.mean(0).unsqueeze(0))).mean(0)
+            self._updates = []
+            logs |= dict(zip(names, means.tolist(), strict=True)) | self._rollouts.figures.observe()
+            logs["episode"] = self.num_episodes
+        super().log(logs, start_time)
+
+    @property
+    def num_episodes(self) -> int:
+        """Say how many completions were trained on."""
+        return self.state.global_step * self.episodes_per_update
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the weights that train, of policy and value model; the stage saves the policy itself."""
+        assert output_dir is not None and _internal_call, "the stage saves the policy itself"
+        if not self.args.should_save:
+            return
+        trained = {name: p.detach().contiguous() for name, p in self.model.named_parameters() if p.requires_grad}
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        save_file(trained, Path(output_dir) / TRAINED)
+
+    # upstream: the Trainer has no public way to read what `save_model` wrote.
+    @torch.no_grad()
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        own = dict(self.model.named_parameters())
+        for name, saved in load_file(Path(resume_from_checkpoint) / TRAINED).items():
+            own[name].copy_(saved)
+
+
+def no_rewards(prompts: list[Any], **_: object) -> list[float]:
+    """Stand in the place of a reward function: GRPOTrainer must have one, and what is scored is scored in a rollout."""
+    raise AssertionError("GRPOTrainer samples nothing here")
