@@ -1,6 +1,6 @@
 """The options of PPO on TRL's GRPOTrainer, under the names that PPOTrainer's options have.
 
-Importing this module imports TRL, which takes seconds: it is named in the table of stage types, and resolved when asked.
+Importing this module imports TRL, which takes seconds: the table of stage types has its name alone.
 """
 
 from dataclasses import dataclass

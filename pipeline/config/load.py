@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pipeline.config import architecture, options, ranges, rehearsal
 from pipeline.config.document import Document, Problems, kind_of, plain, shown
 from pipeline.config.references import wire
-from pipeline.config.schema import REPORT, RESERVED, Options, RunConfig, TrainingStage, kind_of
+from pipeline.config.schema import REPORT, RESERVED, Options, RunConfig, TrainingStage, variant_of
 from pipeline.config.stage_types import KINDS, STAGE_TYPES
 from pipeline.system.errors import all_of, nearest, reason_of
 
@@ -167,7 +167,7 @@ def _sections(raw: Options) -> Iterator[tuple[tuple[str, ...], str, Options]]:
         stage_type = str(_at(raw, "stages", name, "type") or name)
         if stage_type in STAGE_TYPES and issubclass(STAGE_TYPES[stage_type].section, TrainingStage):
             places["stages", name, "lora"] = "lora"
-            kind = kind_of(stage_type, _at(raw, "stages", name, "trainer"))
+            kind = variant_of(stage_type, _at(raw, "stages", name, "trainer"))
             # The schema refuses a trainer that its type does not have.
             places["stages", name, "training"] = kind if kind in KINDS else stage_type
     for loc, kind in places.items():

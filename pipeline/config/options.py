@@ -210,7 +210,7 @@ def effective(kind: str, training: Options) -> Options:
 
 
 def precision(kind: str, training: Options) -> str:
-    """Return the autocast of a stage as accelerate names it: bf16 (TRL's default), fp16 or no (always for PPOTrainer)."""
+    """Return the autocast of a stage as accelerate names it: bf16 (TRL's default), fp16 or no (PPOTrainer: always)."""
     if not row_of(kind).autocast:
         return "no"
     if training.get("fp16"):

@@ -32,7 +32,7 @@ Format = Literal[
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
-def kind_of(stage_type: str, trainer: object) -> str:
+def variant_of(stage_type: str, trainer: object) -> str:
     """Name the row of `stage_types.py` for a stage's type and its `trainer`; None: the type has one trainer."""
     return stage_type if trainer in (None, stage_type) else f"{stage_type} on {trainer}"
 
@@ -193,7 +193,7 @@ class Ppo(Reinforced):
 
     @property
     def kind(self) -> str:
-        return kind_of(self.type, self.trainer)
+        return variant_of(self.type, self.trainer)
 
 
 class Online(Reinforced):

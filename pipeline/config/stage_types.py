@@ -278,7 +278,7 @@ STAGE_TYPES: Mapping[str, StageType] = {
     ),
 }
 
-# Types whose rows depend on their `trainer`, by the name that `kind_of` gives them.
+# Types whose rows depend on their `trainer`, by the name that `variant_of` gives them.
 VARIANTS: Mapping[str, StageType] = {
     "ppo on grpo": dataclasses.replace(
         STAGE_TYPES["ppo"],

@@ -99,8 +99,7 @@ class Rollouts:
         completions: list[Ids] = []
         with self._autocast():
             for chunk in batches(list(prompts), size):
-                drawn = generate(policy, chunk, self._sampling, self._tokenizer, update)
-                completions += [self._cut(ids) for ids in drawn]
+                completions += generate(policy, chunk, self._sampling, self._tokenizer, update)
         # The score goes to the token after the last, so that there must be one.
         width = min(self._args.response_length, max(map(len, completions)) + 1)
         length = max(map(len, prompts))
@@ -131,6 +130,7 @@ class Rollouts:
         with self._autocast():
             inputs, num_logits = self._inputs(sequences, width)
             reference = self._log_probs(self._models.reference(**inputs, **num_logits).logits, sequences, width)[0]
+        completions = [self._cut(ids) for ids in completions]
         rows = [[*prompt, *ids] for prompt, ids in zip(prompts, completions, strict=True)]
         scores = torch.tensor(scoring.score(self._models.reward, rows, self._pad, len(rows)), device=device)
         raw, base = self._subtraction([tuple(prompt) for prompt in prompts], scores)
@@ -161,6 +161,7 @@ class Rollouts:
             "objective/non_score_reward": penalty,
             "objective/rlhf_reward": penalty + scores.mean(),
             "objective/scores": scores.mean(),
+            "val/num_eos_tokens": scored.ended.sum().float(),
         }
         return Rollout(scored.sequences, real, valued, log_probs, values, advantages, returns), stats
 

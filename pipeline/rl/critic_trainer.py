@@ -59,6 +59,7 @@ class CriticTrainer(GRPOTrainer):
         tokenizer: PreTrainedTokenizerBase,
     ):
         assert isinstance(models.value, ScoreView), "the plan refuses separate models"
+        self.num_prompts = len(prompts)
         self.episodes_per_update = args.per_device_train_batch_size * args.world_size
         episodes = args.total_episodes or int(args.num_train_epochs * len(prompts))
         args.max_steps = math.ceil(episodes / self.episodes_per_update)
@@ -71,8 +72,8 @@ class CriticTrainer(GRPOTrainer):
         self.model_wrapped = both
         keeps_logits = "logits_to_keep" in self.model_kwarg_keys
         self._rollouts = Rollouts(models, args, tokenizer, subtraction, keeps_logits, self.accelerator.autocast)
-        self._stats: dict[str, list[torch.Tensor]] = defaultdict(list)
-        self._updates: list[Stats] = []  # the figures of updates that are not logged yet
+        self._of_micro_batches: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self._stats: Stats = {}  # of an update that is not logged yet
 
     # upstream: GRPOTrainer would sample here, for each micro-batch; `training_step` has done it.
     def _prepare_inputs(self, generation_batch: Any) -> Any:
@@ -85,14 +86,14 @@ class CriticTrainer(GRPOTrainer):
         rollout, stats = self._rollouts.make(self.model, prompts, self.state.global_step)
         stats["lr"] = torch.tensor(self.lr_scheduler.get_last_lr()[0])
         losses = []
-        micro_batches = list(self._micro_batches(rollout))
         per_step = self.args.micro_batches_per_step
-        for number, micro_batch in enumerate(micro_batches, 1):
+        last = self.args.num_ppo_epochs * len(prompts) // self.args.micro_batch_size
+        for number, micro_batch in enumerate(self._micro_batches(rollout), 1):
             ends_step = number % per_step == 0
             with contextlib.nullcontext() if ends_step else self.accelerator.no_sync(model):
                 losses.append(super().training_step(model, cast(Any, micro_batch), num_items_in_batch))
-            if ends_step and number < len(micro_batches):
-                self._step(model)
+            if ends_step and number < last:
+                self._take_step(model)
         self._close(stats)
         return torch.stack(losses).mean() * per_step
 
@@ -104,7 +105,7 @@ class CriticTrainer(GRPOTrainer):
             for rows in order.split(self.args.micro_batch_size):
                 yield rollout.take(rows)
 
-    def _step(self, model: nn.Module) -> None:
+    def _take_step(self, model: nn.Module) -> None:
         """Take a step of the optimizer within an update, as the Trainer takes the last one."""
         if self.args.max_grad_norm:
             self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
@@ -132,29 +133,26 @@ class CriticTrainer(GRPOTrainer):
             "val/ratio": ratio.mean(),
         }
         for name, value in seen.items():
-            self._stats[name].append(value.detach())
+            self._of_micro_batches[name].append(value.detach())
         return (of_policy.loss + args.vf_coef * of_value.loss) / args.micro_batches_per_step
 
     def _close(self, stats: Stats) -> None:
         """Keep the figures of an update for the log."""
-        of_micro_batches = {name: torch.stack(values) for name, values in self._stats.items()}
-        self._stats.clear()
-        stats |= {name: values.mean() for name, values in of_micro_batches.items()}
-        everywhere = cast(torch.Tensor, self.accelerator.gather(of_micro_batches["val/ratio"]))
-        stats["val/ratio_var"] = everywhere.var()
-        self._updates.append(stats)
+        of_micro_batches = {name: torch.stack(values) for name, values in self._of_micro_batches.items()}
+        self._of_micro_batches.clear()
+        ratios = cast(torch.Tensor, self.accelerator.gather(of_micro_batches["val/ratio"]))
+        self._stats = stats | {name: values.mean() for name, values in of_micro_batches.items()}
+        self._stats["val/ratio_var"] = ratios.var()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the figures of PPO that PPOTrainer and its stage log."""
-        if self._updates:
-            names = list(self._updates[0])
-            rows = torch.stack(
-                [torch.stack([update[name].to(self.args.device) for name in names]) for update in self._updates]
-            )
-            means = cast(torch.Tensor, self.accelerator.gather(rows.mean(0).unsqueeze(0))).mean(0)
-            self._updates = []
-            logs |= dict(zip(names, means.tolist(), strict=True)) | self._rollouts.figures.observe()
+        """Log, with the figures of PPO that PPOTrainer and its stage log; an epoch is a pass over the prompts."""
+        self.state.epoch = self.num_episodes / self.num_prompts
+        if self._stats:
+            here = torch.stack([value.to(self.args.device) for value in self._stats.values()])
+            means = cast(torch.Tensor, self.accelerator.gather(here.unsqueeze(0))).mean(0)
+            logs |= dict(zip(self._stats, means.tolist(), strict=True)) | self._rollouts.figures.observe()
             logs["episode"] = self.num_episodes
+            self._stats = {}
         super().log(logs, start_time)
 
     @property
