@@ -1,4 +1,4 @@
-"""PPO on GRPOTrainer gives PPOTrainer's figures on equal rollouts: of tokens, of micro-batches and of what is logged."""
+"""PPO on GRPOTrainer gives PPOTrainer's figures on equal rollouts: of tokens, of micro-batches, and in its log."""
 
 import json
 import re

@@ -35,12 +35,18 @@ class PolicyAndValue(nn.Module):
         self.policy = policy
         self.value = value
         self.config = policy.config
-        # The Trainer asks both of its model.
-        self.is_gradient_checkpointing = False
 
-    def gradient_checkpointing_enable(self, **options: Any) -> None:
-        cast(Any, self.policy).gradient_checkpointing_enable(**options)
-        self.is_gradient_checkpointing = True
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **_: object
+    ) -> None:
+        """Turn gradient checkpointing on; the Trainer calls it with the user's options."""
+        cast(Any, self.policy).gradient_checkpointing_enable(activation_checkpointing_kwargs)
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **_: object
+    ) -> None:
+        """Do the same under the name that older versions of transformers call."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
 
     def forward(self, num_logits: dict[str, int], **inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the policy's logits, and the values of all positions, shape (rows, length)."""

@@ -10,6 +10,7 @@ import contextlib
 import math
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +19,8 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import entropy_from_logits
@@ -50,6 +53,8 @@ class CriticTrainer(GRPOTrainer):
     The completions of `prompts` (`input_ids`) are scored by the reward model, less what `subtraction` takes off.
     """
 
+    args: CriticConfig
+
     def __init__(
         self,
         models: Models,
@@ -71,9 +76,12 @@ class CriticTrainer(GRPOTrainer):
         self.model = both
         self.model_wrapped = both
         keeps_logits = "logits_to_keep" in self.model_kwarg_keys
-        self._rollouts = Rollouts(models, args, tokenizer, subtraction, keeps_logits, self.accelerator.autocast)
+        self._rollouts = Rollouts(models, args, tokenizer, subtraction, keeps_logits, self._autocast)
         self._of_micro_batches: dict[str, list[torch.Tensor]] = defaultdict(list)
         self._stats: Stats = {}  # of an update that is not logged yet
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        return self.accelerator.autocast()
 
     # upstream: GRPOTrainer would sample here, for each micro-batch; `training_step` has done it.
     def _prepare_inputs(self, generation_batch: Any) -> Any:
@@ -84,7 +92,7 @@ class CriticTrainer(GRPOTrainer):
         self.model.eval()
         prompts = [row["input_ids"] for row in inputs]
         rollout, stats = self._rollouts.make(self.model, prompts, self.state.global_step)
-        stats["lr"] = torch.tensor(self.lr_scheduler.get_last_lr()[0])
+        stats["lr"] = torch.tensor(cast(LRScheduler, self.lr_scheduler).get_last_lr()[0])
         losses = []
         per_step = self.args.micro_batches_per_step
         last = self.args.num_ppo_epochs * len(prompts) // self.args.micro_batch_size
@@ -109,7 +117,7 @@ class CriticTrainer(GRPOTrainer):
         """Take a step of the optimizer within an update, as the Trainer takes the last one."""
         if self.args.max_grad_norm:
             self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
-        self.optimizer.step()
+        cast(Optimizer, self.optimizer).step()
         model.zero_grad()
 
     def compute_loss(

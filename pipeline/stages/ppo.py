@@ -33,6 +33,7 @@ from pipeline.training.fit import first_and_last, newest_checkpoint, save_log, s
 from pipeline.training.trainers import ppo_trainer_class
 
 if TYPE_CHECKING:
+    from pipeline.config.critic_config import CriticConfig
     from pipeline.training.trainers import PPOConfig, PPOTrainer
 
 METRICS = {
@@ -83,7 +84,7 @@ def _saving() -> dict[str, Any]:
     return {} if sharding.of_process() is None else {"save_strategy": "no"}
 
 
-def sampling(ctx: StageContext[Ppo], args: "PPOConfig") -> Sampling:
+def sampling(ctx: StageContext[Ppo], args: "PPOConfig | CriticConfig") -> Sampling:
     """Say how the policy is sampled in training."""
     return Sampling(args.temperature, args.response_length, args.local_rollout_forward_batch_size, ctx.seed)
 
@@ -103,7 +104,7 @@ def take_prompts(rows: Dataset) -> Dataset:
     return rows.map(cut, remove_columns=rows.column_names, desc="Taking answers apart")
 
 
-def load_models(ctx: StageContext[Ppo], args: "PPOConfig", prompts: list[Ids]) -> Models:
+def load_models(ctx: StageContext[Ppo], args: "PPOConfig | CriticConfig", prompts: list[Ids]) -> Models:
     """Load the four models, and check on `prompts` that the policy is its parent.
 
     The baseline is scored before there is a trainer. So the reward model is put on this process's device, and both the
