@@ -33,7 +33,6 @@ NOT_OF_PPO = {
         "log_completions log_multimodal num_completions_to_print log_unique_prompts log_completions_hub_repo"
     ),
     "`eval_data` is scored every `eval_every` updates": "eval_strategy eval_on_start",
-    "each update is logged, as PPOTrainer does": "logging_steps logging_strategy",
     "log-probabilities are computed in float32 already": "cast_lm_head_to_fp32",
     "every weight that trains takes part in every loss": "ddp_find_unused_parameters",
     "the reference of a stage is its parent": "ref_model_mixup_alpha ref_model_sync_steps",

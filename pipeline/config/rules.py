@@ -3,7 +3,7 @@
 from pipeline.config import options, rehearsal
 from pipeline.config.document import Problems
 from pipeline.config.graph import datasets
-from pipeline.config.lineage import continues
+from pipeline.config.lineage import continues, shares_backbone
 from pipeline.config.schema import BASE, Online, Options, Ppo, Reinforced, RunConfig, Source, TrainingStage
 from pipeline.config.stage_types import type_of
 from pipeline.system.errors import unknown
@@ -113,6 +113,11 @@ def check_weights(config: RunConfig, problems: Problems) -> None:
     for name, stage in config.stages.items():
         if isinstance(stage, TrainingStage):
             _check_start(config, name, stage, problems)
+        if isinstance(stage, Ppo) and stage.trainer == "grpo" and not shares_backbone(config, name):
+            wrong = "needs adapters: policy and reward model as LoRA adapters on the same weights"
+            problems.add(
+                f"`trainer: grpo` {wrong}; give both the same `init` and LoRA, or use `trainer: ppo`", "stages", name
+            )
     if scratch is None:
         return
     for dataset in scratch.tokenizer.data:

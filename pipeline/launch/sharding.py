@@ -10,8 +10,8 @@ from ruamel.yaml.error import YAMLError
 
 from pipeline.config.lineage import start_of
 from pipeline.config.options import effective, precision
-from pipeline.config.schema import Online, RunConfig, TrainingStage
-from pipeline.config.stage_types import makes, type_of
+from pipeline.config.schema import Online, Ppo, RunConfig, TrainingStage
+from pipeline.config.stage_types import makes, row_of, type_of
 from pipeline.config.type_row import ZERO_2, ZERO_3
 from pipeline.system.errors import UserError
 from pipeline.system.json_object import JsonObject
@@ -111,7 +111,10 @@ def refusal(config: RunConfig, name: str, sharding: str | None) -> str | None:
         return None
     others = ZERO_2_FILE if sharding != ZERO_2 and ZERO_2 in carried else ""
     mend = f"use {DDP_FILE}" + (f", or {others}" if others else "")
-    return f"{stage.type} does not run under {sharding}: {reason}; {mend}"
+    if isinstance(stage, Ppo) and sharding not in carried and sharding in row_of(stage.type).sharded:
+        reason = "DeepSpeed would place and cast the backbone that its models share several times"
+        mend = f"{mend}, or `trainer: {stage.type}`"
+    return f"{stage.kind} does not run under {sharding}: {reason}; {mend}"
 
 
 def _own_reason(config: RunConfig, name: str, sharding: str) -> str | None:

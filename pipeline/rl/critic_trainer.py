@@ -70,8 +70,10 @@ class CriticTrainer(GRPOTrainer):
         args.max_steps = math.ceil(episodes / self.episodes_per_update)
         unique = self.episodes_per_update // cast(int, args.num_generations)
         rows = in_order_of_training(prompts, args.max_steps, unique, args.seed)
+        policy: Any = models.policy  # TRL names narrower types than it takes
+        rewards: Any = no_rewards
         with precision_kept(models.policy):
-            super().__init__(cast(Any, models.policy), no_rewards, args, train_dataset=rows, processing_class=tokenizer)
+            super().__init__(policy, rewards, args, train_dataset=rows, processing_class=tokenizer)
         both = PolicyAndValue(models.policy, models.value).to(args.device)
         self.model = both
         self.model_wrapped = both
