@@ -1,6 +1,8 @@
 """PPO on GRPOTrainer as users run it: resumed, in bf16, with baselines, in two processes, and what it refuses."""
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -151,3 +153,212 @@ def test_a_checkpoint_holds_what_trains_and_no_more(parents, tmp_path, killed_at
     names = load_file(folder / "checkpoint-4" / TRAINED).keys()
     kinds = {kind: {name for name in names if kind in name} for kind in (".default.", ".value.", "value.score")}
     assert all(kinds.values()) and set.union(*kinds.values()) == names
+
+
+def watched_autocast(monkeypatch) -> dict[str, set]:
+    """The types of what the policy's adapters compute, in rollouts and in training, and the first ratio."""
+    seen: dict[str, set] = {"rollout": set(), "training": set(), "first ratio": set()}
+    init, compute = CriticTrainer.__init__, CriticTrainer.compute_loss
+
+    def watched(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+
+        def look(module, inputs, output):
+            seen["training" if torch.is_grad_enabled() else "rollout"].add(output.dtype)
+
+        for name, module in self.model.named_modules():
+            if name.endswith("q_proj.lora_A.default"):
+                module.register_forward_hook(look)
+
+    def losses(self, *args, **kwargs):
+        loss = compute(self, *args, **kwargs)
+        if not seen["first ratio"]:
+            seen["first ratio"].add(self._of_micro_batches["val/ratio"][0].item())
+        return loss
+
+    monkeypatch.setattr(CriticTrainer, "__init__", watched)
+    monkeypatch.setattr(CriticTrainer, "compute_loss", losses)
+    return seen
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_it_computes_in_one_precision(parents, tmp_path, monkeypatch, bf16):
+    """By default in bf16: what is sampled and what is trained. So the first update begins with a ratio of 1."""
+    seen = watched_autocast(monkeypatch)
+    own = DEFAULTS if bf16 else {}
+    metrics = train(copied(parents, tmp_path / "run", {"training": TRAINING | own})).metrics
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    assert seen["rollout"] == seen["training"] == {dtype}
+    assert seen["first ratio"] == {pytest.approx(1, abs=1e-6)}
+    assert metrics["initial_kl"] == metrics["first_kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_gradient_checkpointing_changes_nothing(parents, tmp_path):
+    """Layers are computed again in the adapter of policy or value model that they were computed in."""
+    outputs = []
+    for checkpointing in (False, True):
+        folder = tmp_path / str(checkpointing)
+        options = {"training": TRAINING | {"gradient_checkpointing": checkpointing}}
+        outputs.append((train(copied(parents, folder, options)).metrics, output_of(folder)))
+    assert outputs[0] == outputs[1]
+
+
+@pytest.mark.parametrize("method", ["sft_mean", "greedy", "reference", "leave_one_out"])
+def test_with_a_baseline_a_shift_of_each_prompt_changes_nothing(parents, tmp_path, method):
+    """The scores differ, and what is learned does not; without a baseline it does."""
+    adapters = []
+    scores = []
+    for shift in (0.0, 10.0):
+        folder = tmp_path / str(shift)
+        options = {"prompt_baseline": method, "added_shift": shift, "training": TRAINING | {"total_episodes": 16}}
+        record = train(copied(parents, folder, options))
+        scores.append(record.metrics["first_score"])
+        adapters.append(load_file(folder / "run" / "ppo" / "output" / "adapter_model.safetensors"))
+    assert abs(scores[0] - scores[1]) > 0.5
+    for name, expected in adapters[0].items():
+        torch.testing.assert_close(adapters[1][name], expected, rtol=0, atol=2e-3)
+
+
+def test_without_a_baseline_a_shift_changes_what_is_learned(parents, tmp_path):
+    adapters = []
+    for shift in (0.0, 10.0):
+        folder = tmp_path / str(shift)
+        train(copied(parents, folder, {"added_shift": shift, "training": TRAINING | {"total_episodes": 16}}))
+        adapters.append(load_file(folder / "run" / "ppo" / "output" / "adapter_model.safetensors"))
+    assert max((adapters[1][name] - expected).abs().max() for name, expected in adapters[0].items()) > 1e-2
+
+
+def test_an_alarm_keeps_the_best_policy(parents, tmp_path):
+    """The watchdog reads the same names, and counts updates."""
+    stop = {"eval_data": "held_out", "eval_every": 1, "on_alarm": "stop", "num_eval_prompts": 8}
+    wild = {"training": TRAINING | {"learning_rate": 3.0, "kl_coef": 0.0}}
+    metrics = train(copied(parents, tmp_path / "run", stop | wild)).metrics
+    assert metrics["alarms"] and metrics["updates"] < NUM_UPDATES
+    assert [entry["update"] for entry in metrics["held_out_scores"]] == list(range(metrics["updates"] + 1))
+    scores = {entry["update"]: entry["score"] for entry in metrics["held_out_scores"]}
+    assert scores[metrics["kept_update"]] == max(score for score in scores.values() if score == score)
+
+
+# What each of two processes ends with.
+PROGRAM = """
+import sys
+import torch
+from accelerate import PartialState
+from pipeline import stage
+from pipeline.config.load import load
+from pipeline.rl.critic_trainer import CriticTrainer
+
+train = CriticTrainer.train
+make_step = CriticTrainer.training_step
+prompts = []
+
+def step(self, model, inputs, *args):
+    prompts.append([row["input_ids"] for row in inputs])
+    return make_step(self, model, inputs, *args)
+
+def kept(self, *args, **options):
+    before = {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
+    train(self, *args, **options)
+    after = {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
+    torch.save((before, after, prompts), f"{sys.argv[2]}/process-{PartialState().process_index}.pt")
+
+CriticTrainer.train = kept
+CriticTrainer.training_step = step
+stage.run(load(sys.argv[1]), "ppo")
+"""
+
+
+def test_two_processes_train_one_policy_and_one_value_model(parents, tmp_path):
+    """They work on other prompts, and after every step have the same weights: of the adapters and of the value head."""
+    path = copied(parents, tmp_path / "run", {"training": SMALL | {"total_episodes": 24} | DEFAULTS})
+    (tmp_path / "program.py").write_text(PROGRAM)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    environment = {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(Path(stage.__file__).parents[1])}
+    done = subprocess.run(
+        [*command, tmp_path / "program.py", path, tmp_path],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (before, first, prompts), (_, second, others) = (
+        torch.load(tmp_path / f"process-{rank}.pt", weights_only=True) for rank in (0, 1)
+    )
+    assert len(prompts) == 3 and all(
+        not {*map(tuple, a)} & {*map(tuple, b)} for a, b in zip(prompts, others, strict=True)
+    )
+    assert first.keys() == second.keys()
+    for name, weights in first.items():
+        assert torch.equal(weights, second[name]), name
+    moved = {kind: [n for n in first if kind in n and not torch.equal(first[n], before[n])] for kind in PARTS}
+    assert all(moved.values()), moved
+    record = manifest.read(path.parent / "run").stages["ppo"]
+    assert (record.world_size, record.metrics["updates"], record.metrics["episodes"]) == (2, 3, 24)
+    assert record.metrics["first_kl"] == pytest.approx(0, abs=1e-6)
+
+
+PARTS = (".default.", ".value.", "value.score")
+
+
+def test_options_are_those_of_ppotrainer():
+    """All that a user may give to PPOTrainer, with its defaults; and of GRPOTrainer's nothing that has no effect."""
+    own, others = options._field_types(KIND), options._field_types("ppo")
+    unused = {"dataset_num_proc"}  # rows are tokenised
+    assert others.keys() - options.owned_by("ppo").keys() - unused <= own.keys()
+    for name in others.keys() & own.keys() - options.OWNED.keys() - {"num_sample_generations"}:
+        assert options._default_of(KIND, name) == options._default_of("ppo", name) or name == "disable_dropout", name
+    left = own.keys() - options._field_types("training").keys() - options.owned_by(KIND).keys()
+    assert left <= others.keys()
+
+
+REFUSED = {
+    "stages.ppo.lora": (None, "`trainer: grpo` needs adapters"),
+    "stages.reward.lora": (None, "`trainer: grpo` needs adapters"),
+    "stages.ppo.training": ({"max_steps": 3}, "PPO's length is `total_episodes`"),
+    "stages.ppo.training.num_iterations": (3, "`num_ppo_epochs`"),
+    "stages.ppo.training.use_vllm": (True, "transformers samples"),
+    "stages.ppo.training.num_mini_batches": (3, "must be a multiple of num_mini_batches"),
+    "stages.ppo.training.num_sample_generations": (2, "`trainer: ppo` alone"),
+    "stages.ppo.training.cliprnge": (0.3, "did you mean"),
+    "stages.ppo.trainer": ("trl", "expected 'ppo' or 'grpo'"),
+}
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_what_it_cannot_do_is_refused_in_the_plan(parents, tmp_path, key):
+    value, message = REFUSED[key]
+    path = copied(parents, tmp_path / "run", {})
+    with pytest.raises(UserError, match=re.escape(message)):
+        load(path, (f"{key}={json.dumps(value)}",))
+
+
+def test_deepspeed_is_refused(parents, tmp_path):
+    config = load(copied(parents, tmp_path / "run", {}))
+    message = sharding.refusal(config, "ppo", sharding.ZERO_2)
+    assert "ppo on grpo does not run under DeepSpeed ZeRO-2" in message and "`trainer: ppo`" in message
+    assert sharding.refusal(config, "ppo", None) is None
+
+
+NO_PPO_TRAINER = """
+import sys
+for name in ("trl.experimental.ppo", "trl.experimental"):
+    sys.modules[name] = None
+from pipeline import stage
+from pipeline.config.load import load
+stage.run(load(sys.argv[1]), "ppo")
+"""
+
+
+def test_it_needs_no_ppotrainer(parents, tmp_path):
+    """Where TRL has none, configs are checked and stages run."""
+    path = copied(parents, tmp_path / "run", {"training": TRAINING | {"total_episodes": 8}})
+    environment = {"PYTHONPATH": str(Path(stage.__file__).parents[1])}
+    command = [sys.executable, "-c", NO_PPO_TRAINER, path]
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert manifest.read(path.parent / "run").stages["ppo"].metrics["updates"] == 1
+
+
+def test_every_variant_is_of_a_type():
+    assert VARIANTS.keys() == {KIND}
