@@ -8,9 +8,9 @@ import pytest
 from pipeline.config import choices, options, ranges
 from pipeline.config.load import load
 from pipeline.config.ranges import ANY, RANGES, Range
-from pipeline.config.stage_types import STAGE_TYPES
+from pipeline.config.stage_types import KINDS as TYPES
 
-TRAINED = [name for name, row in STAGE_TYPES.items() if row.trl_config is not None]
+TRAINED = [name for name, row in TYPES.items() if row.trl_config is not None]
 KINDS = ("training", *TRAINED, "lora", "quantization")
 
 
@@ -35,7 +35,7 @@ def test_every_number_has_a_range(kind):
 
 def test_every_range_belongs_to_an_option():
     known = {key for kind in KINDS for key in options._field_types(kind)}
-    for kind, row in STAGE_TYPES.items():
+    for kind, row in TYPES.items():
         assert not row.trl_config or not (row.words.keys() | row.bounds.keys()) - options._field_types(kind).keys()
     assert not (RANGES.keys() | ANY) - known
     assert not {name for name in choices._WORDS if name not in known}

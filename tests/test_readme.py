@@ -175,7 +175,7 @@ def test_the_table_of_owned_options_is_the_code():
     for section, names, _ in table("owned"):
         shown.setdefault(section, []).extend(in_backticks(names))
     expected = {TRAINING: options.OWNED}
-    for kind in (*stage_types.STAGE_TYPES, "lora", "quantization"):
+    for kind in (*stage_types.KINDS, "lora", "quantization"):
         # A stage type's own, without those that every `training:` section has.
         own = {key: reason for key, reason in options.owned_by(kind).items() if options.OWNED.get(key) != reason}
         expected |= {kind: own} if own else {}
