@@ -22,7 +22,7 @@ from accelerate import PartialState
 from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.base import base_model
+from pipeline.base import base_model, dtype
 from pipeline.chain import gate, run_folder, staleness
 from pipeline.chain.staleness import Decision
 from pipeline.config import graph
@@ -201,7 +201,7 @@ def _loader(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> Loader:
     """Return what loads the run's weights, in every stage alike."""
     return Loader(
         base=config.resolve(config.model.path) if config.model.path else "",
-        dtype=config.model.dtype,
+        dtype=dtype.choose(config).dtype,
         revision=base_model.revision_of(config),
         attn_implementation=config.model.attn_implementation,
         trust_remote_code=config.model.trust_remote_code,

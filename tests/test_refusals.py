@@ -176,8 +176,10 @@ def test_all_weights_in_half_precision(path, dtype, name):
 
 @pytest.mark.parametrize("version", ["flash_attention_2", "flash_attention_3"])
 def test_flash_attention_in_float32(path, version):
-    message = refused(path, f"model.attn_implementation={version}")
-    assert "model.attn_implementation: flash attention does not compute in float32" in message
+    words = "model.attn_implementation: flash attention does not compute in float32"
+    assert words in refused(path, f"model.attn_implementation={version}", "model.dtype=float32")
+    assert words in refused(path, f"model.attn_implementation={version}", "stages.sft.lora=null")
+    assert words in refused_by_plan(path, f"model.attn_implementation={version}")  # the base's files are float32
     assert load(path, (f"model.attn_implementation={version}", "model.dtype=bfloat16"))
 
 

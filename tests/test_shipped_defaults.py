@@ -22,13 +22,7 @@ Keys = tuple[str | int, ...]
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 QUICKSTART = "quickstart.yaml"
-# Keys of a shipped config that say what they would be without them, and why they stay.
-_WEIGHED = "a comment weighs float32 against bfloat16"
-REPEATED = {
-    "smollm2-135m.yaml": {"model.dtype": _WEIGHED},
-    "qwen2.5-0.5b-lora.yaml": {"model.dtype": _WEIGHED},
-}
-# The same for options of TRL and PEFT, by the last part of their key.
+# Options of TRL and PEFT, by the last part of their key, that say what they would be without them, and why they stay.
 _CITED = "a recipe gives the number, and a comment says which"
 _SIZE = "memory, the batch or the number of steps is worked out from it"
 REPEATED_OPTIONS = {
@@ -124,7 +118,7 @@ def test_no_shipped_config_repeats_a_default(tmp_path, name):
         elif {"training", "lora"} & set(keys) and with_library_defaults(without) == with_library_defaults(shipped):
             library.add(dotted.rpartition(".")[2])
     assert num_valid > 50
-    assert own == REPEATED.get(name, {}).keys()
+    assert own == set()
     if name == QUICKSTART:
         assert library == REPEATED_BY_THE_QUICKSTART
     else:

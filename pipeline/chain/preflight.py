@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from pipeline.base import base_model, weights
+from pipeline.base import base_model, dtype, weights
 from pipeline.chain import positions
 from pipeline.config import functions
 from pipeline.config.graph import datasets, functions_of
@@ -53,6 +53,7 @@ def check(
     if config.model.path:
         base_model.architecture(config)  # or every stage would say the same of it
         weights.check_base(config, tokenizer)
+        dtype.check_attention(config)
     problems: list[str] = []
     facts: dict[str, Facts] = {}
     data = Datasets(run_data(config), tokenizer, fingerprint)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.base import base_model
+from pipeline.base import base_model, dtype
 from pipeline.config.schema import RunConfig
 from pipeline.data import fingerprints, run_tokenizer
 from pipeline.records import manifest
@@ -149,6 +149,7 @@ def prepare_run(config: RunConfig) -> Manifest:
     # The base's folder as it is here: whoever loads an output from the run folder does not know the config's place.
     path = config.model.path and config.resolve(config.model.path)
     model = config.model.model_dump(mode="json", exclude={"scratch"}) | {"path": path}
+    model["dtype"] = dtype.choose(config).dtype
     model["quantization"] = config.quantization
     model["commit"] = base_model.commit_of(config, recorded)  # later stages load the same, whatever the hub has then
     if recorded.tokenizer == tokenizer_record and saved.is_dir():

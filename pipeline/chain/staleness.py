@@ -8,6 +8,7 @@ The config of a stage is all that this package decides: the keys of our schema w
 key makes no finished stage stale, and neither does writing a default out. A default whose value changes is a change
 for every record that holds the old value. TRL's own defaults are not part of it: they belong to the version of TRL,
 which is on record, so an option that is added or taken out is a change even if its value is TRL's default.
+`model.dtype` is on record as the type that the weights had: `auto` is a change only where it stands for another one.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from pipeline.base import base_model
+from pipeline.base import base_model, dtype
 from pipeline.config import functions, graph
 from pipeline.config.graph import datasets, functions_of, parents
 from pipeline.config.options import with_defaults
@@ -85,8 +86,10 @@ def _decide_one(
     """Decide what happens to a stage; `first`: the parents that run before it."""
     record = recorded.stages.get(name)
     identity = None
+    defaults: Flat = {}
     if record is not None and not first:
         with contextlib.suppress(UserError):
+            defaults = _defaults(config, name)
             identity = identify(config, name, recorded, data)
     if redo:
         reason = "asked for with --redo"
@@ -97,7 +100,7 @@ def _decide_one(
     elif identity is None:
         reason = "its data or functions cannot be read"
     else:
-        reason = _stale(identity, record, _defaults(config, name))
+        reason = _stale(identity, record, defaults)
     return Decision(name, reason is not None, reason or CURRENT, identity)
 
 
@@ -125,7 +128,7 @@ def _config_of(config: RunConfig, name: str) -> Flat:
         training = with_defaults(stage.kind, stage.training)
         own["training"] = {key: value for key, value in training.items() if not key.startswith(NEUTRAL)}
     own["seed"] = config.seed_of(name)
-    model = config.model.model_dump(mode="json", exclude={"path"})
+    model = config.model.model_dump(mode="json", exclude={"path"}) | {"dtype": dtype.choose(config).dtype}
     if model["scratch"]:
         model["scratch"] = model["scratch"]["architecture"]
     shared = {"model": model, "quantization": config.quantization}
@@ -141,6 +144,7 @@ def _defaults(config: RunConfig, name: str) -> Flat:
     if isinstance(stage, TrainingStage):
         own["training"] = with_defaults(stage.kind, {})
     shared = _defaults_of(config)
+    shared["model"]["dtype"] = dtype.automatic(config).dtype  # `auto` is on record as what it stood for
     return _flat(own | {key: shared[key] for key in ("model", "quantization", "too_long")})
 
 

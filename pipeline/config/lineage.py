@@ -57,6 +57,20 @@ def shares_backbone(config: RunConfig, name: str) -> bool:
     return policy.adapter is not None and reward.adapter is not None and policy.full == reward.full
 
 
+def needs_float32(config: RunConfig) -> str | None:
+    """Say why the weights of the run must be float32, or return None: the base's weights stay as they are."""
+    if config.model.scratch:
+        return "the model is new"
+    for name, stage in config.stages.items():
+        if not isinstance(stage, TrainingStage):
+            continue
+        if stage.lora is None:
+            return f"{name} trains all weights"
+        if start_of(config, name).merge:
+            return f"{name} merges the adapter of {stage.init} into full weights"
+    return None
+
+
 def root(config: RunConfig) -> Place:
     """Find the model before any alignment: the base model, or the first pretrain stage of a run from scratch."""
     if config.model.path:

@@ -3,11 +3,15 @@
 from pipeline.config import options, rehearsal
 from pipeline.config.document import Problems
 from pipeline.config.graph import datasets
-from pipeline.config.lineage import continues, shares_backbone
+from pipeline.config.lineage import continues, needs_float32, shares_backbone
 from pipeline.config.schema import BASE, Online, Options, Ppo, Reinforced, RunConfig, Source, TrainingStage
 from pipeline.config.stage_types import type_of
 from pipeline.system.errors import unknown
 
+FLASH_IN_FLOAT32 = (
+    "flash attention does not compute in float32, as PPO and evaluate would; set model.dtype to bfloat16, or "
+    "attn_implementation to sdpa"
+)
 # The only values that these options of pretraining may have with a streamed dataset.
 _STREAMED: Options = {
     "dataloader_num_workers": False,
@@ -106,10 +110,9 @@ def _check_groups(name: str, stage: Ppo, problems: Problems) -> None:
 def check_weights(config: RunConfig, problems: Problems) -> None:
     """Refuse what the weights cannot do: training 4-bit weights, adapters on a model that does not exist yet."""
     scratch = config.model.scratch
-    attention = config.model.attn_implementation or ""
-    if attention.startswith("flash_attention") and config.model.dtype == "float32":
-        message = "flash attention does not compute in float32, as PPO and evaluate would; set model.dtype to bfloat16"
-        problems.add(f"{message}, or attn_implementation to sdpa", "model", "attn_implementation")
+    is_float32 = config.model.dtype == "float32" or (config.model.dtype == "auto" and needs_float32(config) is not None)
+    if is_float32 and uses_flash_attention(config):
+        problems.add(FLASH_IN_FLOAT32, "model", "attn_implementation")
     for name, stage in config.stages.items():
         if isinstance(stage, TrainingStage):
             _check_start(config, name, stage, problems)
@@ -127,16 +130,21 @@ def check_weights(config: RunConfig, problems: Problems) -> None:
         problems.add("a model from scratch cannot be quantised", "quantization")
 
 
+def uses_flash_attention(config: RunConfig) -> bool:
+    """Tell whether the models compute attention in a way that float32 does not have."""
+    return (config.model.attn_implementation or "").startswith("flash_attention")
+
+
 def _check_start(config: RunConfig, name: str, stage: TrainingStage, problems: Problems) -> None:
     """Check that a stage can train what its parent hands on, as its `lora` asks."""
     where = ("stages", name, "lora")
     parent = None if stage.init in (None, BASE) else config.section(stage.init, TrainingStage)
     if config.quantization and stage.lora is None:
         problems.add("a quantised base cannot be trained in full; give LoRA options or drop `quantization`", *where)
-    elif stage.lora is None and config.model.dtype != "float32":
+    elif stage.lora is None and config.model.dtype not in ("float32", "auto"):
         problems.add(
             f"all weights would train in {config.model.dtype}, which rounds most steps of an optimizer to nothing; "
-            "set model.dtype to float32 (with `bf16: true`, TRL's default, it computes in bf16), or give LoRA",
+            "set model.dtype to auto or float32 (with `bf16: true`, TRL's default, it computes in bf16), or give LoRA",
             *where,
         )
     elif config.quantization and parent is not None and not continues(parent, stage):

@@ -61,7 +61,7 @@ class Model(Strict):
     path: PathText | None = None
     scratch: Scratch | None = None
     revision: Text | None = None
-    dtype: Dtype = "float32"
+    dtype: Dtype | Literal["auto"] = "auto"  # what `auto` stands for: `base/dtype.py`
     attn_implementation: Text | None = None
     trust_remote_code: bool = False
 

@@ -2,6 +2,7 @@
 
 from rich.console import Console
 
+from pipeline.base import dtype
 from pipeline.chain.preflight import Facts
 from pipeline.chain.staleness import Decision
 from pipeline.config.lineage import start_of
@@ -9,7 +10,7 @@ from pipeline.config.options import effective
 from pipeline.config.schema import BASE, Evaluate, Online, RunConfig, Shift, TrainingStage
 from pipeline.config.stage_types import type_of
 from pipeline.data.audit import Audit
-from pipeline.show.screen import Cell, Table, show
+from pipeline.show.screen import Cell, Table, say, show
 from pipeline.show.tables import count
 
 
@@ -64,6 +65,23 @@ def plan_table(config: RunConfig, decisions: list[Decision], facts: dict[str, Fa
         reference = describe_reference(config, decision.stage)
         table.add(decision.stage, stage.type, start, reference, rows, steps, trains, _will(decision))
     show(table, console)
+    say(console, f"Weights: {_weights(config)}")
+    checkpointed = [one.stage for one in decisions if one.run and _recomputes(config, one.stage)]
+    if checkpointed:
+        cost = "about a quarter more time, for less memory; `gradient_checkpointing: false` turns it off"
+        say(console, f"Gradient checkpointing, on in {', '.join(checkpointed)}: {cost}")
+
+
+def _weights(config: RunConfig) -> str:
+    """Say which type the weights of the run have, and why."""
+    choice = dtype.choose(config)
+    return f"{choice.dtype} ({choice.why})"
+
+
+def _recomputes(config: RunConfig, name: str) -> bool:
+    """Tell whether a stage computes each layer a second time for the gradients, which saves memory."""
+    stage = config.stages[name]
+    return isinstance(stage, TrainingStage) and bool(effective(stage.type, stage.training)["gradient_checkpointing"])
 
 
 def _will(decision: Decision) -> Cell:

@@ -27,7 +27,7 @@ def run(ctx: StageContext[Offline]) -> Result:
         args.packing = False
         args.ignore_data_skip = True
     if scratch and ctx.stage.init == BASE:
-        model = from_scratch(scratch.architecture, ctx.tokenizer, ctx.config.model.dtype, ctx.seed)
+        model = from_scratch(scratch.architecture, ctx.tokenizer, ctx.loader.dtype, ctx.seed)
     else:
         model = continue_policy(ctx.loader, ctx.start(), ctx.stage.lora, ctx.seed)
     with precision_kept(model):

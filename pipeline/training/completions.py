@@ -29,7 +29,7 @@ def identity_of(ctx: StageContext[Stage], stage: str) -> str:
     if record is not None:
         return digest([record.config_digest, record.inputs, record.output.files])
     if ctx.config.model.path:
-        return digest([base_model.fingerprint(ctx.config), ctx.config.model.dtype, ctx.config.quantization])
+        return digest([base_model.fingerprint(ctx.config), ctx.loader.dtype, ctx.config.quantization])
     full = root(ctx.config).full
     assert full is not None, "a run from scratch has a pretrain stage"
     return identity_of(ctx, full.split("/")[0])  # the stage's own folder, which has its name
