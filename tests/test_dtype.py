@@ -197,7 +197,7 @@ def test_a_hub_model_whose_config_says_nothing(path, hub_model):
 
 def test_a_hub_model_that_is_not_here(path, hub_model, cli):
     shutil.rmtree(hub_model)
-    with pytest.raises(UserError, match="model.path: no model at 'own/typed'"):
+    with pytest.raises(UserError, match=r"model\.path: no model at 'own/typed'"):
         chosen(path)
     assert chosen(path, "model.dtype=bfloat16") == "bfloat16"
     exit_code, _, err = cli("plan", "tiny.yaml")
