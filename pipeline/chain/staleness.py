@@ -128,7 +128,8 @@ def _config_of(config: RunConfig, name: str) -> Flat:
         training = with_defaults(stage.kind, stage.training)
         own["training"] = {key: value for key, value in training.items() if not key.startswith(NEUTRAL)}
     own["seed"] = config.seed_of(name)
-    model = config.model.model_dump(mode="json", exclude={"path"}) | {"dtype": dtype.choose(config).dtype}
+    model = config.model.model_dump(mode="json", exclude={"path"})
+    model["dtype"] = dtype.choose(config).dtype
     if model["scratch"]:
         model["scratch"] = model["scratch"]["architecture"]
     shared = {"model": model, "quantization": config.quantization}

@@ -12,7 +12,7 @@ from pipeline.config import architecture, options, ranges, rehearsal
 from pipeline.config.document import Document, Problems, kind_of, plain, shown
 from pipeline.config.references import wire
 from pipeline.config.schema import REPORT, RESERVED, Options, RunConfig, TrainingStage, variant_of
-from pipeline.config.stage_types import KINDS, STAGE_TYPES
+from pipeline.config.stage_types import KINDS, STAGE_TYPES, missing_trainer
 from pipeline.system.errors import all_of, nearest, reason_of
 
 M = TypeVar("M", bound=BaseModel)
@@ -29,6 +29,7 @@ def load(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     problems = Problems()
     _check_numbers(raw, problems)
     numbers = [loc for loc, _ in problems]
+    _check_trainers(raw, problems)
     _coerce_options(raw, problems)
     config = _parse(raw, document.path.resolve(), problems)
     if config is not None and not problems:
@@ -158,18 +159,32 @@ def _check_base(config: RunConfig, problems: Problems) -> None:
         problems.add(fault, "model", "path")
 
 
-def _sections(raw: Options) -> Iterator[tuple[tuple[str, ...], str, Options]]:
-    """Go through every section that belongs to a library: (location, kind, options)."""
-    places: dict[tuple[str, ...], str] = {(key,): key for key in ("training", "lora", "quantization")}
-    places["model", "scratch", "architecture"] = "architecture"
+def _trained_stages(raw: Options) -> Iterator[tuple[str, str]]:
+    """Return the names of the stages that train, each with its type, or the variant that its `trainer` asks for."""
     stages = raw.get("stages")
     for name in stages if isinstance(stages, dict) else ():
         stage_type = str(_at(raw, "stages", name, "type") or name)
         if stage_type in STAGE_TYPES and issubclass(STAGE_TYPES[stage_type].section, TrainingStage):
-            places["stages", name, "lora"] = "lora"
             kind = variant_of(stage_type, _at(raw, "stages", name, "trainer"))
-            # The schema refuses a trainer that its type does not have.
-            places["stages", name, "training"] = kind if kind in KINDS else stage_type
+            yield name, kind if kind in KINDS else stage_type  # the schema refuses a trainer that its type does not have
+
+
+def _check_trainers(raw: Options, problems: Problems) -> None:
+    """Check that the installed TRL has the trainer of each stage."""
+    for name, kind in _trained_stages(raw):
+        fault = missing_trainer(kind)
+        if fault is not None:
+            problems.add(fault, "stages", name)
+
+
+def _sections(raw: Options) -> Iterator[tuple[tuple[str, ...], str, Options]]:
+    """Go through every section that belongs to a library: (location, kind, options)."""
+    places: dict[tuple[str, ...], str] = {(key,): key for key in ("training", "lora", "quantization")}
+    places["model", "scratch", "architecture"] = "architecture"
+    for name, kind in _trained_stages(raw):
+        places["stages", name, "lora"] = "lora"
+        if missing_trainer(kind) is None:  # or nothing would know its options
+            places["stages", name, "training"] = kind
     for loc, kind in places.items():
         section = _at(raw, *loc)
         if isinstance(section, dict):

@@ -42,6 +42,8 @@ class StageType:
     rows: str  # the kind of row it reads, by its name in `data/rows.py`
     makes: Makes
     trl_config: str | None = None  # the class that takes `training:`; None: it trains nothing
+    last_trl: str | None = None  # the last version of TRL that has its trainer; None: later ones have it too
+    instead: str = ""  # what to say in the config under later versions
     references: tuple[Reference, ...] = ()
     has_reference: bool = False  # whether a reference policy keeps it near its parent
     length_option: str | None = None  # limits a row's tokens; None: rows are cut into pieces
