@@ -211,8 +211,9 @@ def float32_logits(model: Model) -> None:
 
 
 def _logits_to_float32(_: nn.Module, __: object, output: CausalLMOutput) -> CausalLMOutput:
-    assert output.logits is not None
-    output.logits = output.logits.float()
+    logits = getattr(output, "logits", None)
+    if logits is not None:  # trainers of TRL 1.16 ask for log-probabilities instead, which are float32
+        output.logits = logits.float()
     return output
 
 

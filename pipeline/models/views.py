@@ -86,7 +86,8 @@ class _Hidden(nn.Module):
         self._forward = partial(backbone.hidden_states, adapter)  # a closure: the backbone is no submodule
 
     def forward(self, **inputs: Any) -> BaseModelOutput:
-        return BaseModelOutput(hidden_states=(self._forward(**inputs),))
+        hidden = self._forward(**inputs)
+        return BaseModelOutput(last_hidden_state=hidden, hidden_states=(hidden,))  # later versions read the first
 
 
 class ScoreView(nn.Module):

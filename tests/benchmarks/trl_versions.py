@@ -107,7 +107,7 @@ def run_chain(python: Path, folder: Path) -> Outcome:
 
 
 def _rlhf(python: Path, config: Path, *options: str) -> str | None:
-    """Call `rlhf run`; returns None, or the last line of what it said when it failed."""
+    """Call `rlhf run`; returns None, or the last line with an error of what it said when it failed."""
     environment = os.environ | {"PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [python, "-m", "pipeline", "run", config, *options]
     done = subprocess.run(command, env=environment, cwd=config.parent, capture_output=True, text=True)
@@ -116,7 +116,9 @@ def _rlhf(python: Path, config: Path, *options: str) -> str | None:
     if done.returncode == 0:
         return None
     lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-    return f"exit code {done.returncode}: {lines[-1]}"
+    errors = [line for line in lines if "Error: " in line or "error: " in line or "stages." in line]
+    words = (errors or lines)[-1].replace(f"{config.parent}/", "")
+    return f"exit code {done.returncode}: {words}"
 
 
 def _metrics(folder: Path) -> dict[str, dict[str, float]]:
