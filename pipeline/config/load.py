@@ -12,7 +12,7 @@ from pipeline.config import architecture, options, ranges, rehearsal
 from pipeline.config.document import Document, Problems, kind_of, plain, shown
 from pipeline.config.references import wire
 from pipeline.config.schema import REPORT, RESERVED, Options, RunConfig, TrainingStage, variant_of
-from pipeline.config.stage_types import KINDS, STAGE_TYPES, missing_trainer
+from pipeline.config.stage_types import KINDS, STAGE_TYPES
 from pipeline.system.errors import all_of, nearest, reason_of
 
 M = TypeVar("M", bound=BaseModel)
@@ -166,13 +166,16 @@ def _trained_stages(raw: Options) -> Iterator[tuple[str, str]]:
         stage_type = str(_at(raw, "stages", name, "type") or name)
         if stage_type in STAGE_TYPES and issubclass(STAGE_TYPES[stage_type].section, TrainingStage):
             kind = variant_of(stage_type, _at(raw, "stages", name, "trainer"))
-            yield name, kind if kind in KINDS else stage_type  # the schema refuses a trainer that its type does not have
+            yield (
+                name,
+                kind if kind in KINDS else stage_type,
+            )  # the schema refuses a trainer that its type does not have
 
 
 def _check_trainers(raw: Options, problems: Problems) -> None:
     """Check that the installed TRL has the trainer of each stage."""
     for name, kind in _trained_stages(raw):
-        fault = missing_trainer(kind)
+        fault = rehearsal.missing_trainer(kind)
         if fault is not None:
             problems.add(fault, "stages", name)
 
@@ -183,7 +186,7 @@ def _sections(raw: Options) -> Iterator[tuple[tuple[str, ...], str, Options]]:
     places["model", "scratch", "architecture"] = "architecture"
     for name, kind in _trained_stages(raw):
         places["stages", name, "lora"] = "lora"
-        if missing_trainer(kind) is None:  # or nothing would know its options
+        if rehearsal.missing_trainer(kind) is None:  # or nothing would know its options
             places["stages", name, "training"] = kind
     for loc, kind in places.items():
         section = _at(raw, *loc)

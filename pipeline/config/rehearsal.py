@@ -1,6 +1,8 @@
-"""Build the class that takes a section of the config, to let its own checks speak before any compute."""
+"""Build the class that takes a section of the config, or see that it is missing, before any compute."""
 
 import contextlib
+import importlib.metadata
+import importlib.util
 import os
 import tempfile
 from collections.abc import Iterator
@@ -59,3 +61,17 @@ def rehearse(kind: str, values: Options) -> str | None:
         return " ".join(str(error).split())
     check = row_of(kind).check_options
     return None if check is None else check(args)
+
+
+def missing_trainer(kind: str) -> str | None:
+    """Say what a type, or variant, lacks in the version of TRL that is installed, and what to do; None: nothing."""
+    row = row_of(kind)
+    if row.trl_config is None or row.last_trl is None:
+        return None
+    module, _, name = row.trl_config.partition(":")
+    with contextlib.suppress(ModuleNotFoundError):  # of the package that it was in
+        if importlib.util.find_spec(module) is not None:
+            return None
+    trainer = name.replace("Config", "Trainer")
+    fault = f"needs {trainer}, which TRL {importlib.metadata.version('trl')} does not have; {row.last_trl} was the last"
+    return f"{fault}. Install that one (`pip install 'trl=={row.last_trl}.*'`), or {row.instead}"

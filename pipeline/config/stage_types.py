@@ -4,11 +4,8 @@ Nothing else compares the names of types. A new type is a row here, a file in `s
 that no other type reads, a class in `data/rows.py`.
 """
 
-import contextlib
 import dataclasses
 import functools
-import importlib.metadata
-import importlib.util
 import pkgutil
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -278,20 +275,6 @@ def makes(stage: Stage, *kinds: Makes) -> bool:
 def stages_that_make(config: RunConfig, *kinds: Makes) -> Iterator[str]:
     """Return the names of the stages that hand on one of these, in order."""
     return (name for name, stage in config.stages.items() if makes(stage, *kinds))
-
-
-def missing_trainer(kind: str) -> str | None:
-    """Say what a type, or variant, lacks in the version of TRL that is installed, and what to do; None: nothing."""
-    row = row_of(kind)
-    if row.trl_config is None or row.last_trl is None:
-        return None
-    module, _, name = row.trl_config.partition(":")
-    with contextlib.suppress(ModuleNotFoundError):  # of the package that it was in
-        if importlib.util.find_spec(module) is not None:
-            return None
-    trainer = name.replace("Config", "Trainer")
-    fault = f"needs {trainer}, which TRL {importlib.metadata.version('trl')} does not have; {row.last_trl} was the last"
-    return f"{fault}. Install that one (`pip install 'trl=={row.last_trl}.*'`), or {row.instead}"
 
 
 def config_class(kind: str) -> type[Any]:
