@@ -10,6 +10,8 @@ from typing import Literal
 
 import torch
 
+from pipeline.training.rollouts import masked_mean
+
 PADDING = 1.0  # PPOTrainer's log-probability of padding, which is in the figures that it logs
 
 
@@ -46,11 +48,6 @@ def masks(lengths: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor
     """Return which positions hold tokens, and which have a value that counts."""
     positions = torch.arange(width, device=lengths.device).expand(len(lengths), -1)
     return positions < lengths.unsqueeze(1), positions <= lengths.unsqueeze(1)
-
-
-def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Return the mean of the values in the mask."""
-    return (values * mask).sum() / mask.sum()
 
 
 def whitened(values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) -> torch.Tensor:

@@ -160,7 +160,7 @@ class _Narrow:
             output.logits = CompletionLogits(output.logits, self._rollout.length - 1)
 
 
-def _masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Return the mean where `mask` is true; 0 if it is true nowhere, where TRL's is NaN and ruins the weights.
 
     A completion that begins with the pad token has no token to train on, and may be alone in its micro-batch.
@@ -200,7 +200,7 @@ def lean(ppo_trainer: ModuleType, policies: list[nn.Module], eos_token_id: int) 
             "batch_generation": rollout.sample,
             "selective_log_softmax": select_from,
             "forward": forward_narrow,
-            "masked_mean": _masked_mean,
+            "masked_mean": masked_mean,
             "gc": SimpleNamespace(collect=lambda: 0),
             "empty_cache": lambda: None,
         }.items():
