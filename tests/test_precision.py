@@ -81,7 +81,7 @@ class Kept:
         self.before: dict[str, torch.Tensor] = {}
         for module in (pretrain, sft, reward, rloo_grpo, dpo, kto):
             monkeypatch.setattr(module, "fit", functools.partial(self._fit, fit.fit))
-        monkeypatch.setattr(ppo, "_train", functools.partial(self._train, ppo._train))
+        monkeypatch.setattr(ppo, "train_checked", functools.partial(self._train, ppo.train_checked))
 
     def _remember(self, model: Any) -> None:
         self.model = model
@@ -93,11 +93,11 @@ class Kept:
         self.model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         return result
 
-    def _train(self, original: Any, ctx: Any, trainer: Any, made: Any, *args: Any) -> float:
+    def _train(self, original: Any, ctx: Any, made: Any, *args: Any) -> float:
         self._remember(made.policy)
         self.value_head = made.value.score
         self.value_before = made.value.score.weight.detach().clone()
-        return original(ctx, trainer, made, *args)
+        return original(ctx, made, *args)
 
 
 @pytest.fixture
