@@ -81,7 +81,7 @@ def _weights(config: RunConfig) -> str:
 def _recomputes(config: RunConfig, name: str) -> bool:
     """Tell whether a stage computes each layer a second time for the gradients, which saves memory."""
     stage = config.stages[name]
-    return isinstance(stage, TrainingStage) and bool(effective(stage.type, stage.training)["gradient_checkpointing"])
+    return isinstance(stage, TrainingStage) and bool(effective(stage.kind, stage.training)["gradient_checkpointing"])
 
 
 def _will(decision: Decision) -> Cell:
