@@ -28,7 +28,8 @@ REPO = HERE.parents[1]
 TABLE = HERE / "trl_versions.md"
 PINNED = "1.12.0"
 VERSIONS = (PINNED, "1.13.0", "1.14.0", "1.15.0", "1.16.0")
-TYPES = ("pretrain", "sft", "reward", "shift", "ppo", "rloo", "grpo", "dpo", "kto", "evaluate")
+ON_GRPO = "ppo-on-grpo"  # a stage of ppo with the other trainer
+TYPES = ("pretrain", "sft", "reward", "shift", "ppo", ON_GRPO, "rloo", "grpo", "dpo", "kto", "evaluate")
 TIMES = ("runtime", "per_second", "duration", "time")  # parts of the names of metrics that differ from run to run
 OTHERS = ("torch", "transformers", "peft", "accelerate", "datasets")
 
@@ -65,11 +66,12 @@ def write_chain(folder: Path) -> tuple[Path, Path]:
         "sft": tiny.SFT,
         "reward": tiny.REWARD | {"eval_data": "held_out"},
         "shift": {"data": "held_out", "policy": "sft", "max_new_tokens": 8},
+        ON_GRPO: tiny.PPO | {"type": "ppo", "trainer": "grpo"},
         "rloo": {"data": "demonstrations", "training": online},
         "grpo": {"data": "demonstrations", "training": online},
         "dpo": tiny.DPO,
         "kto": {"data": "unpaired"},
-        "evaluate": {"data": "held_out", "max_new_tokens": 8, "policies": ["rloo", "grpo", "dpo", "kto"]},
+        "evaluate": {"data": "held_out", "max_new_tokens": 8, "policies": [ON_GRPO, "rloo", "grpo", "dpo", "kto"]},
     }
     training = {"use_cpu": True, "max_steps": 4, "learning_rate": 1e-3, "logging_steps": 1}
     folder.mkdir(parents=True)
