@@ -91,6 +91,14 @@ def test_lora_is_inherited_unless_it_is_given(resolve):
     assert all(stage.lora is None for name, stage in resolve(lora=None).stages.items() if name != "evaluate")
 
 
+def test_ppo_makes_checkpoints_by_updates(resolve):
+    for training in ({"training": {"save_strategy": "epoch"}}, {"stages.ppo.training.save_strategy": "epoch"}):
+        with pytest.raises(
+            UserError, match=r"training\.save_strategy: PPO makes checkpoints"
+        ):
+            resolve(**training)
+
+
 def test_shared_training_options(resolve):
     shared = {"bf16": False, "logging_steps": 5, "save_steps": 7, "weight_decay": 0.1}
     stages = resolve(training=shared, **{"stages.sft.training": {"logging_steps": 1}}).stages

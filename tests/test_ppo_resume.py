@@ -84,6 +84,8 @@ CASES = {
     "several passes": {"training": SMALL},
     "leave one out": LEAVE_ONE_OUT | {"training": SMALL},
     "sft mean, held out": {"prompt_baseline": "sft_mean", "eval_data": "held_out", "eval_every": 3},
+    "greedy": {"prompt_baseline": "greedy"},
+    "answers of the rows": {"prompt_baseline": "reference"},
     "gradient checkpointing": {"training": TRAINING | {"gradient_checkpointing": True}},
     FULL: {"lora": None},
 }

@@ -127,6 +127,9 @@ def _own_reason(config: RunConfig, name: str, sharding: str) -> str | None:
         return why if start_of(config, name).merge else None
     if isinstance(stage, Online) and effective(stage.kind, stage.training)["beta"]:
         return REASONS[ZERO_2]
+    # accelerate fills in 1.0 where DeepSpeed's own options do not say it, and PPOTrainer tells it nothing else.
+    if isinstance(stage, Ppo) and effective(stage.kind, stage.training)["max_grad_norm"] != 1.0:
+        return "gradients would be clipped to a norm of 1.0, whatever `max_grad_norm` says (leave it out)"
     if makes(stage, "reward model") and precision(stage.kind, stage.training) != "no":
         return "in mixed precision it rounds the score head, and the saved model scores otherwise (`bf16: false` works)"
     return None

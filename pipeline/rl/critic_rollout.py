@@ -132,17 +132,19 @@ class Rollouts:
             pad(answers, (0, width - answers.shape[1]), value=self._pad),
         )
         sequences = torch.cat(prompts_and_answers, 1)
-        log_probs, values, _ = self.forward(model, sequences, width)
+        log_probs, values, logits = self.forward(model, sequences, width)
+        del logits  # before the reference makes its own
         with self._autocast():
             inputs, num_logits = self._inputs(sequences, width)
             reference = self._log_probs(self._models.reference(**inputs, **num_logits).logits, sequences, width)[0]
+        eos = self._tokenizer.eos_token_id
+        # As PPOTrainer, which looks behind padding that was sampled too.
+        ended = torch.tensor([eos in ids for ids in completions], device=device)
         completions = [self._cut(ids) for ids in completions]
         rows = [[*prompt, *ids] for prompt, ids in zip(prompts, completions, strict=True)]
         scores = torch.tensor(scoring.score(self._models.reward, rows, self._pad, len(rows)), device=device)
         raw, base = self._subtraction([tuple(prompt) for prompt in prompts], scores)
         lengths = torch.tensor([len(ids) for ids in completions], device=device)
-        eos = self._tokenizer.eos_token_id
-        ended = torch.tensor([eos in ids for ids in completions], device=device)
         self.figures.chunks.append(ScoredChunk(raw, raw - base, lengths, ended, values))
         return Scored(sequences, lengths, ended, raw - base, log_probs, reference, values)
 
@@ -195,5 +197,6 @@ class Rollouts:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the log-probabilities of the last `width` tokens at the temperature of sampling, and the logits."""
         # The logits at position t - 1 are the distribution of token t.
-        logits = logits[:, -width - 1 : -1] / (self._args.temperature + 1e-7)
+        logits = logits[:, -width - 1 : -1]
+        logits /= self._args.temperature + 1e-7  # in place: it may be the largest tensor there is
         return selective_log_softmax(logits, sequences[:, -width:]), logits

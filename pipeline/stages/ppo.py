@@ -1,7 +1,7 @@
 """Step 3: PPO against the run's reward model, with KL to the parent policy.
 
-PPOTrainer's loop is TRL's, unmodified. The reward model it is given subtracts the baseline (`rl/centred_reward.py`),
-and a subclass adds figures to its log.
+PPOTrainer's loop is TRL's, unmodified; it samples and computes with less (`training/rollouts.py`). The reward model
+that it is given subtracts the baseline (`rl/centred_reward.py`), and a subclass adds figures to its log.
 """
 
 import contextlib
@@ -130,7 +130,8 @@ def load_models(ctx: StageContext[Ppo], args: "PPOConfig | CriticConfig", prompt
         start_from_zero(models.value)
     if args.gradient_checkpointing:  # PPOTrainer's own loop never enables it
         for model in [models.policy] if shared else [models.policy, models.value]:
-            cast(PreTrainedModel, model).gradient_checkpointing_enable()  # a PeftModel hands it on
+            enable = cast(PreTrainedModel, model).gradient_checkpointing_enable  # a PeftModel hands it on
+            enable(gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs)
     to_device(models.reward)
     models.policy.eval()
     return models

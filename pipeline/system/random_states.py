@@ -8,14 +8,14 @@ import torch
 
 
 def random_states() -> dict[str, Any]:
-    """Return the states of the generators of python, numpy and torch, on the CPU and on every GPU that is in use."""
+    """Return the states of the generators of python, numpy and torch, on the CPU and on this process's GPU."""
     states: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": np.random.get_state(),
         "torch": torch.random.get_rng_state(),
     }
     if torch.cuda.is_initialized():
-        states["cuda"] = torch.cuda.random.get_rng_state_all()
+        states["cuda"] = torch.cuda.get_rng_state()
     return states
 
 
@@ -25,4 +25,4 @@ def set_random_states(states: dict[str, Any]) -> None:
     np.random.set_state(states["numpy"])
     torch.random.set_rng_state(states["torch"])
     if "cuda" in states:
-        torch.cuda.random.set_rng_state_all(states["cuda"])
+        torch.cuda.set_rng_state(states["cuda"])
