@@ -93,9 +93,7 @@ def test_lora_is_inherited_unless_it_is_given(resolve):
 
 def test_ppo_makes_checkpoints_by_updates(resolve):
     for training in ({"training": {"save_strategy": "epoch"}}, {"stages.ppo.training.save_strategy": "epoch"}):
-        with pytest.raises(
-            UserError, match=r"training\.save_strategy: PPO makes checkpoints"
-        ):
+        with pytest.raises(UserError, match=r"training\.save_strategy: PPO makes checkpoints"):
             resolve(**training)
 
 
