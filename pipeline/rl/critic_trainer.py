@@ -32,6 +32,7 @@ from pipeline.models.views import ScoreView
 from pipeline.rl.advantages import PADDING, Rollout, policy_loss, value_loss
 from pipeline.rl.centred_reward import Subtraction
 from pipeline.rl.critic_rollout import PolicyAndValue, Rollouts, Stats
+from pipeline.training.rollouts import can_leave_out_logits
 from pipeline.training.trainers import TRAINED
 
 
@@ -77,7 +78,7 @@ class CriticTrainer(GRPOTrainer):
         both = PolicyAndValue(models.policy, models.value).to(args.device)
         self.model = both
         self.model_wrapped = both
-        keeps_logits = "logits_to_keep" in self.model_kwarg_keys
+        keeps_logits = can_leave_out_logits(models.policy)
         self._rollouts = Rollouts(models, args, tokenizer, subtraction, keeps_logits, self._autocast)
         self._of_micro_batches: dict[str, list[torch.Tensor]] = defaultdict(list)
         self._stats: Stats = {}  # of an update that is not logged yet

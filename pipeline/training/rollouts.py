@@ -135,15 +135,20 @@ def _widened(rows: torch.Tensor, width: int, value: float) -> torch.Tensor:
     return nn.functional.pad(rows, (0, width - rows.shape[1]), value=value)
 
 
+def can_leave_out_logits(model: nn.Module) -> bool:
+    """Tell whether a policy can compute the logits of its last positions alone."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    return "logits_to_keep" in inspect.signature(inner.forward).parameters
+
+
 class _Narrow:
     """Let a policy, while `keep` is set, compute the logits of the last `keep` positions alone and no hidden states."""
 
     def __init__(self, model: nn.Module, rollout: _Rollout):
         self.keep: int | None = None
         self._rollout = rollout
-        inner = model.get_base_model() if isinstance(model, PeftModel) else model
         hooks = []
-        if "logits_to_keep" in inspect.signature(inner.forward).parameters:
+        if can_leave_out_logits(model):
             hooks = [
                 model.register_forward_pre_hook(self._ask, with_kwargs=True),
                 model.register_forward_hook(self._answer),
