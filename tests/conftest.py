@@ -47,6 +47,26 @@ def write_rows():
     return tiny.write_rows
 
 
+@pytest.fixture
+def killed_at(monkeypatch):
+    """`killed_at(step)`: the next stage dies by `tiny.Killed` after the checkpoint of this step; None: it lives."""
+    import tiny
+
+    from pipeline.training import checkpoints
+
+    mark = checkpoints.MarkComplete.on_save
+
+    def arrange(step: int | None) -> None:
+        def mark_then_die(self, args, state, control, **kwargs):
+            mark(self, args, state, control, **kwargs)
+            if state.global_step == step:
+                raise tiny.Killed
+
+        monkeypatch.setattr(checkpoints.MarkComplete, "on_save", mark_then_die)
+
+    return arrange
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     import torch

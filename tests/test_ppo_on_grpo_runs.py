@@ -75,26 +75,6 @@ def output_of(folder: Path) -> bytes:
     return (folder / "run" / "ppo" / "output" / "adapter_model.safetensors").read_bytes()
 
 
-class Killed(Exception):
-    pass
-
-
-@pytest.fixture
-def killed_at(monkeypatch):
-    """`killed_at(update)`: the next PPO stage dies after the checkpoint of this update."""
-    mark = checkpoints.MarkComplete.on_save
-
-    def arrange(update: int | None) -> None:
-        def mark_then_die(self, args, state, control, **kwargs):
-            mark(self, args, state, control, **kwargs)
-            if state.global_step == update:
-                raise Killed
-
-        monkeypatch.setattr(checkpoints.MarkComplete, "on_save", mark_then_die)
-
-    return arrange
-
-
 CASES = {
     "plain": {},
     "several passes": {"training": SMALL},
@@ -113,7 +93,7 @@ def test_resumed_is_uninterrupted(parents, tmp_path, killed_at, case):
     killed = (2, 6) if case == "several passes" else (4,)
     for update in killed:
         killed_at(update)
-        with pytest.raises(Killed):
+        with pytest.raises(tiny.Killed):
             train(path)
     killed_at(None)
     record = train(path)
@@ -128,7 +108,7 @@ def test_killed_after_its_last_update(parents, tmp_path, killed_at):
     """There is nothing left to train, and it trains nothing more."""
     path = copied(parents, tmp_path / "run", {})
     killed_at(NUM_UPDATES)
-    with pytest.raises(Killed):
+    with pytest.raises(tiny.Killed):
         train(path)
     saved = load_file(path.parent / "run" / "ppo" / "checkpoints" / f"checkpoint-{NUM_UPDATES}" / TRAINED)
     killed_at(None)
@@ -143,7 +123,7 @@ def test_killed_after_its_last_update(parents, tmp_path, killed_at):
 def test_a_checkpoint_holds_what_trains_and_no_more(parents, tmp_path, killed_at):
     path = copied(parents, tmp_path / "run", {})
     killed_at(4)
-    with pytest.raises(Killed):
+    with pytest.raises(tiny.Killed):
         train(path)
     folder = path.parent / "run" / "ppo" / "checkpoints"
     assert sorted(file.name for file in folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]

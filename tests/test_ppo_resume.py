@@ -19,7 +19,8 @@ from pipeline.training import checkpoints
 from pipeline.training.trainers import TRAINED
 
 TWO_PROCESSES = Path(__file__).parents[1] / "accelerate_configs" / "cpu_2_processes.yaml"
-OTHER_TIMES = ("eps",)  # episodes per second
+# Of PPOTrainer: episodes per second; of GRPOTrainer: seconds, and the mean loss since the start or the resumption.
+OTHER_TIMES = ("eps", "step_time", "train_loss", "train_runtime", "train_samples_per_second", "train_steps_per_second")
 NUM_UPDATES = 7  # 12 prompts in batches of 8: a pass over the prompts is one update
 TRAINING = tiny.PPO["training"] | {
     "total_episodes": 8 * NUM_UPDATES,
@@ -30,10 +31,6 @@ TRAINING = tiny.PPO["training"] | {
 LEAVE_ONE_OUT = {"prompt_baseline": "leave_one_out", "baseline_completions": 4}
 # Half of the batch: a pass over the prompts has three updates.
 SMALL = TRAINING | {"gradient_accumulation_steps": 1, "total_episodes": 4 * NUM_UPDATES}
-
-
-class Killed(Exception):
-    pass
 
 
 def write(folder: Path, options: dict, **top) -> Path:
@@ -60,22 +57,6 @@ def log_of(folder: Path) -> list[dict]:
 def bytes_of(folder: Path) -> dict[str, bytes]:
     output = folder / "run" / "ppo" / "output"
     return {file.name: file.read_bytes() for file in sorted(output.glob("*.safetensors"))}
-
-
-@pytest.fixture
-def killed_at(monkeypatch):
-    """`killed_at(update)`: the next PPO stage dies after the checkpoint of this update."""
-    mark = checkpoints.MarkComplete.on_save
-
-    def arrange(update: int | None) -> None:
-        def mark_then_die(self, args, state, control, **kwargs):
-            mark(self, args, state, control, **kwargs)
-            if state.global_step == update:
-                raise Killed
-
-        monkeypatch.setattr(checkpoints.MarkComplete, "on_save", mark_then_die)
-
-    return arrange
 
 
 FULL = "separate models"
@@ -111,7 +92,7 @@ def test_resumed_is_uninterrupted(tmp_path, killed_at, case, dtype):
     killed = (2, 6) if case == "several passes" else (4,)
     for update in killed:
         killed_at(update)
-        with pytest.raises(Killed):
+        with pytest.raises(tiny.Killed):
             train(path)
     killed_at(None)
     record = train(path)
@@ -128,7 +109,7 @@ def test_killed_after_its_last_update(tmp_path, killed_at):
     for name in ("sft", "reward"):
         stage.run(config, name)
     killed_at(NUM_UPDATES)
-    with pytest.raises(Killed):
+    with pytest.raises(tiny.Killed):
         train(path)
     killed_at(None)
     record = train(path)
@@ -141,7 +122,7 @@ def test_a_checkpoint_holds_what_trains_and_no_more(tmp_path, killed_at):
     for name in ("sft", "reward"):
         stage.run(config, name)
     killed_at(4)
-    with pytest.raises(Killed):
+    with pytest.raises(tiny.Killed):
         train(path)
     folder = tmp_path / "run" / "ppo" / "checkpoints"
     assert sorted(file.name for file in folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
@@ -150,11 +131,19 @@ def test_a_checkpoint_holds_what_trains_and_no_more(tmp_path, killed_at):
     assert files == expected | {checkpoints.MARKER}
 
 
-def test_two_processes_that_were_killed_go_on(tmp_path):
+# With TRL's defaults: PPO on GRPOTrainer computes in bf16, PPOTrainer in the type of the weights.
+TRAINERS = {"ppo": {}, "grpo": {"bf16": True}}
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_two_processes_that_were_killed_go_on(tmp_path, trainer):
     """Each process goes on with its own random numbers and its own place in the prompts."""
     training = TRAINING | {"per_device_train_batch_size": 2, "total_episodes": 8 * 40, "save_steps": 10}
-    training |= {"learning_rate": 1e-3}
+    training |= {"learning_rate": 1e-3, "gradient_checkpointing": True} | TRAINERS[trainer]
     options = {"prompt_baseline": "sft_mean", "eval_data": "held_out", "eval_every": 7, "training": training}
+    if trainer == "grpo":
+        options |= {"trainer": trainer}
+        del training["num_sample_generations"]
     whole = tmp_path / "whole"
     parts = tmp_path / "parts"
     config = load(write(whole, options))

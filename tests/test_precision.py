@@ -21,7 +21,7 @@ from pipeline.config.load import load
 from pipeline.data.encode import prompt_ids
 from pipeline.models import loading, scoring
 from pipeline.records import manifest
-from pipeline.stages import dpo, kto, ppo, pretrain, reward, rloo_grpo, sft
+from pipeline.stages import dpo, kto, ppo, ppo_on_grpo, pretrain, reward, rloo_grpo, sft
 from pipeline.system.errors import UserError
 from pipeline.training import context, divergence, fit
 
@@ -35,7 +35,8 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "4-bit, bf16 autocast": {"dtype": "bfloat16", "quantization": FOUR_BIT},
 }
 WEIGHTS = {"LoRA": tiny.LORA, "all": None}
-CHAIN = ("pretrain", "sft", "reward", "ppo", "rloo", "grpo", "dpo", "kto", "shift", "evaluate")
+ON_GRPO = "ppo-on-grpo"  # PPO by the other trainer, which trains adapters alone
+CHAIN = ("pretrain", "sft", "reward", "ppo", ON_GRPO, "rloo", "grpo", "dpo", "kto", "shift", "evaluate")
 TRAINED = CHAIN[:-2]
 ONLINE = {"max_completion_length": 8, "num_generations": 4, "beta": 0.04}
 STAGES = {
@@ -43,6 +44,7 @@ STAGES = {
     "sft": tiny.SFT | {"init": "pretrain"},
     "reward": tiny.REWARD | {"eval_data": "held_out"},
     "ppo": tiny.PPO,
+    ON_GRPO: tiny.PPO | {"type": "ppo", "trainer": "grpo"},
     "rloo": {"data": "demonstrations", "training": ONLINE},
     "grpo": {"data": "demonstrations", "training": ONLINE},
     "dpo": tiny.DPO,
@@ -52,12 +54,18 @@ STAGES = {
 }
 
 
+def chain_of(weights: str) -> list[str]:
+    """The stages that train such weights."""
+    return [name for name in CHAIN if name != ON_GRPO or weights == "LoRA"]
+
+
 def make_run(folder: Path, weights: str, precision: dict[str, Any]) -> Path:
     """A run of all stages whose options are TRL's but for sizes, the learning rate and the precision."""
     own = {"use_cpu": True, "max_steps": 2, "learning_rate": 1e-3, "per_device_train_batch_size": 4}
     if "bf16" in precision:
         own["bf16"] = precision["bf16"]
-    path = tiny.make_run(folder, STAGES, lora=WEIGHTS[weights], training=own | {"logging_steps": 1})
+    stages = {name: stage for name, stage in STAGES.items() if name in chain_of(weights)}
+    path = tiny.make_run(folder, stages, lora=WEIGHTS[weights], training=own | {"logging_steps": 1})
     tiny.write_rows(folder / "texts.jsonl", [{"text": row["chosen"]} for row in tiny.comparisons()])
     held_out = [row | {"prompt": f"Once more: {row['prompt']}"} for row in tiny.comparisons()]
     tiny.write_rows(folder / "held_out.jsonl", held_out)
@@ -81,7 +89,8 @@ class Kept:
         self.before: dict[str, torch.Tensor] = {}
         for module in (pretrain, sft, reward, rloo_grpo, dpo, kto):
             monkeypatch.setattr(module, "fit", functools.partial(self._fit, fit.fit))
-        monkeypatch.setattr(ppo, "train_checked", functools.partial(self._train, ppo.train_checked))
+        for module in (ppo, ppo_on_grpo):
+            monkeypatch.setattr(module, "train_checked", functools.partial(self._train, module.train_checked))
 
     def _remember(self, model: Any) -> None:
         self.model = model
@@ -115,9 +124,9 @@ def check_trained(kept: Kept, name: str) -> None:
         assert len(moved) == len(kept.before), name
     assert len(moved) > 0.9 * len(kept.before), name
     heads = [(kept.before[key], after[key]) for key in kept.before if "score" in key]
-    if name == "ppo":
+    if name in ("ppo", ON_GRPO):
         heads.append((kept.value_before, kept.value_head.weight))
-    assert len(heads) == (name in ("reward", "ppo"))
+    assert len(heads) == (name in ("reward", "ppo", ON_GRPO))
     for old, new in heads:
         assert new.dtype == torch.float32
         assert (old != new).float().mean() > 0.99, name
@@ -158,21 +167,21 @@ def check_stage(found: manifest.Record) -> None:
 def run_all(path: Path, kept: Kept, contexts: list[context.StageContext]) -> dict[str, str]:
     """Run every stage and check it; what the table says of each."""
     config = load(path)
-    for name in CHAIN:
+    for name in config.stages:
         found = run(path, name).stages[name]
         manifest.verify(config.run_path, name, found)
         check_stage(found)
         if name in TRAINED:
             check_trained(kept, name)
             check_read_back(kept, config, contexts[-1], name)
-    return dict.fromkeys(CHAIN, "yes")
+    return dict.fromkeys(CHAIN, "refused") | dict.fromkeys(config.stages, "yes")
 
 
 def refusals(error: UserError) -> dict[str, str]:
     """What the table says of stages that the config refuses: of the training ones, all."""
     lines = str(error).splitlines()[1:]
     reasons = {}
-    for name in TRAINED:
+    for name in chain_of("all")[:-2]:
         (line,) = (line for line in lines if f": stages.{name}.lora: " in line)
         reasons[name] = line.partition(f"stages.{name}.lora: ")[2]
     assert len(set(reasons.values())) == 1

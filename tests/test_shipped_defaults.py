@@ -94,7 +94,7 @@ def with_library_defaults(config: RunConfig) -> dict[str, Any]:
     stages = config.model_dump()["stages"]
     for name, stage in config.stages.items():
         if isinstance(stage, TrainingStage):
-            stages[name]["training"] = options.effective(stage.type, stage.training)
+            stages[name]["training"] = options.effective(stage.kind, stage.training)
             stages[name]["lora"] = stage.lora and adapter | stage.lora
     return stages
 

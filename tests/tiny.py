@@ -143,6 +143,11 @@ PPO = {
     },
 }
 
+
+class Killed(Exception):
+    """Ends a stage in a test as a kill would, behind all that it has written."""
+
+
 REMOVED = object()  # as a value in `write_config`: drop the key
 NUM_ROWS = 24
 THINGS = ("kettle", "piano", "rabbit", "garden", "bridge", "lamp", "river", "violin")

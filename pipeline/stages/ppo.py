@@ -5,14 +5,17 @@ that it is given subtracts the baseline (`rl/centred_reward.py`), and a subclass
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 
 from pipeline.chain.preflight import check_batch
 from pipeline.config.lineage import shares_backbone
@@ -22,7 +25,7 @@ from pipeline.models.generation import Ids, Sampling
 from pipeline.models.loading import continue_policy, float32_logits, num_parameters, to_device
 from pipeline.models.ppo import Models, separate_models, shared_models, start_from_zero
 from pipeline.models.views import VALUE
-from pipeline.rl.baselines import Baseline, answers_of, make_baseline
+from pipeline.rl.baselines import answers_of, make_baseline
 from pipeline.rl.centred_reward import CentredReward, Subtraction, Watched
 from pipeline.rl.resuming import Place, keep_checkpoints
 from pipeline.rl.watchdog import Stopped, Watch
@@ -51,32 +54,68 @@ METRICS = {
 def run(ctx: StageContext[Ppo]) -> Result:
     rows, eval_rows, datasets = ctx.rows()
     args: PPOConfig = ctx.training_args(bf16=False, fp16=False, stop_token="eos", **_saving())
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    start = prepare(ctx, args, rows, args.per_device_train_batch_size * args.gradient_accumulation_steps)
+    trainer = _make_trainer(ctx, args, start)
+    # PPOTrainer does not look at `control.should_training_stop`, so an exception must end it.
+    watch = Watch(ctx, trainer, start.policy_parameters, centred=start.is_centred, raises=True)
+    if eval_rows is not None:
+        watch.hold_out(eval_rows["prompt_ids"][:], sampling(ctx, args), start.models.policy, start.models.reward)
+    checkpoint = newest_checkpoint(ctx)
+    keep_checkpoints(trainer, watch.best, checkpoint)
+    metrics: JsonObject = {"initial_kl": train_checked(ctx, start.models, start.first_prompts, trainer.train)}
+    metrics |= watch.finish() | {"episodes": trainer.state.episode}
+    return hand_over(ctx, trainer, start, Result(metrics, {}, datasets, resumed_from(checkpoint)))
+
+
+@dataclass(frozen=True)
+class Start:
+    """Hold what PPO starts from, whichever class trains; `prompts` have the column `input_ids`."""
+
+    prompts: Dataset
+    first_prompts: list[Ids]
+    models: Models
+    subtraction: Subtraction
+    policy_parameters: dict[str, nn.Parameter]
+
+    @property
+    def is_centred(self) -> bool:
+        """Tell whether a baseline is taken off the scores."""
+        return self.subtraction.baseline is not None
+
+
+def prepare(ctx: StageContext[Ppo], args: "PPOConfig | CriticConfig", rows: Dataset, batch: int) -> Start:
+    """Load the models and make the baseline; `batch`: the completions of an update in one process."""
     check_batch(len(rows), batch * PartialState().num_processes, f"stages.{ctx.name}: ")
-    prompts = take_prompts(rows)
+    prompts = _take_prompts(rows)
     # Before PPO's models are in memory: to sample, the parent is loaded once more.
     answers = answers_of(ctx, prompts, sampling(ctx, args))
     first_prompts: list[Ids] = prompts.take(assertions.NUM_COMPARED)["input_ids"][:]
-    models = load_models(ctx, args, first_prompts)
+    models = _load_models(ctx, args, first_prompts)
     baseline = make_baseline(ctx, models.reward, answers, args.local_rollout_forward_batch_size)
-    trainer = _make_trainer(ctx, args, models, baseline, prompts.select_columns(["input_ids"]))
-    policy_parameters = {name: p for name, p in models.policy.named_parameters() if should_train(ctx, name)}
-    # PPOTrainer does not look at `control.should_training_stop`, so an exception must end it.
-    watch = Watch(ctx, trainer, policy_parameters, centred=baseline is not None, raises=True)
-    if eval_rows is not None:
-        watch.hold_out(eval_rows["prompt_ids"][:], sampling(ctx, args), models.policy, models.reward)
-    checkpoint = newest_checkpoint(ctx)
-    keep_checkpoints(trainer, watch.best, checkpoint)
-    metrics: JsonObject = {"initial_kl": train_checked(ctx, models, first_prompts, trainer.train)}
-    metrics |= watch.finish()
+    return Start(
+        prompts=prompts.select_columns(["input_ids"]),
+        first_prompts=first_prompts,
+        models=models,
+        subtraction=Subtraction(baseline, ctx.stage.added_shift, ctx.seed),
+        policy_parameters={name: p for name, p in models.policy.named_parameters() if should_train(ctx, name)},
+    )
+
+
+def hand_over(ctx: StageContext[Ppo], trainer: Trainer, start: Start, result: Result) -> Result:
+    """Save the policy and the log, and complete the result with what both hold."""
     # After `watch.finish`: the policy that is kept may be an earlier one.
-    assertions.finite_weights(ctx.name, policy_parameters.values())
-    save_policy(ctx, models.policy)
+    assertions.finite_weights(ctx.name, start.policy_parameters.values())
+    save_policy(ctx, start.models.policy)
     save_log(ctx, trainer)
-    metrics |= {"updates": trainer.state.global_step, "episodes": trainer.state.episode}
+    metrics = result.metrics | {"updates": trainer.state.global_step}
     metrics |= first_and_last(trainer.state.log_history, METRICS)
-    resumed = checkpoints.step_of(checkpoint) if checkpoint else None
-    return Result(metrics, num_parameters(models.policy, models.value), datasets, resumed)
+    parameters = num_parameters(start.models.policy, start.models.value)
+    return dataclasses.replace(result, metrics=metrics, parameters=parameters)
+
+
+def resumed_from(checkpoint: Path | None) -> int | None:
+    """Return the step of the checkpoint that training went on from."""
+    return checkpoints.step_of(checkpoint) if checkpoint else None
 
 
 def _saving() -> dict[str, Any]:
@@ -89,7 +128,7 @@ def sampling(ctx: StageContext[Ppo], args: "PPOConfig | CriticConfig") -> Sampli
     return Sampling(args.temperature, args.response_length, args.local_rollout_forward_batch_size, ctx.seed)
 
 
-def take_prompts(rows: Dataset) -> Dataset:
+def _take_prompts(rows: Dataset) -> Dataset:
     """Return prompts as PPOTrainer takes them, `input_ids`; from rows with an answer of their own with `answer_ids`.
 
     Such a row is a dialogue as it would be trained on: the last answer is what stands behind the last 0 of the mask.
@@ -104,7 +143,7 @@ def take_prompts(rows: Dataset) -> Dataset:
     return rows.map(cut, remove_columns=rows.column_names, desc="Taking answers apart")
 
 
-def load_models(ctx: StageContext[Ppo], args: "PPOConfig | CriticConfig", prompts: list[Ids]) -> Models:
+def _load_models(ctx: StageContext[Ppo], args: "PPOConfig | CriticConfig", prompts: list[Ids]) -> Models:
     """Load the four models, and check on `prompts` that the policy is its parent.
 
     The baseline is scored before there is a trainer. So the reward model is put on this process's device, and both the
@@ -137,13 +176,11 @@ def load_models(ctx: StageContext[Ppo], args: "PPOConfig | CriticConfig", prompt
     return models
 
 
-def _make_trainer(
-    ctx: StageContext[Ppo], args: "PPOConfig", models: Models, baseline: Baseline | None, prompts: Dataset
-) -> "PPOTrainer":
+def _make_trainer(ctx: StageContext[Ppo], args: "PPOConfig", start: Start) -> "PPOTrainer":
     """Make TRL's trainer, which learns from the scores less the baseline, and logs what is scored."""
     stage = ctx.stage
-    subtraction = Subtraction(baseline, stage.added_shift, ctx.seed)
-    centred = CentredReward(models.reward, models.value, cast(int, ctx.tokenizer.eos_token_id), subtraction)
+    models = start.models
+    centred = CentredReward(models.reward, models.value, cast(int, ctx.tokenizer.eos_token_id), start.subtraction)
     trainer = ppo_trainer_class(centred.observe)(
         args=args,
         processing_class=ctx.tokenizer,
@@ -151,8 +188,8 @@ def _make_trainer(
         ref_model=models.reference,
         reward_model=centred,
         value_model=models.value,
-        train_dataset=prompts,
-        eval_dataset=prompts.select(range(min(len(prompts), args.per_device_eval_batch_size))),
+        train_dataset=start.prompts,
+        eval_dataset=start.prompts.take(min(len(start.prompts), args.per_device_eval_batch_size)),
     )
     one_step_per_accumulation(trainer)
     # PPOTrainer makes its dataloaders itself, so that they can be replaced only now.

@@ -45,7 +45,7 @@ SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 TARGETS = ("launcher", "stage", "group")
 TIMES = ("started", "duration", "resumed_from_step")
 # In the log of TRL's trainers these count from the start of the process.
-SINCE_START = ("num_tokens", "train_loss", "eps")
+SINCE_START = ("num_tokens", "train_loss", "eps", "step_time")
 SECONDS = 40  # that a run may take, from a process that has imported everything
 SECONDS_LAUNCHED = 180  # that it may take under `accelerate launch`
 
@@ -357,7 +357,7 @@ class Bench:
                 return -99
             time.sleep(0.01)
 
-    def make(self, until: str) -> None:
+    def make(self, until: str, trainer: str) -> None:
         """The chain's files; the uninterrupted run, stage by stage, with a copy of it before and after each."""
         sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
         import tiny
@@ -368,6 +368,7 @@ class Bench:
         ppo = tiny.PPO | {
             "prompt_baseline": "sft_mean",
             "baseline_completions": 2,
+            "trainer": trainer,
             "eval_data": "heldout",
             "eval_every": 3,
         }
@@ -619,6 +620,7 @@ def main() -> None:
     parser.add_argument("--points", nargs="*", default=[], choices=[point.name for point in POINTS], metavar="NAME",
                         help="only these, each once, by all signals and of all processes in turn")  # fmt: skip
     parser.add_argument("--at-random", choices=STAGES, help="only SIGKILL, at random times of this stage")
+    parser.add_argument("--trainer", choices=["ppo", "grpo"], default="ppo", help="TRL's class that trains PPO")
     parser.add_argument("--accelerate-config", metavar="FILE", help="run stages under `accelerate launch`")
     options = parser.parse_args()
     # A shell lets a command in the background ignore the one, and `nohup` the other.
@@ -645,7 +647,7 @@ def main() -> None:
     bench = Bench(folder, str(Path(file).resolve()) if file else None)
     start = time.time()
     used = [point.stage for point in POINTS if not options.points or point.name in options.points]
-    bench.make(options.at_random or max(used, key=STAGES.index))
+    bench.make(options.at_random or max(used, key=STAGES.index), options.trainer)
     print(f"uninterrupted: {bench.seconds}, with imports {time.time() - start:.0f} s", flush=True)
     count = run(bench, options.kills, options.seed, options.points, options.at_random, options.minutes)
     result = {
