@@ -92,9 +92,12 @@ def test_lora_is_inherited_unless_it_is_given(resolve):
 
 
 def test_ppo_makes_checkpoints_by_updates(resolve):
-    for training in ({"training": {"save_strategy": "epoch"}}, {"stages.ppo.training.save_strategy": "epoch"}):
-        with pytest.raises(UserError, match=r"training\.save_strategy: PPO makes checkpoints"):
-            resolve(**training)
+    """What the stages share may say otherwise: it is about the others then."""
+    with pytest.raises(UserError, match=r"ppo\.training\.save_strategy: expected one of no, steps, got 'epoch'"):
+        resolve(**{"stages.ppo.training.save_strategy": "epoch"})
+    stages = resolve(training={"save_strategy": "epoch"}).stages
+    assert stages["sft"].training["save_strategy"] == "epoch" and "save_strategy" not in stages["ppo"].training
+    assert resolve(training={"save_strategy": "no"}).stages["ppo"].training["save_strategy"] == "no"
 
 
 def test_shared_training_options(resolve):

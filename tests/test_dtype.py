@@ -78,14 +78,19 @@ def test_the_type_of_the_base_where_adapters_train(path, files, name, key, expec
     assert f'dtype="{expected}"' in results.snippet(path.parent / "run", record, record.stages["sft"])
 
 
+def test_files_know_better_than_their_config(path):
+    """Or weights in float32 would be rounded."""
+    store(tiny.make_model(path.parent / "model"), "float32", "bfloat16")
+    assert chosen(path) == "float32"
+
+
 def test_a_model_of_several_parts(path):
-    """The type stands with its language model."""
+    """The type stands with its language model, in a config whose weights are not in safetensors."""
     config = path.parent / "model" / "config.json"
     values = json.loads(config.read_text())
     del values["dtype"]
     config.write_text(json.dumps(values | {"text_config": {"dtype": "bfloat16"}}))
-    weights = {name: weight.float() for name, weight in load_file(config.parent / "model.safetensors").items()}
-    save_file(weights, config.parent / "model.safetensors")
+    (config.parent / "model.safetensors").rename(config.parent / "model.bin")
     assert chosen(path) == "bfloat16"
 
 
@@ -134,10 +139,12 @@ def test_a_new_model_is_float32(write_config, tmp_path):
     assert dtype.choose(config) == dtype.Choice("float32", "`auto`: the model is new")
 
 
-def test_a_head_on_a_float16_base_is_float32(path):
-    """As everything else of the run."""
-    store(tiny.make_model(path.parent / "model"), "float16", "float16")
-    run(path, "sft", "reward")
+@pytest.mark.parametrize("stored", ["bfloat16", "float16"])
+def test_a_head_on_a_base_in_half_precision_is_float32(path, stored):
+    """With the adapter beneath it; a base in bfloat16 stays in bfloat16."""
+    store(tiny.make_model(path.parent / "model"), stored, stored)
+    record = run(path, "sft", "reward")
+    assert record.model["dtype"] == {"bfloat16": "bfloat16", "float16": "float32"}[stored]
     saved = load_file(path.parent / "run" / "reward" / "output" / "adapter_model.safetensors")
     assert any("score" in name for name in saved)
     assert {weight.dtype for weight in saved.values()} == {torch.float32}

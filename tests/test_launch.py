@@ -155,6 +155,14 @@ def test_what_decides_beside_the_type(every_type):
     mixed = load(every_type, ("stages.reward.training.bf16=true",))
     with pytest.raises(UserError, match="reward does not run under DeepSpeed ZeRO-2: in mixed precision it rounds the"):
         launcher._launch_files(mixed, ["reward"], str(FILES / "zero2.yaml"))
+    clipped = load(every_type, ("stages.ppo.training.max_grad_norm=0.5",))
+    with pytest.raises(UserError, match="gradients would be clipped as DeepSpeed's options say"):
+        launcher._launch_files(clipped, ["ppo"], str(FILES / "zero2.yaml"))
+    half = load(every_type, ("model.dtype=bfloat16", "stages.sft.training.bf16=true"))
+    assert launcher._launch_files(half, ["sft"], str(FILES / "zero2.yaml"))
+    for name in ("ppo", "reward"):
+        with pytest.raises(UserError, match=r"without autocast DeepSpeed takes float32 weights only"):
+            launcher._launch_files(half, [name], str(FILES / "zero2.yaml"))
     with_kl = load(every_type, ("stages.grpo.training.beta=0.04", "stages.rloo.training.beta=0"))
     assert launcher._launch_files(with_kl, ["rloo"], str(FILES / "zero2.yaml"))
     with pytest.raises(UserError, match="grpo does not run under DeepSpeed ZeRO-2"):

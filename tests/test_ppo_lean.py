@@ -91,30 +91,58 @@ def run(folder, *names, vocabulary=None, lora=tiny.LORA, trainer="ppo", **option
     return manifest.read(config.run_path).stages
 
 
+VOCABULARY_SIZE = 50_000
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """`counted(folder, trainer, **options)`: a ppo stage of one update, and the storages that its training made."""
+
+    def run_one(folder, trainer: str, **options) -> Storages:
+        count = Storages()
+        trainer_class = {"ppo": PPOTrainer, "grpo": CriticTrainer}[trainer]
+        train = trainer_class.train
+
+        def counted_train(self, **given):
+            with count:
+                train(self, **given)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer_class, "train", counted_train)
+            run(folder, "ppo", vocabulary=VOCABULARY_SIZE, trainer=trainer, num_ppo_epochs=1, **options)
+        return count
+
+    return run_one
+
+
 @pytest.mark.parametrize("trainer", ["ppo", "grpo"])
-def test_memory_does_not_grow_with_the_batch(tmp_path, monkeypatch, trainer):
+def test_memory_does_not_grow_with_the_batch(tmp_path, counted, trainer):
     """Beyond the figures of the rollout's own tokens: no logits of a rollout are ever alive."""
-    vocabulary = 50_000
-    run(tmp_path, "sft", "reward", vocabulary=vocabulary)
-    trainer_class = PPOTrainer if trainer == "ppo" else CriticTrainer
-    train = trainer_class.train
-    peaks: list[Storages] = []
-
-    def counted(self, **options):
-        with Storages() as count:
-            train(self, **options)
-        peaks.append(count)
-
-    monkeypatch.setattr(trainer_class, "train", counted)
-    for accumulation in (4, 16):
-        batch = 4 * accumulation
-        sizes = {"gradient_accumulation_steps": accumulation, "local_rollout_forward_batch_size": 4}
-        options = sizes | {"total_episodes": batch, "num_ppo_epochs": 1}
-        run(tmp_path, "ppo", vocabulary=vocabulary, trainer=trainer, **options)
-    small, large = peaks
+    run(tmp_path, "sft", "reward", vocabulary=VOCABULARY_SIZE)
+    small, large = (
+        counted(
+            tmp_path,
+            trainer,
+            total_episodes=4 * accumulation,
+            gradient_accumulation_steps=accumulation,
+            local_rollout_forward_batch_size=4,
+        )
+        for accumulation in (4, 16)
+    )
     tokens = (64 - 16) * (64 + 12)  # the longest prompts have fewer than 64
-    assert large.largest == small.largest == vocabulary * 64 * 4  # the embeddings: hidden size 64, float32
+    assert large.largest == small.largest == VOCABULARY_SIZE * 64 * 4  # the embeddings: hidden size 64, float32
     assert large.peak - small.peak < tokens * 40  # ids, masks, five figures of each token
+
+
+@pytest.mark.parametrize("trainer", ["ppo", "grpo"])
+def test_the_logits_of_a_chunk_are_there_once(tmp_path, counted, trainer):
+    """Policy and reference compute theirs one after the other, and no copy is made of them."""
+    run(tmp_path, "sft", "reward", vocabulary=VOCABULARY_SIZE)
+    sizes = {"gradient_accumulation_steps": 16, "local_rollout_forward_batch_size": 64}
+    count = counted(tmp_path, trainer, total_episodes=64, **sizes)
+    logits = 64 * 13 * VOCABULARY_SIZE * 4  # of 12 tokens, and of the token before them
+    assert count.largest == logits
+    assert count.peak < 1.5 * logits
 
 
 # These count the padding behind each completion too, of which lean rollouts have less.

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from safetensors.torch import load_file
 from pipeline import stage
 from pipeline.config import options
 from pipeline.config.load import load
-from pipeline.config.stage_types import VARIANTS
+from pipeline.config.schema import variant_of
+from pipeline.config.stage_types import STAGE_TYPES, VARIANTS
 from pipeline.launch import sharding
 from pipeline.records import manifest
 from pipeline.rl.critic_trainer import CriticTrainer
@@ -299,6 +301,7 @@ REFUSED = {
     "stages.ppo.training.use_vllm": (True, "transformers samples"),
     "stages.ppo.training.num_mini_batches": (3, "must be a multiple of num_mini_batches"),
     "stages.ppo.training.num_sample_generations": (2, "`trainer: ppo` alone"),
+    "stages.ppo.training.neftune_noise_alpha": (5, "would also be in what is sampled"),
     "stages.ppo.training.cliprnge": (0.3, "did you mean"),
     "stages.ppo.trainer": ("trl", "expected 'ppo' or 'grpo'"),
 }
@@ -338,5 +341,10 @@ def test_it_needs_no_ppotrainer(parents, tmp_path):
     assert manifest.read(path.parent / "run").stages["ppo"].metrics["updates"] == 1
 
 
-def test_every_variant_is_of_a_type():
-    assert VARIANTS.keys() == {KIND}
+def test_every_variant_is_of_a_trainer_that_its_type_has():
+    expected = set()
+    for name, row in STAGE_TYPES.items():
+        field = row.section.model_fields.get("trainer")
+        trainers = typing.get_args(field.annotation) if field else ()
+        expected |= {variant_of(name, trainer) for trainer in trainers} - {name}
+    assert VARIANTS.keys() == expected == {KIND}

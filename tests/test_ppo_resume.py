@@ -102,6 +102,25 @@ def test_resumed_is_uninterrupted(tmp_path, killed_at, case, dtype):
     assert bytes_of(parts) == bytes_of(whole)
 
 
+@pytest.mark.parametrize(("save_steps", "changed", "kept"), [(0.28, 0.28, [4, 6]), (2, 3, [3, 6])])
+def test_checkpoints_after_a_resume(tmp_path, killed_at, save_steps, changed, kept):
+    """A share is of all updates, not of those that remain; and the options of now hold."""
+    every = {"save_steps": save_steps, "save_total_limit": 2}
+    path = write(tmp_path, {"training": TRAINING | every})
+    config = load(path)
+    for name in ("sft", "reward"):
+        stage.run(config, name)
+    killed_at(2)
+    with pytest.raises(tiny.Killed):
+        train(path)
+    killed_at(6)
+    path = write(tmp_path, {"training": TRAINING | every | {"save_steps": changed}})
+    with pytest.raises(tiny.Killed):
+        train(path)
+    folder = tmp_path / "run" / "ppo" / "checkpoints"
+    assert sorted(checkpoints.step_of(file) for file in folder.glob("checkpoint-*")) == kept
+
+
 def test_killed_after_its_last_update(tmp_path, killed_at):
     """There is nothing left to train, and it trains nothing more."""
     path = write(tmp_path, {})

@@ -73,9 +73,10 @@ def check_attention(config: RunConfig) -> None:
 
 
 def _stored(config: RunConfig) -> str | None:
-    """Return the type in which the base model is stored; None if neither its config.json nor its files say it.
+    """Return the type in which the base model is stored; None if neither its files nor its config.json say it.
 
-    The files of a hub model do not count: they may be downloaded later, and a run cannot change its type then.
+    A config.json may be wrong about the files beside it. But the files of a hub model do not count: they may be
+    downloaded later, and a run cannot change its type then.
 
     Raises:
         UserError: if there is no such model.
@@ -88,10 +89,8 @@ def _stored(config: RunConfig) -> str | None:
         if recorded is None:
             raise base_model.unreadable(config, "model", error) from None
         return recorded
-    stored = _of_config(values) or _of_config(values.get("text_config"))
-    if stored is None and Path(location).is_dir():
-        return _of_files(Path(location))
-    return stored
+    of_files = _of_files(Path(location)) if Path(location).is_dir() else None
+    return of_files or _of_config(values) or _of_config(values.get("text_config"))
 
 
 def _of_config(values: Any) -> str | None:

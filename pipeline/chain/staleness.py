@@ -145,7 +145,8 @@ def _defaults(config: RunConfig, name: str) -> Flat:
     if isinstance(stage, TrainingStage):
         own["training"] = with_defaults(stage.kind, {})
     shared = _defaults_of(config)
-    shared["model"]["dtype"] = dtype.automatic(config).dtype  # `auto` is on record as what it stood for
+    if config.model.dtype == "auto":  # it is on record as what it stood for
+        shared["model"]["dtype"] = dtype.automatic(config).dtype
     return _flat(own | {key: shared[key] for key in ("model", "quantization", "too_long")})
 
 

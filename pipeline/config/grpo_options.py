@@ -9,8 +9,9 @@ NOT_OF_PPO = {
         "generation_batch_size steps_per_generation auto_find_batch_size"
     ),
     "the loss is PPO's, with advantages of a value model": (
-        "loss_type scale_rewards reward_weights multi_objective_aggregation importance_sampling_level delta "
-        "mask_truncated_completions top_entropy_quantile off_policy_mask_threshold use_bias_correction_kl "
+        "label_smoothing_factor loss_type scale_rewards reward_weights multi_objective_aggregation "
+        "importance_sampling_level delta mask_truncated_completions top_entropy_quantile "
+        "off_policy_mask_threshold use_bias_correction_kl "
         "entropy_coef entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target use_adaptive_entropy "
         "router_aux_loss_coef sapo_temperature_neg sapo_temperature_pos "
         "vespo_k_neg vespo_k_pos vespo_lambda_neg vespo_lambda_pos"
@@ -27,8 +28,9 @@ NOT_OF_PPO = {
         "use_transformers_continuous_batching transformers_continuous_batching_config ds3_gather_for_generation"
     ),
     "the pipeline renders prompts and draws their order": (
-        "chat_template_kwargs shuffle_dataset pad_to_multiple_of max_tool_calling_iterations"
+        "chat_template_kwargs shuffle_dataset train_sampling_strategy pad_to_multiple_of max_tool_calling_iterations"
     ),
+    "noise in the embeddings would also be in what is sampled": "neftune_noise_alpha",
     "an evaluate stage shows completions": (
         "log_completions log_multimodal num_completions_to_print log_unique_prompts log_completions_hub_repo"
     ),

@@ -166,10 +166,8 @@ def _trained_stages(raw: Options) -> Iterator[tuple[str, str]]:
         stage_type = str(_at(raw, "stages", name, "type") or name)
         if stage_type in STAGE_TYPES and issubclass(STAGE_TYPES[stage_type].section, TrainingStage):
             kind = variant_of(stage_type, _at(raw, "stages", name, "trainer"))
-            yield (
-                name,
-                kind if kind in KINDS else stage_type,
-            )  # the schema refuses a trainer that its type does not have
+            # The schema refuses a trainer that its type does not have.
+            yield name, kind if kind in KINDS else stage_type
 
 
 def _check_trainers(raw: Options, problems: Problems) -> None:

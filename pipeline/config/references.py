@@ -61,7 +61,12 @@ def wire(config: RunConfig, problems: Problems) -> RunConfig:
 def _training(config: RunConfig, stage: TrainingStage) -> Options:
     """Lay a stage's `training:` over what all stages share, as far as its type may set that (PPO takes no bf16)."""
     owned = options.owned_by(stage.kind)
-    shared = {key: value for key, value in config.training.items() if key not in owned}
+    words = type_of(stage).words
+    shared = {
+        key: value
+        for key, value in config.training.items()
+        if key not in owned and (key not in words or value in words[key].split())
+    }
     return shared | stage.training
 
 

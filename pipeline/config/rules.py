@@ -86,10 +86,6 @@ def check_reinforced(name: str, stage: Reinforced, problems: Problems) -> None:
         problems.add(f"held-out prompts are scored by a reward model; {mend}", "stages", name, "eval_data")
     if not isinstance(stage, Ppo):
         return
-    strategy = options.effective(stage.kind, stage.training)["save_strategy"]
-    if strategy not in ("steps", "no"):
-        wrong = f"PPO makes checkpoints every `save_steps` updates, or none: expected steps or no, got {strategy}"
-        problems.add(wrong, "stages", name, "training", "save_strategy")
     if stage.baseline_shrinkage and (stage.shift is None or stage.prompt_baseline == "none"):
         wrong = "needs a `prompt_baseline`, and a stage of type shift that measured the ICC of its reward model"
         problems.add(wrong, "stages", name, "baseline_shrinkage")

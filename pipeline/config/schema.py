@@ -61,7 +61,7 @@ class Model(Strict):
     path: PathText | None = None
     scratch: Scratch | None = None
     revision: Text | None = None
-    dtype: Dtype | Literal["auto"] = "auto"  # what `auto` stands for: `base/dtype.py`
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # what `auto` stands for: `base/dtype.py`
     attn_implementation: Text | None = None
     trust_remote_code: bool = False
 

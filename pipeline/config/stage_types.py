@@ -132,11 +132,13 @@ STAGE_TYPES: Mapping[str, StageType] = {
         sharded=(ZERO_2,),
         # An update is long, so that checkpoints come more often than TRL's are made.
         defaults={"num_sample_generations": 0, "missing_eos_penalty": 1.0, "save_steps": 20},
+        words={"save_strategy": "steps no"},  # an update is a step, and there are no epochs
         refused={
             "PPO computes in `model.dtype`: PPOTrainer samples outside autocast, its first ratio would not be 1": (
                 "bf16 fp16"
             ),
             "PPO's length is `total_episodes`": "max_steps",
+            "PPOTrainer does not look at it": "neftune_noise_alpha label_smoothing_factor train_sampling_strategy",
         },
         check_options=fault_of_ppo,
         headline=("initial_kl", "kl", "first_score", "score"),

@@ -8,6 +8,7 @@ from pathlib import Path
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from pipeline.base import dtype
 from pipeline.config.lineage import start_of
 from pipeline.config.options import effective, precision
 from pipeline.config.schema import Online, Ppo, RunConfig, TrainingStage
@@ -127,9 +128,11 @@ def _own_reason(config: RunConfig, name: str, sharding: str) -> str | None:
         return why if start_of(config, name).merge else None
     if isinstance(stage, Online) and effective(stage.kind, stage.training)["beta"]:
         return REASONS[ZERO_2]
-    # accelerate fills in 1.0 where DeepSpeed's own options do not say it, and PPOTrainer tells it nothing else.
+    # PPOTrainer does not tell DeepSpeed its norm. accelerate fills in 1.0 where its own file says "auto" or nothing.
     if isinstance(stage, Ppo) and effective(stage.kind, stage.training)["max_grad_norm"] != 1.0:
-        return "gradients would be clipped to a norm of 1.0, whatever `max_grad_norm` says (leave it out)"
+        return "gradients would be clipped as DeepSpeed's options say, whatever `max_grad_norm` says (leave it out)"
+    if precision(stage.kind, stage.training) == "no" and dtype.choose(config).dtype != "float32":
+        return "without autocast DeepSpeed takes float32 weights only (`model.dtype: float32` works)"
     if makes(stage, "reward model") and precision(stage.kind, stage.training) != "no":
         return "in mixed precision it rounds the score head, and the saved model scores otherwise (`bf16: false` works)"
     return None

@@ -5,6 +5,7 @@ meets two kinds of parents only, a full folder or an adapter on one, and the ref
 """
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,8 +207,7 @@ def float32_logits(model: Model) -> None:
 
     The sum of a completion's log-probabilities is hundreds of nats, where bfloat16 has steps of one nat.
     """
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    inner.register_forward_hook(_logits_to_float32)
+    bare(model).register_forward_hook(_logits_to_float32)
 
 
 def _logits_to_float32(_: nn.Module, __: object, output: CausalLMOutput) -> CausalLMOutput:
@@ -215,6 +215,16 @@ def _logits_to_float32(_: nn.Module, __: object, output: CausalLMOutput) -> Caus
     if logits is not None:  # trainers of TRL 1.16 ask for log-probabilities instead, which are float32
         output.logits = logits.float()
     return output
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """Return the language model without PEFT around it."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def can_leave_out_logits(model: nn.Module) -> bool:
+    """Tell whether a policy can compute the logits of its last positions alone (`logits_to_keep`)."""
+    return "logits_to_keep" in inspect.signature(bare(model).forward).parameters
 
 
 @contextlib.contextmanager

@@ -86,8 +86,7 @@ class _Hidden(nn.Module):
         self._forward = partial(backbone.hidden_states, adapter)  # a closure: the backbone is no submodule
 
     def forward(self, **inputs: Any) -> BaseModelOutput:
-        hidden = self._forward(**inputs)
-        return BaseModelOutput(last_hidden_state=hidden, hidden_states=(hidden,))  # later versions read the first
+        return BaseModelOutput(hidden_states=(self._forward(**inputs),))
 
 
 class ScoreView(nn.Module):

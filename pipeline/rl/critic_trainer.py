@@ -26,13 +26,12 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import entropy_from_logits
 
 from pipeline.config.critic_config import CriticConfig
-from pipeline.models.loading import precision_kept
+from pipeline.models.loading import can_leave_out_logits, precision_kept
 from pipeline.models.ppo import Models
 from pipeline.models.views import ScoreView
 from pipeline.rl.advantages import PADDING, Rollout, policy_loss, value_loss
 from pipeline.rl.centred_reward import Subtraction
 from pipeline.rl.critic_rollout import PolicyAndValue, Rollouts, Stats
-from pipeline.training.rollouts import can_leave_out_logits
 from pipeline.training.trainers import TRAINED
 
 

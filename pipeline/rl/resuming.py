@@ -137,10 +137,8 @@ class Checkpoints(TrainerCallback):
         trainer.state.episode = saved_state.episode
         trainer.state.log_history = saved_state.log_history
         trainer.state.max_steps = self._total
-        # The trainer has counted these from the updates that remain, where they are given as shares.
-        trainer.state.save_steps = saved_state.save_steps
-        trainer.state.logging_steps = saved_state.logging_steps
-        trainer.state.eval_steps = saved_state.eval_steps
+        # PPOTrainer has counted the updates that remain, of which `save_steps` may be a share.
+        trainer.state.compute_steps(args, self._total)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         assert args.output_dir is not None

@@ -5,7 +5,6 @@ float32. So they are computed at the positions that are asked for only, for few 
 that works on a few of these positions.
 """
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,6 +12,8 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedConfig
+
+from pipeline.models.loading import bare, can_leave_out_logits
 
 Ids = list[int]  # token ids
 Model = Callable[..., Any]  # maps `input_ids` and `attention_mask` of shape (rows, length) to an output with `logits`
@@ -91,19 +92,13 @@ def _inputs(model: nn.Module, rows: Sequence[Ids], number: int) -> dict[str, Any
     inputs: dict[str, Any] = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
     if len(rows) > 1:
         inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    if "logits_to_keep" in inspect.signature(_bare(model).forward).parameters:
+    if can_leave_out_logits(model):
         inputs["logits_to_keep"] = number
     return inputs
 
 
-def _bare(model: nn.Module) -> nn.Module:
-    """Return the language model without PEFT around it."""
-    get_base_model = getattr(model, "get_base_model", None)
-    return model if get_base_model is None else get_base_model()
-
-
 def _vocabulary(model: nn.Module) -> int:
-    config = _bare(model).config
+    config = bare(model).config
     assert isinstance(config, PreTrainedConfig)
     return config.get_text_config().vocab_size
 

@@ -9,16 +9,16 @@ functions of its module by name, and `lean` puts others in their place.
 
 import contextlib
 import copy
-import inspect
 from collections.abc import Callable, Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from pipeline.models.loading import can_leave_out_logits
 
 
 class LogProbs:
@@ -133,12 +133,6 @@ def _draw_the_rest(ones: torch.Tensor, number: int) -> None:
 def _widened(rows: torch.Tensor, width: int, value: float) -> torch.Tensor:
     """Fill up rows on the right; shape (rows, width)."""
     return nn.functional.pad(rows, (0, width - rows.shape[1]), value=value)
-
-
-def can_leave_out_logits(model: nn.Module) -> bool:
-    """Tell whether a policy can compute the logits of its last positions alone."""
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    return "logits_to_keep" in inspect.signature(inner.forward).parameters
 
 
 class _Narrow:
