@@ -48,12 +48,18 @@ def run(
     Overrides are dotted and checked like the file: stages.sft.training.learning_rate=1e-4
     """
     from pipeline import launcher
-    from pipeline.config.load import load
+    from pipeline.config.load import load, recall
+    from pipeline.launch.process import environment
+    from pipeline.launch.stage_server import StageServer
     from pipeline.system import disk
 
-    loaded = load(config, overrides)
-    with stopping(), disk.reported(loaded.run_path):
-        launcher.run(loaded, _console(), overrides, until, only, redo, accelerate_config)
+    console = _console()
+    with stopping(), StageServer(environment(console)) as server:
+        if recall(config, overrides) is None and accelerate_config is None:
+            server.warm_up()  # meanwhile this process checks the config
+        loaded = load(config, overrides)
+        with disk.reported(loaded.run_path):
+            launcher.run(loaded, console, overrides, until, only, redo, accelerate_config, server)
 
 
 @cli.command()

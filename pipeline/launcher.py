@@ -8,18 +8,19 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.rule import Rule
 
-from pipeline.chain import preflight, run_folder, staleness
-from pipeline.chain.preflight import Facts
+from pipeline.chain import run_folder, staleness
 from pipeline.chain.staleness import Decision
 from pipeline.config import graph
 from pipeline.config.graph import parents, waits_for
 from pipeline.config.schema import RunConfig
 from pipeline.launch import process, sharding
+from pipeline.launch.stage_server import StageServer
 from pipeline.records import manifest
 from pipeline.records.manifest import Manifest
 from pipeline.records.stage_folder import CHECKPOINTS, LOCK
-from pipeline.show import check_data, plan, results
-from pipeline.show.screen import say
+from pipeline.show import plan, results
+from pipeline.show.facts import NOTHING, look
+from pipeline.show.screen import say, show
 from pipeline.system.errors import UserError, all_of, unknown
 
 
@@ -49,10 +50,10 @@ def show_plan(config: RunConfig, console: Console, accelerate_config: str | None
     """Check and print what a run would do, without writing to the run folder."""
     recorded, decisions = _decide(config)
     _launch_files(config, list(config.stages), accelerate_config)
-    facts = _preflight(config, recorded, list(config.stages))
-    plan.plan_table(config, decisions, facts, console)
-    audits = {name: fact.audits for name, fact in facts.items()}
-    check_data.tables(audits, config.checks.model_dump(), console)
+    known = look(config, recorded, list(config.stages))
+    plan.plan_table(config, decisions, known.stages, console)
+    for table in known.tables:
+        show(table, console)
 
 
 def run(
@@ -63,8 +64,9 @@ def run(
     only: str | None = None,
     redo: tuple[str, ...] = (),
     accelerate_config: str | None = None,
+    server: StageServer | None = None,
 ) -> None:
-    """Run what is not current.
+    """Run what is not current. `server`: what starts stages without their imports.
 
     Raises:
         UserError: if anything is wrong with config, data or run folder; nothing was trained then.
@@ -76,16 +78,18 @@ def run(
     _check_parents(config, decisions, selected)
     launch_files = _launch_files(config, list(pending), accelerate_config)
     forgotten = {name for stage in redo for name in (stage, *graph.descendants(config, stage))}
+    if server is not None and None in launch_files.values():
+        server.warm_up()  # meanwhile this process looks at the data
     # Forgotten before the tokenizer is looked at: if no finished stage is left, it may change.
-    facts = _preflight(config, recorded.without(forgotten), list(pending)) if pending else {}
-    plan.plan_table(config, [one for one in decisions if one.stage in selected], facts, console)
+    known = look(config, recorded.without(forgotten), list(pending)) if pending else NOTHING
+    plan.plan_table(config, [one for one in decisions if one.stage in selected], known.stages, console)
     _tidy(config, [one.stage for one in decisions if not one.run])
     if forgotten:
         manifest.drop(config.run_path, forgotten)
     for number, (name, reason) in enumerate(pending.items(), 1):
         console.print(Rule(_title(config, name, number, len(pending)), align="left", style="bold cyan"))
         run_folder.open_run(config)  # before anything is written: other files may have come since
-        process.run_stage(config, name, overrides, launch_files[name], reason, name in redo, console)
+        process.run_stage(config, name, overrides, launch_files[name], reason, name in redo, console, server)
     recorded = run_folder.open_run(config)
     results.shift_table(recorded, console)
     results.result_table(recorded, console)
@@ -139,11 +143,6 @@ def _check_parents(config: RunConfig, decisions: list[Decision], selected: list[
         for parent in parents(config.stages[name]).values():
             if name in waiting and parent in waiting and parent not in selected:
                 raise UserError(f"--only {name}: needs {parent!r} first ({waiting[parent]}); use --until {name}")
-
-
-def _preflight(config: RunConfig, recorded: Manifest, names: list[str]) -> dict[str, Facts]:
-    tokenizer, tokenizer_record = run_folder.tokenizer_of(config, recorded)
-    return preflight.check(config, names, tokenizer, tokenizer_record.fingerprint)
 
 
 def _launch_files(config: RunConfig, names: list[str], common: str | None) -> dict[str, str | None]:

@@ -75,7 +75,7 @@ def test_checks_keep_as_little():
         assertions.policy_is_parent(policy, [row] * 3, expected)
     assert storages.most_large == 1 and storages.peak < ONE_COPY + 2**25
     with Storages(2 * VOCABULARY * 4, policy) as storages:  # more than one position's
-        divergence.last_logits(policy, row)
+        divergence.likeliest_next(policy, [row])
     assert storages.most_large == 0
 
 

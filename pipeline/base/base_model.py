@@ -1,14 +1,15 @@
-"""Look up the base model of a run: what its files hold, and which of a hub model's commits the run uses."""
+"""Look up the base model of a run: what its files hold, and which of a hub model's commits the run uses.
+
+transformers is imported where it is needed: what is on record and the digests of files tell most commands enough.
+"""
 
 import contextlib
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
-from transformers import AutoConfig, PretrainedConfig
-from transformers.utils.hub import cached_file, extract_commit_hash
 
 from pipeline.config.schema import RunConfig
 from pipeline.records import manifest
@@ -16,6 +17,9 @@ from pipeline.records.manifest import Manifest
 from pipeline.system import digests
 from pipeline.system.cache import cache_folder
 from pipeline.system.errors import UserError, reason_of
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _FILES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".py")
 _SETTLED = 2  # seconds; a file that was written just now may be written again at the same time
@@ -44,6 +48,18 @@ def fingerprint(config: RunConfig) -> str:
         return digests.digest(list(zip(names, pool.map(_file_digest, files), strict=True)))
 
 
+def settled_state(config: RunConfig, recorded: Manifest | None) -> Any:
+    """Return what the base model's files hold; None of a hub model of which the run has used no commit yet.
+
+    A hub model without a commit may be another one the next time.
+    """
+    if config.model.path is None:
+        return []
+    commit = _recorded_commit(config, recorded)
+    is_settled = commit is not None or Path(location(config)).is_dir()
+    return [fingerprint(config), commit] if is_settled else None
+
+
 def commit_of(config: RunConfig, recorded: Manifest | None) -> str | None:
     """Return the commit of the hub model that the run has used since its first stage, or at first the newest one.
 
@@ -55,14 +71,23 @@ def commit_of(config: RunConfig, recorded: Manifest | None) -> str | None:
     model = config.model
     if not model.path or Path(location(config)).is_dir():
         return None
-    record = {} if recorded is None else recorded.model
-    if record.get("commit") and (record["path"], record["revision"]) == (model.path, model.revision):
-        return record["commit"]
+    commit = _recorded_commit(config, recorded)
+    if commit is not None:
+        return commit
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
     try:
         file = cached_file(model.path, "config.json", revision=model.revision)
     except OSError as error:
         raise unreadable(config, "model", error) from None
     return extract_commit_hash(file, None)
+
+
+def _recorded_commit(config: RunConfig, recorded: Manifest | None) -> str | None:
+    """Return the commit on record, if it is one of the config's model and revision."""
+    model = {} if recorded is None else recorded.model
+    is_the_same = model.get("path") == config.model.path and model.get("revision") == config.model.revision
+    return model.get("commit") if is_the_same else None
 
 
 def unreadable(config: RunConfig, what: str, error: Exception) -> UserError:
@@ -101,12 +126,14 @@ def _file_digest(file: Path) -> str:
     return digest
 
 
-def architecture(config: RunConfig) -> PretrainedConfig:
+def architecture(config: RunConfig) -> "PretrainedConfig":
     """Return the transformers config of the run's base model.
 
     Raises:
         UserError: if there is none, or it needs code that may not run.
     """
+    from transformers import AutoConfig
+
     model = config.model
     if model.scratch:
         return AutoConfig.for_model(**model.scratch.architecture)

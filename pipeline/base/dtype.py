@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from safetensors import SafetensorError, safe_open
-from transformers import PretrainedConfig
 
 from pipeline.base import base_model
 from pipeline.config.lineage import needs_float32
 from pipeline.config.rules import FLASH_IN_FLOAT32, uses_flash_attention
 from pipeline.config.schema import Dtype, RunConfig
 from pipeline.records import manifest
+from pipeline.system import kept
+from pipeline.system.digests import digest
 from pipeline.system.errors import UserError
 
+_KIND = "stored types"  # of what is kept
 _IN_FILES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # as safetensors names them
 
 
@@ -81,6 +83,18 @@ def _stored(config: RunConfig) -> str | None:
     Raises:
         UserError: if there is no such model.
     """
+
+    def key() -> str | None:
+        state = base_model.settled_state(config, manifest.read(config.run_path))
+        return None if state is None else digest([state, kept.installation()])
+
+    return kept.remembered(_KIND, key, lambda: {"type": _read(config)})["type"]
+
+
+def _read(config: RunConfig) -> str | None:
+    """Return what `_stored` does, from the model's files."""
+    from transformers import PretrainedConfig
+
     location = base_model.location(config)
     try:
         values, _ = PretrainedConfig.get_config_dict(location, revision=base_model.revision_of(config))

@@ -17,7 +17,7 @@ from transformers import (
 
 from pipeline.base import base_model, dtype, weights
 from pipeline.chain import positions
-from pipeline.config import functions
+from pipeline.chain.trials import try_functions
 from pipeline.config.graph import datasets, functions_of
 from pipeline.config.options import effective
 from pipeline.config.requests import request, run_data
@@ -35,11 +35,15 @@ _ERRORS = (OSError, KeyError, ValueError, TypeError, AttributeError)
 
 @dataclass(frozen=True)
 class Facts:
-    """What a stage would do: its datasets' rows by role, optimizer steps, parameters."""
+    """What a stage would do: its datasets' rows by role, optimizer steps, parameters.
+
+    `prompt`: the one that its functions are tried with; None if it has no functions.
+    """
 
     audits: dict[str, Audit]
     steps: int | None = None
     parameters: dict[str, int] | None = None
+    prompt: str | None = None
 
 
 def check(
@@ -109,13 +113,14 @@ def _facts(
     config: RunConfig, data: Datasets, tokenizer: PreTrainedTokenizerFast, name: str, audits: dict[str, Audit]
 ) -> Facts:
     stage = config.stages[name]
-    for field, reference in functions_of(stage):
+    prompt = None
+    if any(functions_of(stage)):
         prompt = data.prepare(request(config, name, "data")).rows[0]["prompt"][-1]["content"]
-        functions.check(reference, config.folder, f"stages.{name}.{field}", prompt)
+        try_functions(config, name, prompt)
     positions.check(config, name, audits)
     if not isinstance(stage, TrainingStage):
-        return Facts(audits)
-    return Facts(audits, _steps(stage, audits["data"]), _parameters(config, stage, tokenizer))
+        return Facts(audits, prompt=prompt)
+    return Facts(audits, _steps(stage, audits["data"]), _parameters(config, stage, tokenizer), prompt)
 
 
 def _only_linear(model: PeftModel) -> None:

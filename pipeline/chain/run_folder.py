@@ -1,18 +1,20 @@
 """Open a run's folder and prepare it: what somebody else keeps there is never written over."""
 
 from pathlib import Path
-
-from transformers import PreTrainedTokenizerFast
+from typing import TYPE_CHECKING
 
 from pipeline.base import base_model, dtype
 from pipeline.config.schema import RunConfig
-from pipeline.data import fingerprints, run_tokenizer
+from pipeline.data import fingerprints
 from pipeline.records import manifest
 from pipeline.records.manifest import Manifest, TokenizerRecord
 from pipeline.records.stage_folder import CHECKPOINTS, LOCK, LOG
 from pipeline.system import digests
 from pipeline.system.digests import digest
 from pipeline.system.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 _SIGNS = (LOCK, f"{CHECKPOINTS}/identity.txt", "log_history.json")
 
@@ -85,13 +87,15 @@ def open_run(config: RunConfig) -> Manifest:
     return recorded
 
 
-def tokenizer_of(config: RunConfig, recorded: Manifest) -> tuple[PreTrainedTokenizerFast, TokenizerRecord]:
+def tokenizer_of(config: RunConfig, recorded: Manifest) -> "tuple[PreTrainedTokenizerFast, TokenizerRecord]":
     """Return the run's tokenizer and its record: the saved one while what it is made from is unchanged, or a new one.
 
     Raises:
         UserError: if a new one differs from the one that finished stages were made with.
     """
-    source = _tokenizer_source(config)
+    from pipeline.data import run_tokenizer
+
+    source = source_of_tokenizer(config)
     saved = config.run_path / "tokenizer"
     before = recorded.tokenizer
     if before is not None and before.source == source and saved.is_dir():
@@ -114,7 +118,7 @@ def tokenizer_of(config: RunConfig, recorded: Manifest) -> tuple[PreTrainedToken
     return tokenizer, now
 
 
-def _tokenizer_source(config: RunConfig) -> str:
+def source_of_tokenizer(config: RunConfig) -> str:
     """Return a digest of everything that the run's tokenizer is made from."""
     settings = config.tokenizer.model_dump()
     template = config.folder / (settings["chat_template"] or "")
@@ -127,12 +131,14 @@ def _tokenizer_source(config: RunConfig) -> str:
     return digest([settings, scratch.vocab_size, content])
 
 
-def _as_recorded(saved: Path, record: TokenizerRecord, trust_remote_code: bool) -> PreTrainedTokenizerFast:
+def _as_recorded(saved: Path, record: TokenizerRecord, trust_remote_code: bool) -> "PreTrainedTokenizerFast":
     """Open the run's saved tokenizer. Cached rows are looked up by the fingerprint on record.
 
     Raises:
         UserError: if it is another tokenizer than the one on record.
     """
+    from pipeline.data import run_tokenizer
+
     tokenizer = run_tokenizer.open_saved(saved, trust_remote_code)
     if run_tokenizer.fingerprint(tokenizer) != record.fingerprint:
         mend = "Restore that folder, or remove it: it is made again then"

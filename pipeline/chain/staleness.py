@@ -26,7 +26,7 @@ from pipeline.config.requests import run_data
 from pipeline.config.schema import RunConfig, TrainingStage
 from pipeline.config.stage_types import type_of
 from pipeline.data import fingerprints
-from pipeline.data.prepare import Datasets
+from pipeline.data.removed import Removed
 from pipeline.records.manifest import NOT_FINISHED, Manifest, Record
 from pipeline.system import digests
 from pipeline.system.digests import digest
@@ -73,7 +73,7 @@ def decide(
 ) -> list[Decision]:
     """Decide what happens to each stage, in order; `names`: to these alone, with all their ancestors among them."""
     decisions: dict[str, Decision] = {}
-    data = Datasets(run_data(config))
+    data = Removed(run_data(config))
     for name in config.stages if names is None else names:
         first = [parent for parent in dict.fromkeys(parents(config.stages[name]).values()) if decisions[parent].run]
         decisions[name] = _decide_one(config, name, recorded, data, first, name in redo)
@@ -81,7 +81,7 @@ def decide(
 
 
 def _decide_one(
-    config: RunConfig, name: str, recorded: Manifest, data: Datasets, first: list[str], redo: bool
+    config: RunConfig, name: str, recorded: Manifest, data: Removed, first: list[str], redo: bool
 ) -> Decision:
     """Decide what happens to a stage; `first`: the parents that run before it."""
     record = recorded.stages.get(name)
@@ -104,14 +104,14 @@ def _decide_one(
     return Decision(name, reason is not None, reason or CURRENT, identity)
 
 
-def identify(config: RunConfig, name: str, recorded: Manifest, data: Datasets | None = None) -> Identity:
+def identify(config: RunConfig, name: str, recorded: Manifest, data: Removed | None = None) -> Identity:
     """Return the identity of a stage whose parents are finished; a parent that is not has an empty digest.
 
     Raises:
         UserError: if its data or functions cannot be read.
     """
-    inputs = _data_inputs(config, name, data or Datasets(run_data(config)))
-    inputs |= _function_inputs(config, name)
+    inputs = _data_inputs(config, name, data or Removed(run_data(config)))
+    inputs |= function_inputs(config, name)
     if config.model.path:
         inputs["base model"] = base_model.fingerprint(config)
     for role, parent in parents(config.stages[name]).items():
@@ -169,7 +169,7 @@ def _flat(value: object, prefix: str = "") -> Flat:
     return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}{key}.").items()}
 
 
-def _data_inputs(config: RunConfig, name: str, data: Datasets) -> dict[str, str]:
+def _data_inputs(config: RunConfig, name: str, data: Removed) -> dict[str, str]:
     """Return a digest of each dataset of a stage, and what else decides which of its rows the stage gets."""
     stage = config.stages[name]
     inputs: dict[str, str] = {}
@@ -178,13 +178,13 @@ def _data_inputs(config: RunConfig, name: str, data: Datasets) -> dict[str, str]
         if graph.is_shared(config, dataset):
             inputs[f"{role}: held-out share"] = str(config.data[dataset].heldout)
         trained_on = graph.role_split(role, isinstance(stage, TrainingStage)) == graph.TRAIN
-        removed = data.removed(dataset) if trained_on else None
+        removed = data.digest_of(dataset) if trained_on else None
         if removed:
             inputs[f"{role}: held-out prompts in it"] = removed
     return inputs
 
 
-def _function_inputs(config: RunConfig, name: str) -> dict[str, str]:
+def function_inputs(config: RunConfig, name: str) -> dict[str, str]:
     """Return a digest of the source of each function that a stage calls."""
     inputs: dict[str, str] = {}
     for field, reference in functions_of(config.stages[name]):

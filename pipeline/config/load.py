@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from pipeline.config import architecture, options, ranges, rehearsal
+from pipeline.config import architecture, options, ranges, rehearsal, validated
 from pipeline.config.document import Document, Problems, kind_of, plain, shown
 from pipeline.config.references import wire
 from pipeline.config.schema import REPORT, RESERVED, Options, RunConfig, TrainingStage, variant_of
@@ -19,12 +19,30 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def load(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
-    """Read, check and resolve a run's config.
+    """Read, check and resolve a run's config; one that was checked before is not checked again.
 
     Raises:
         UserError: with one line for every problem in the file and in the overrides.
     """
-    document = Document(Path(path), overrides)
+    config = recall(path, overrides)
+    if config is None:
+        key = validated.key_of(Path(path), overrides)
+        config = _check(Path(path), overrides)
+        if key is not None and key == validated.key_of(Path(path), overrides):  # the file did not change meanwhile
+            validated.keep(key, config)
+    return config
+
+
+def recall(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig | None:
+    """Return a config that was checked before and is still right; None: `load` would import all libraries to tell."""
+    config = validated.recall(Path(path), overrides)
+    if config is None or _fault_of_run_dir(config) is not None:
+        return None
+    return config
+
+
+def _check(path: Path, overrides: tuple[str, ...]) -> RunConfig:
+    document = Document(path, overrides)
     raw = plain(document.raw)
     problems = Problems()
     _check_numbers(raw, problems)
@@ -35,7 +53,9 @@ def load(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     if config is not None and not problems:
         config = wire(config, problems)
     if config is not None and not problems:
-        _check_run_dir(config, problems)
+        fault = _fault_of_run_dir(config)
+        if fault is not None:
+            problems.add(fault, "run_dir")
         _check_base(config, problems)
     if config is None or problems:
         distinct = [problem for at, problem in enumerate(problems) if problem[0] not in numbers[:at]]
@@ -135,19 +155,18 @@ def _check_numbers(node: object, problems: Problems, *loc: str | int) -> None:
         _check_numbers(child, problems, *loc, key)
 
 
-def _check_run_dir(config: RunConfig, problems: Problems) -> None:
-    """Check that the run folder is there or can be made."""
-    where = "run_dir"
+def _fault_of_run_dir(config: RunConfig) -> str | None:
+    """Say why the run folder is not there and cannot be made, or return None."""
     try:
         path = config.run_path
         above = next(place for place in (path, *path.parents) if os.path.lexists(place))
     except (OSError, RuntimeError) as error:  # a link that leads to itself
-        problems.add(f"cannot be a folder: {reason_of(error)}; give another path", where)
-        return
+        return f"cannot be a folder: {reason_of(error)}; give another path"
     if above.is_relative_to("/proc") or above.is_relative_to("/sys"):
-        problems.add(f"{path} is below a folder of the system, where no file can be written; give another path", where)
-    elif not above.is_dir():
-        problems.add(f"{above} is no folder, so {path} cannot be one; give another path", where)
+        return f"{path} is below a folder of the system, where no file can be written; give another path"
+    if not above.is_dir():
+        return f"{above} is no folder, so {path} cannot be one; give another path"
+    return None
 
 
 def _check_base(config: RunConfig, problems: Problems) -> None:

@@ -6,6 +6,7 @@ refused with the reason.
 """
 
 import dataclasses
+import enum
 import functools
 import inspect
 import pkgutil
@@ -19,6 +20,8 @@ from pipeline.config import architecture, choices, ranges
 from pipeline.config.document import shown
 from pipeline.config.schema import Options, Ppo, Stage, TrainingStage
 from pipeline.config.stage_types import KINDS, config_class, row_of, type_of
+from pipeline.system import kept
+from pipeline.system.digests import digest
 from pipeline.system.errors import nearest
 
 _REASONS = {
@@ -164,6 +167,7 @@ def check_section(kind: str, values: Options) -> tuple[Options, list[tuple[str, 
             fault = _fault_of(kind, key, coerced[key])
             if fault is not None:
                 problems.append((key, fault))
+            coerced[key] = _plain(coerced[key])
     return coerced, problems
 
 
@@ -176,6 +180,13 @@ def _coerced(kind: str, key: str, value: object) -> object:
     if (kind, key) == ("grpo", "scale_rewards") and isinstance(value, bool):
         value = "group" if value else "none"  # as GRPOConfig itself reads them
     return _adapter(kind, key).validate_python(value)
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as YAML has it: the word of a choice, which the library's class makes a choice of again."""
+    if isinstance(value, enum.Enum):
+        return value.value
+    return [_plain(item) for item in value] if isinstance(value, list) else value
 
 
 def _fault_of(kind: str, key: str, value: object) -> str | None:
@@ -204,9 +215,23 @@ def with_defaults(kind: str, training: Options) -> Options:
 
 
 def effective(kind: str, training: Options) -> Options:
-    """Return all options of a stage's `training:` section: the user's, our defaults, and TRL's defaults."""
-    fields = config_class(kind).__dataclass_fields__
-    return {key: field.default for key, field in fields.items()} | with_defaults(kind, training)
+    """Return all options of a stage's `training:` section: the user's, our defaults, and TRL's plain defaults."""
+    return _defaults_of_trl(kind) | with_defaults(kind, training)
+
+
+@functools.cache
+def _defaults_of_trl(kind: str) -> Options:
+    """Return the defaults of a kind's config class that are plain values; they are kept, or TRL is imported."""
+
+    def find_out() -> Options:
+        fields = config_class(kind).__dataclass_fields__
+        return {name: field.default for name, field in fields.items() if _is_plain(field.default)}
+
+    return kept.remembered("defaults", lambda: digest([kept.installation(), kind]), find_out)
+
+
+def _is_plain(value: object) -> bool:
+    return value is None or type(value) in (bool, int, float, str)
 
 
 def precision(kind: str, training: Options) -> str:

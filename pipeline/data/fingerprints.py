@@ -1,5 +1,7 @@
 """Take fingerprints of datasets: digests of what their sources hold and of how they are read.
 
+Files of rows are hashed without the datasets library, which takes a second to import.
+
 A stage's record holds them. A stage runs again if one of them has changed.
 """
 
@@ -10,10 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import load_dataset_builder
-
 from pipeline.config.schema import Data
-from pipeline.data import unreadable
 from pipeline.data.places import Part, find
 from pipeline.system.digests import digest, file_digest
 from pipeline.system.errors import UserError
@@ -40,6 +39,8 @@ def of_source(part: Part) -> str:
     spec = part.spec
     content: list[Any]
     if part.kind == "hub":
+        from pipeline.data import unreadable
+
         content = [spec.path, spec.name, spec.split, unreadable.from_hub(part, _hub_hash)]
     else:
         content = file_digests(part)
@@ -48,6 +49,8 @@ def of_source(part: Part) -> str:
 
 @functools.lru_cache(maxsize=256)
 def _hub_hash(path: str, name: str | None, revision: str | None) -> str | None:
+    from datasets import load_dataset_builder
+
     return load_dataset_builder(path, name=name, revision=revision).hash
 
 
@@ -82,6 +85,8 @@ def _content_digest(file: Path, size: int, _mtime: float, num_samples: int | Non
 
 def _saved_files(part: Part) -> Sequence[Path]:
     """Return the files that hold the rows of a dataset written by `save_to_disk`; others beside them are caches."""
+    from pipeline.data import unreadable
+
     folder = part.files[0]
     if (folder / "dataset_dict.json").is_file():
         folder = folder / part.spec.split

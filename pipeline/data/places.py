@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import load_dataset_builder
-
 from pipeline.config.schema import Data, Source
 from pipeline.system.errors import UserError
 
@@ -122,6 +120,8 @@ def _from_folder(name: str, spec: Source, folder: Path, key: str) -> Part:
 
 def _split_of_folder(name: str, spec: Source, folder: Path, key: str) -> Part:
     """Return the files of one split of a folder, told by their names as the datasets library does it."""
+    from datasets import load_dataset_builder
+
     remaining = {file.resolve(): file for file in _data_files(folder)}
     kind = _one_kind(list(remaining.values()), key, folder)
     loader, _ = loader_of(kind)

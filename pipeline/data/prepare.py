@@ -4,10 +4,8 @@ All of a dataset's rows go through Arrow in batches, in several processes, and a
 library by content, format, template and tokenizer; what is decided per row afterwards (split, lengths) takes no time.
 """
 
-import importlib.metadata
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from datasets import Dataset, IterableDataset, concatenate_datasets
@@ -18,20 +16,16 @@ from pipeline.config.requests import Request, RunData
 from pipeline.data import fingerprints, heldout, places, sources
 from pipeline.data.audit import Audit
 from pipeline.data.batches import NO_KEY, PromptKeys, TokenIds
+from pipeline.data.code import CODE
 from pipeline.data.formats import FIELDS, detect, missing
 from pipeline.data.places import Part
 from pipeline.data.row_kind import RowKind
 from pipeline.data.rows import ROWS, serves
 from pipeline.data.sieve import Sieve, audit_of, column, repeats, row_lengths, weighted
-from pipeline.system import digests
 from pipeline.system.cache import cache_folder
-from pipeline.system.digests import digest, file_digest
+from pipeline.system.digests import digest
 from pipeline.system.errors import UserError
 
-# Prepared rows are cached by this too: another version of these files may prepare them otherwise.
-_LIBRARIES = [importlib.metadata.version(name) for name in ("datasets", "jinja2", "tokenizers", "transformers")]
-_FILES = [*sorted(Path(__file__).parent.glob("*.py")), Path(digests.__file__)]  # all that decides what rows become
-CODE = digest([_LIBRARIES, *map(file_digest, _FILES)])
 BATCH = 250  # rows; a few hundred MB of Python lists and encodings at most
 SLICE = 100_000  # rows per set of processes: what they have read stays in their memory until they end
 NUM_PER_PROCESS = 2_000  # rows that are worth another process

@@ -89,12 +89,17 @@ def error_in(folder: str | Path) -> str | None:
     return None if first is None else first.read_text(encoding="utf-8")
 
 
+def wait_until_gone(number: int, interval: float) -> None:
+    """Wait for the end of a process that is no child of this one; `interval`: seconds between two looks."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(number)
+        # A killed process keeps its number until its own parent has asked how it ended.
+        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(interval)
+
+
 def end_with_launcher(number: int, folder: Path) -> None:
     """End this process when the `rlhf run` that started it is gone, so that a killed run leaves nothing training."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        launcher = psutil.Process(number)
-        # A killed process keeps its number until its own parent has asked how it ended.
-        while launcher.is_running() and launcher.status() != psutil.STATUS_ZOMBIE:
-            time.sleep(1)
+    wait_until_gone(number, 1)
     shutil.rmtree(folder, ignore_errors=True)  # the launcher could not
     os._exit(1)

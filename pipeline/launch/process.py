@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
+from typing import TypeAlias
 
 import psutil
 from rich.console import Console
@@ -12,11 +14,13 @@ from rich.console import Console
 from pipeline.config.schema import RunConfig
 from pipeline.launch import channel, sharding
 from pipeline.launch.log import StageLog, relay, say_last
+from pipeline.launch.stage_server import MODULE, UNKNOWN, Forked, StageServer
 from pipeline.records import manifest
 from pipeline.records.manifest import Record
 from pipeline.records.stage_folder import LOG
 from pipeline.system.errors import StageFailed
 
+StageProcess: TypeAlias = "subprocess.Popen[bytes] | Forked"
 NUM_LOG_LINES = 20  # shown of a stage that failed
 STOP_SECONDS = 15  # that a stage has to end by itself
 
@@ -28,7 +32,7 @@ def command(config: RunConfig, name: str, overrides: tuple[str, ...], accelerate
         launch += ["-m", "accelerate.commands.launch", "--config_file", accelerate_file]
         if sharding.needs_gpu_id(accelerate_file):
             launch += ["--gpu_ids", _first_gpu()]
-    return [*launch, "-m", "pipeline.stage", str(config.source), name, *overrides]
+    return [*launch, "-m", MODULE, str(config.source), name, *overrides]
 
 
 def run_stage(
@@ -39,8 +43,11 @@ def run_stage(
     reason: str,
     redo: bool,
     console: Console,
+    server: StageServer | None = None,
 ) -> None:
     """Run a stage's process until it ends, show and log its output. `reason`: why it runs, for its record.
+
+    `server`: what starts it without its imports, where it is one process.
 
     Raises:
         StageFailed: if it ended with an error or without a record.
@@ -51,29 +58,36 @@ def run_stage(
     argv = command(config, name, overrides, accelerate_file)
     launch = channel.Launch(os.getpid(), reason, redo)
     with channel.opened(launch, config.run_path) as answers:  # a stage's folder may hold nothing else before its lock
-        environment = _environment(accelerate_file, console, answers)
-        process = subprocess.Popen(
-            argv, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
+        said = environment(console, accelerate_file) | {channel.FOLDER: answers}
+        process = None
         try:
             with StageLog(path, console) as log:
                 log.write(f"$ {' '.join(argv)}\n")
+                process = _started(argv, said, server if accelerate_file is None else None)
                 assert process.stdout is not None, "it is a pipe"
                 relay(process.stdout, log, console)
             exit_code = process.wait()
         except KeyboardInterrupt:
-            _stop(process)
-            is_finished = _record(config, name) not in (None, before)
-            where = f"after {name}, which is finished" if is_finished else f"in {name}"
-            again = ", without --redo," if redo else ""
-            place = "there" if is_finished else f"the last checkpoint of {name}, if there is one"
-            say_last(console, f"\nStopped {where}. The same command{again} goes on from {place}; its log is {path}")
+            if process is not None:
+                _stop(process)
+            _say_stopped(name, _record(config, name) not in (None, before), redo, path, console)
             raise
         finally:
-            if process.poll() is None:
+            if process is not None and process.poll() is None:
                 _stop(process)
-        if exit_code != 0 or _record(config, name) is None:
+        finished = _record(config, name)
+        if exit_code == UNKNOWN and finished not in (None, before):
+            exit_code = 0
+        if exit_code != 0 or finished is None:
             raise _failure(name, exit_code, channel.error_in(answers), log)
+
+
+def _say_stopped(name: str, is_finished: bool, redo: bool, log: Path, console: Console) -> None:
+    """Say where a run was stopped, and how it goes on."""
+    where = f"after {name}, which is finished" if is_finished else f"in {name}"
+    again = ", without --redo," if redo else ""
+    place = "there" if is_finished else f"the last checkpoint of {name}, if there is one"
+    say_last(console, f"\nStopped {where}. The same command{again} goes on from {place}; its log is {log}")
 
 
 def _record(config: RunConfig, name: str) -> Record | None:
@@ -82,20 +96,29 @@ def _record(config: RunConfig, name: str) -> Record | None:
     return None if recorded is None else recorded.stages.get(name)
 
 
-def _environment(accelerate_file: str | None, console: Console, folder: str) -> dict[str, str]:
-    """Return the environment of a stage's process; `folder` is that of the channel."""
-    environment = os.environ | {
-        channel.FOLDER: folder,
+def _started(command: list[str], environment: dict[str, str], server: StageServer | None) -> StageProcess:
+    """Start a stage's process: by the server, or where there is none, or it was killed, by its command."""
+    forked = None if server is None else server.start(command, environment)
+    if forked is not None:
+        return forked
+    return subprocess.Popen(
+        command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def environment(console: Console, accelerate_file: str | None = None) -> dict[str, str]:
+    """Return the environment of a stage's process, but for the folder of its channel."""
+    variables = os.environ | {
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONIOENCODING": "utf-8:backslashreplace",  # what `relay` reads, in any locale
         "PYTHONSAFEPATH": "1",  # or `-m` would look for this package in the working directory first
     }
     if not console.encoding.startswith("utf"):
-        environment["TQDM_ASCII"] = " 123456789#"  # bars of blocks would be shown as escapes
+        variables["TQDM_ASCII"] = " 123456789#"  # bars of blocks would be shown as escapes
     if accelerate_file is None:
         # One process on several GPUs would fall into torch's DataParallel, which no trainer here supports.
-        environment["CUDA_VISIBLE_DEVICES"] = _first_gpu()
-    return environment
+        variables["CUDA_VISIBLE_DEVICES"] = _first_gpu()
+    return variables
 
 
 def _first_gpu() -> str:
@@ -108,13 +131,15 @@ def _failure(name: str, exit_code: int, error: str | None, log: StageLog) -> Sta
     if error is not None:
         return StageFailed(f"stage {name!r} stopped: {error}", 2)
     what = f"ended with exit code {exit_code}" if exit_code else "ended without a record in the manifest"
+    if exit_code == UNKNOWN:
+        what = "ended, and nobody saw how: the process that starts the stages was killed"
     if exit_code < 0:
         what = f"was ended by signal {-exit_code} ({signal.strsignal(-exit_code)})"
     tail = list(log.lines)[-NUM_LOG_LINES:]
     return StageFailed("\n  ".join([f"stage {name!r} {what}. The last lines of {log.path}:", *tail]), 1)
 
 
-def _stop(process: "subprocess.Popen[bytes]") -> None:
+def _stop(process: StageProcess) -> None:
     """End a stage with all processes that it has started; insist after a while, or at another interrupt.
 
     Nothing is lost by not letting it finish what it does: a stage may be killed at any time.

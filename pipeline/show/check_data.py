@@ -44,7 +44,8 @@ def run(config: RunConfig, stages: list[str], sample: int, console: Console) -> 
         problems += faults
         if audits_by_role:
             audits[name] = audits_by_role
-    tables(audits, config.checks.model_dump(), console)
+    for table in tables(audits, config.checks.model_dump()):
+        show(table, console)
     say(console, _start_of_rows(tokenizer, audits))
     if sample:
         for name, audits_by_role in audits.items():
@@ -70,8 +71,8 @@ def _lacks_bos(audit: Audit) -> bool:
     return "no_bos" in audit.noticed and audit.noticed["no_bos"].count > 0
 
 
-def tables(audits: dict[str, dict[str, Audit]], thresholds: dict[str, float | None], console: Console) -> None:
-    """Show the datasets as their stages get them, then what is worth a look in them, with the first rows.
+def tables(audits: dict[str, dict[str, Audit]], thresholds: dict[str, float | None]) -> list[Table]:
+    """Make a table of the datasets as their stages get them, and one of what is worth a look, with the first rows.
 
     `thresholds` are the config's `checks:`, by the kind of finding.
     """
@@ -99,9 +100,7 @@ def tables(audits: dict[str, dict[str, Audit]], thresholds: dict[str, float | No
         for kind, finding in (audit.dropped | audit.noticed).items():
             if finding.count:
                 findings.add(*where, *_finding(audit, kind, finding, thresholds))
-    show(datasets, console)
-    if findings.rows:
-        show(findings, console)
+    return [datasets, findings] if findings.rows else [datasets]
 
 
 def _grouped(audits: dict[str, dict[str, Audit]]) -> list[tuple[str, Audit]]:

@@ -1,17 +1,24 @@
 """The plan: what each stage starts from, its reference, its data, and what happens to it."""
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
 from rich.console import Console
 
 from pipeline.base import dtype
-from pipeline.chain.preflight import Facts
 from pipeline.chain.staleness import Decision
 from pipeline.config.lineage import start_of
 from pipeline.config.options import effective
 from pipeline.config.schema import BASE, Evaluate, Online, RunConfig, Shift, TrainingStage
 from pipeline.config.stage_types import type_of
-from pipeline.data.audit import Audit
 from pipeline.show.screen import Cell, Table, say, show
 from pipeline.show.tables import count
+
+if TYPE_CHECKING:
+    from pipeline.chain.preflight import Facts
+    from pipeline.data.audit import Audit
+
+Figures = dict[str, str]  # what the plan shows of a stage's facts: data, steps and trains
 
 
 def describe_start(config: RunConfig, name: str) -> str:
@@ -46,24 +53,27 @@ def describe_reference(config: RunConfig, name: str) -> str:
     return "frozen copy of " + ("base model" if parent == BASE else parent)
 
 
-def plan_table(config: RunConfig, decisions: list[Decision], facts: dict[str, Facts], console: Console) -> None:
-    """Show the stages in order: start, reference, rows, tokens, steps, parameters, and what happens to each."""
+def figures(facts: "Facts") -> Figures:
+    """Return what the plan shows of a stage's facts."""
+    trains = ""
+    if facts.parameters:
+        trains = f"{count(facts.parameters['trainable'])} of {count(facts.parameters['total'])}"
+    return {"data": "\n".join(map(_rows, facts.audits.values())), "steps": str(facts.steps or ""), "trains": trains}
+
+
+def plan_table(config: RunConfig, decisions: list[Decision], facts: Mapping[str, Figures], console: Console) -> None:
+    """Show the stages in order: start, reference, rows, tokens, steps, parameters, and what happens to each.
+
+    Of a stage that is not among the `facts` nothing is known but its config.
+    """
     columns = ("stage", "type", "starts from", "reference", "data (rows, tokens)", "steps", "trains", "will")
     table = Table(f"{config.name}: plan", columns)
     for decision in decisions:
         stage = config.stages[decision.stage]
-        fact = facts.get(decision.stage)
-        rows = stage.data
-        steps = ""
-        trains = ""
-        if fact is not None:
-            rows = "\n".join(map(_rows, fact.audits.values()))
-            steps = str(fact.steps or "")
-            if fact.parameters:
-                trains = f"{count(fact.parameters['trainable'])} of {count(fact.parameters['total'])}"
+        known = facts.get(decision.stage, {"data": stage.data, "steps": "", "trains": ""})
         start = describe_start(config, decision.stage)
         reference = describe_reference(config, decision.stage)
-        table.add(decision.stage, stage.type, start, reference, rows, steps, trains, _will(decision))
+        table.add(decision.stage, stage.type, start, reference, *known.values(), _will(decision))
     show(table, console)
     say(console, f"Weights: {_weights(config)}")
     checkpointed = [one.stage for one in decisions if one.run and _recomputes(config, one.stage)]
@@ -89,7 +99,7 @@ def _will(decision: Decision) -> Cell:
     return [verb, (f": {decision.reason}", "")]
 
 
-def _rows(audit: Audit) -> str:
+def _rows(audit: "Audit") -> str:
     dropped = f" ({count(audit.num_dropped)} left out)" if audit.num_dropped else ""
     counts = "streamed" if audit.streamed else f"{count(audit.rows)}, {count(audit.tokens)}"
     return f"{audit.dataset}: {counts}{dropped}"

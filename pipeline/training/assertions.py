@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pipeline.training.trainers import TokenisedRows
 
 NUM_COMPARED = 4  # prompts or rows on which the policy is compared with its parent and with the reference
-NUM_FIRST = 64  # prompts whose first token is looked at
+NUM_FIRST = 32  # prompts whose first token is looked at
 # Rewards that rounding may leave where the reference's log-probabilities were computed earlier, in other batches: in
 # float32, and per token where activations are rounded to 8 bits or 11 bits.
 EXACT = 1e-4
@@ -194,7 +194,7 @@ def first_token(trainer: Trainer, prompts: Sequence[list[int]], tokenizer: PreTr
     assert model is not None
     training = model.training
     model.eval()
-    tokens = [int(divergence.last_logits(model, ids).argmax()) for ids in prompts]
+    tokens = divergence.likeliest_next(model, prompts)
     model.train(training)
     special = sum(token in tokenizer.all_special_ids for token in tokens) / len(tokens)
     return {"special": special, "prompts": len(tokens), "likeliest": str(tokenizer.decode(statistics.mode(tokens)))}

@@ -5,7 +5,8 @@ float32. So they are computed at the positions that are asked for only, for few 
 that works on a few of these positions.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ Ids = list[int]  # token ids
 Model = Callable[..., Any]  # maps `input_ids` and `attention_mask` of shape (rows, length) to an output with `logits`
 # How many logits one forward pass may give: 64 MiB in float32. A single row may need more.
 MAX_LOGITS = 2**24
+# How many tokens of prompts go through a model at once: as many as keep a processor busy.
+MAX_TOKENS = 512
 # How many logits are compared at once: 4 MiB in float32.
 MAX_COMPARED = 2**20
 
@@ -73,9 +76,26 @@ def log_probs(model: nn.Module, ids: Ids) -> torch.Tensor:
     return torch.cat(pieces)
 
 
-def last_logits(model: nn.Module, ids: Ids) -> torch.Tensor:
-    """Return the logits of the token after a prompt, shape (vocabulary,)."""
-    return model(**_inputs(model, [ids], 1)).logits[0, -1]
+def likeliest_next(model: nn.Module, prompts: Sequence[Ids]) -> list[int]:
+    """Return the likeliest token after each prompt.
+
+    Prompts of like length go through the model together, padded on the left. For the few models that read padding as
+    text, such as RWKV, it is thus the likeliest token of a slightly other prompt.
+    """
+    limit = max(1, MAX_LOGITS // _vocabulary(model))
+    if "logits_to_keep" in _parameters(model):
+        limit = MAX_TOKENS
+    remaining = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    tokens = [0] * len(prompts)
+    while remaining:
+        longest = len(prompts[remaining[-1]])
+        number = max(1, limit // longest)
+        batch = remaining[-number:]
+        del remaining[-number:]
+        logits = model(**_inputs(model, [prompts[i] for i in batch], 1)).logits[:, -1]
+        for i, token in zip(batch, logits.argmax(-1).tolist(), strict=True):
+            tokens[i] = token
+    return tokens
 
 
 def _pieces(logits: torch.Tensor, other: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -90,11 +110,18 @@ def _inputs(model: nn.Module, rows: Sequence[Ids], number: int) -> dict[str, Any
     ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_side="left")
     mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], True, 0, "left")
     inputs: dict[str, Any] = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-    if len(rows) > 1:
+    parameters = _parameters(model)
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    if len(rows) > 1 and ("position_ids" in parameters or takes_any):  # BLOOM counts positions by the mask
         inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
     if can_leave_out_logits(model):
         inputs["logits_to_keep"] = number
     return inputs
+
+
+def _parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """Return what the language model takes."""
+    return inspect.signature(bare(model).forward).parameters
 
 
 def _vocabulary(model: nn.Module) -> int:

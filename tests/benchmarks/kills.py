@@ -12,8 +12,9 @@ be left over: no file that the uninterrupted run does not have, no process, no l
 With `--at-random STAGE` every kill is a SIGKILL at a random time of this stage. With `--accelerate-config FILE` its
 processes are started as `rlhf run` starts them, by `accelerate launch`.
 
-A process takes long to import torch and TRL, so that launchers and stages are forked from this one, which has done it.
-All else is as `rlhf run` does it. Compared are runs with the same numbers of processes and threads, on CPUs in float32.
+A process takes long to import torch and TRL, so that launchers, and the servers that start their stages, are forked
+from this one, which has done it. All else is as `rlhf run` does it. Compared are runs with the same numbers of
+processes and threads, on CPUs in float32.
 """
 
 import argparse
@@ -26,7 +27,6 @@ import random
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -182,7 +182,7 @@ def _half(point: Point, arguments: tuple[Any, ...]) -> None:
     os.truncate(file, file.stat().st_size // 2)
 
 
-def kill_at(kill: Kill, reached: Path) -> None:
+def kill_at(kill: Kill, reached: Path, launcher: int) -> None:
     """Let this process come to the end that `kill` describes."""
     point = kill.point
     owner, name = _lookup(point.call)
@@ -193,7 +193,7 @@ def kill_at(kill: Kill, reached: Path) -> None:
         if kill.target == "group":
             os.killpg(0, kill.number)
         elif kill.target == "launcher" and point.by == "stage":
-            os.kill(os.getppid(), kill.number)
+            os.kill(launcher, kill.number)
         else:
             os.kill(os.getpid(), kill.number)
         if point.when == "torn":  # it must not go on with the half
@@ -258,56 +258,38 @@ def _become(main: Callable[[], None], argv: list[str]) -> None:
     os._exit(code or 0)
 
 
-class Spare:
-    """A process that waits to become a stage: forked before its launcher has threads of its own."""
+class Server:
+    """The server of a launcher, forked from this process instead of started: it has loaded what stages import."""
 
     def __init__(self, kill: Kill | None, reached: Path, started: Path):
+        from pipeline import stage, stage_server
+
         self.connection, theirs = socket.socketpair()
+        launcher = os.getpid()
         self.pid = os.fork()
         if self.pid:
             theirs.close()
             return
         self.connection.close()
-        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)  # it is no stage yet
-        message, streams, *_ = socket.recv_fds(theirs, 1 << 20, 2)
-        if not message:
+        is_stage = False
+        with theirs, contextlib.suppress(ConnectionError):
+            is_stage = stage_server.serve(theirs, stage_server.ignore_signals())
+        if not is_stage:
             os._exit(0)
         started.write_text(str(os.getpid()))
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        given = json.loads(message)
-        os.environ.clear()
-        os.environ.update(given["environment"])
-        for number, stream in enumerate([streams[0], streams[1], streams[1]]):
-            os.dup2(stream, number)
-        os.closerange(3, 256)
-        from pipeline import stage
-
         if kill is not None and kill.point is not None and kill.point.by == "stage":
-            kill_at(kill, reached)
-        _become(stage.main, given["argv"])
+            kill_at(kill, reached, launcher)
+        _become(stage.main, sys.argv)
 
-    def start(self, argv: list[str], environment: dict[str, str], streams: list[int]) -> None:
-        message = json.dumps({"argv": argv, "environment": environment}).encode()
-        socket.send_fds(self.connection, [message], streams)
-        self.connection.close()
+    def start(self, server: Any) -> None:
+        """Do what `StageServer.warm_up` does."""
+        server._launcher, server._process = self.connection, self
 
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
 
-class Forked(subprocess.Popen):
-    """A stage's process, forked instead of started anew."""
-
-    spare: Spare
-
-    def _execute_child(self, args: list[str], *given: Any) -> None:
-        if "pipeline.stage" not in args or "accelerate.commands.launch" in args:
-            return super()._execute_child(args, *given)
-        environment, streams = given[5], given[9:15]
-        self.spare.start(args[args.index("pipeline.stage") :], environment, [streams[0], streams[3]])
-        self.pid = self.spare.pid
-        self._child_created = True
-        self._close_pipe_fds(*streams)
+    def communicate(self) -> None:
+        os.waitpid(self.pid, 0)
 
 
 class Bench:
@@ -336,11 +318,12 @@ class Bench:
         os.dup2(out, 1)
         os.dup2(out, 2)
         from pipeline import cli
+        from pipeline.launch.stage_server import StageServer
 
-        Forked.spare = Spare(kill, self.reached, self.started)
-        subprocess.Popen = Forked
+        server = Server(kill, self.reached, self.started)
+        StageServer.warm_up = lambda asked: server.start(asked)
         if kill is not None and kill.point is not None and kill.point.by == "launcher":
-            kill_at(kill, self.reached)
+            kill_at(kill, self.reached, os.getpid())
         _become(cli.main, ["rlhf", "run", str(self.config), "--until", until, *self.launch])
         raise AssertionError
 
@@ -536,6 +519,8 @@ def contents(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
+        if "/kept" in name:  # what a run has looked at depends on where it was killed
+            continue
         if path.is_dir():
             found[f"{name}/"] = None
         elif name.startswith("cache/") or path.name == "log.txt":

@@ -48,13 +48,13 @@ PPO_BATCH = 16
 
 @dataclass(frozen=True)
 class Times:
-    """One process: seconds of training (None if unknown), of the process, of its CPU time; peak GiB; the last loss."""
+    """One process: seconds of training (None if unknown), of the process, of its CPU time; peak GiB; losses."""
 
     train: float | None
     process: float
     cpu: float
     memory: float
-    loss: float | None
+    losses: list[float]
 
 
 def options_of(stage: str, steps: int) -> dict[str, Any]:
@@ -110,7 +110,8 @@ def write_config(folder: Path, model: Path, steps: int) -> Path:
     stages: dict[str, Any] = {}
     for name in NAMES:
         stages[name] = {"data": DATA.get(name, "demonstrations"), "training": options_of(name, steps)}
-    stages["sft"]["init"] = "base"
+    for name in ("sft", "reward"):
+        stages[name]["init"] = "base"
     config = {
         "name": "speed",
         "gate": "off",
@@ -143,7 +144,7 @@ def measure(side: str, stage: str, config_path: Path, run_dir: Path) -> None:
         _run_bare(stage, config_path, run_dir)
     losses = [entry[key] for entry in watched["log"] for key in ("loss", "loss/policy_avg") if key in entry]
     memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
-    result = {"train": watched["seconds"], "memory": memory, "loss": losses[-1]}
+    result = {"train": watched["seconds"], "memory": memory, "losses": losses}
     print("RESULT " + json.dumps(result), flush=True)
 
 
@@ -163,10 +164,12 @@ def _time_training(trainer_class: type, watched: dict[str, Any]) -> None:
 
 def _run_bare(stage: str, config_path: Path, run_dir: Path) -> None:
     from speed_bare import STAGES, Bare
+    from transformers import set_seed
 
     config = json.loads(config_path.read_text(encoding="utf-8"))
     dtype = json.loads((run_dir / "manifest.json").read_text(encoding="utf-8"))["model"]["dtype"]
     bare = Bare(config["model"]["path"], dtype, run_dir, config_path.parent, run_dir / "bare", LORA)
+    set_seed(0)
     trainer = STAGES[stage](bare, config["stages"][stage]["training"])
     trainer.train()
     trainer.save_model(str(run_dir / "bare" / "output"))
@@ -191,7 +194,7 @@ def timed(command: list[str] | str) -> Times:
     if not found and (runtimes := re.findall(r"train_runtime\W+([\d.]+)", text)):
         result["train"] = float(runtimes[-1])
     memory = result.get("memory") or usage.ru_maxrss / 2**20
-    return Times(result.get("train"), seconds, usage.ru_utime + usage.ru_stime, memory, result.get("loss"))
+    return Times(result.get("train"), seconds, usage.ru_utime + usage.ru_stime, memory, result.get("losses", []))
 
 
 def compare(stage: str, config: Path, arguments: argparse.Namespace) -> dict[str, list[Times]]:
@@ -230,7 +233,13 @@ def row(stage: str, times: dict[str, list[Times]], steps: int) -> str:
         cells.append(f"{bare:.2f}, {ours:.2f} episodes/s: {ours / bare:.2f}")
     else:
         cells.append("")
-    cells.append(", ".join(f"{side} {taken[-1].loss:.4f}" for side, taken in times.items() if taken[-1].loss))
+    cells.append(
+        "; ".join(
+            f"{side} {taken[-1].losses[0]:.4f}, {taken[-1].losses[-1]:.4f}"
+            for side, taken in times.items()
+            if taken[-1].losses
+        )
+    )
     return f"| {' | '.join(cells)} |"
 
 
@@ -253,11 +262,12 @@ def main() -> None:
     write_rows(arguments.data, folder)
     config = write_config(folder, arguments.model, arguments.steps)
     environment = os.environ | {"PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "pipeline", "run", str(config), "--until", "reward"]
-    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
+    for name in ("sft", "reward"):
+        command = [sys.executable, "-m", "pipeline", "run", str(config), "--until", name]
+        subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
     sides = ["bare", "ours", *(["peer"] if arguments.peer else [])]
     heads = [f"{what}, {side}" for what in ("training s", "process s", "CPU s", "GiB") for side in (*sides, "ratio")]
-    lines = [f"| stage | {' | '.join(heads)} | PPO | last loss |", f"|{'---|' * (len(heads) + 3)}"]
+    lines = [f"| stage | {' | '.join(heads)} | PPO | first and last loss |", f"|{'---|' * (len(heads) + 3)}"]
     for stage in arguments.stages:
         lines.append(row(stage, compare(stage, config, arguments), arguments.steps))
     print("\n".join(lines))

@@ -1,7 +1,8 @@
 """The stages of `speed.py` in bare TRL: models from transformers and PEFT, rows in TRL's own forms, TRL's trainers.
 
-Policies start from the same adapters as the pipeline's stages do, and rows become the same token ids, by the run's
-tokenizer with its chat template. PPO has four models, each with weights of its own, as PPOTrainer takes them.
+Policies start from the same adapters as the pipeline's stages do, and a new adapter is drawn with the same seed. Rows
+become the same token ids, by the run's tokenizer with its chat template. PPO has four models, each with weights of its
+own, as PPOTrainer takes them.
 """
 
 import json
@@ -17,7 +18,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
-    set_seed,
 )
 from trl import (
     DPOConfig,
@@ -57,18 +57,13 @@ class Bare:
         lines = (self.data / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines]
 
-    def dialogues(self, name: str) -> Dataset:
-        """Rows with texts in TRL's conversational form."""
-        role = {"prompt": "user"}
-        return Dataset.from_list(
-            [
-                {
-                    key: [{"role": role.get(key, "assistant"), "content": value}] if isinstance(value, str) else value
-                    for key, value in row.items()
-                }
-                for row in self.rows(name)
-            ]
-        )
+    def texts(self, name: str) -> Dataset:
+        """Rows whose prompts are rendered with the chat template; TRL puts an eos behind each completion."""
+        return Dataset.from_list([row | {"prompt": self._rendered(row["prompt"])} for row in self.rows(name)])
+
+    def _rendered(self, prompt: str) -> str:
+        turns = [{"role": "user", "content": prompt}]
+        return str(self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
 
     def new(self, task: str, **options: Any) -> LoraConfig:
         return LoraConfig(**self.lora, task_type=task, **options)
@@ -103,7 +98,7 @@ def sft(bare: Bare, options: dict[str, Any]) -> Any:
     return SFTTrainer(
         bare.causal(),
         bare.args(SFTConfig, options),
-        train_dataset=bare.dialogues("demonstrations"),
+        train_dataset=bare.texts("demonstrations"),
         processing_class=bare.tokenizer,
         peft_config=bare.new("CAUSAL_LM"),
     )
@@ -111,23 +106,25 @@ def sft(bare: Bare, options: dict[str, Any]) -> Any:
 
 def reward(bare: Bare, options: dict[str, Any]) -> Any:
     model = AutoModelForSequenceClassification.from_pretrained(bare.base, num_labels=1, dtype=bare.dtype)
+    model.score.float()  # in bfloat16 most of its steps would be rounded away
+    model.score.register_forward_pre_hook(lambda _, hidden: hidden[0].float())
     return RewardTrainer(
         model,
         bare.args(RewardConfig, options),
-        train_dataset=bare.dialogues("comparisons"),
+        train_dataset=bare.texts("comparisons"),
         processing_class=bare.tokenizer,
         peft_config=bare.new("SEQ_CLS", modules_to_save=["score"]),
     )
 
 
 def dpo(bare: Bare, options: dict[str, Any]) -> Any:
-    rows = bare.dialogues("comparisons")
+    rows = bare.texts("comparisons")
     args = bare.args(DPOConfig, options)
     return DPOTrainer(bare.policy(), None, args, train_dataset=rows, processing_class=bare.tokenizer)
 
 
 def kto(bare: Bare, options: dict[str, Any]) -> Any:
-    rows = bare.dialogues("unpaired")
+    rows = bare.texts("unpaired")
     args = bare.args(KTOConfig, options)
     return KTOTrainer(bare.policy(), None, args, train_dataset=rows, processing_class=bare.tokenizer)
 
@@ -139,7 +136,7 @@ def _groups(bare: Bare, args: Any, trainer_class: Callable[..., Any]) -> Any:
         bare.policy(),
         [score],
         args,
-        train_dataset=bare.dialogues("demonstrations").select_columns(["prompt"]),
+        train_dataset=bare.texts("demonstrations").select_columns(["prompt"]),
         processing_class=bare.tokenizer,
         reward_processing_classes=[AutoTokenizer.from_pretrained(bare.run / "tokenizer")],
     )
@@ -157,15 +154,11 @@ def ppo(bare: Bare, options: dict[str, Any]) -> Any:
     own = {"stop_token": "eos", "missing_eos_penalty": 1.0, "num_sample_generations": 0, "save_strategy": "no"}
     args = bare.args(PPOConfig, own | {"bf16": False} | options)
     tokenizer = AutoTokenizer.from_pretrained(bare.run / "tokenizer", padding_side="left")
-    prompts = bare.dialogues("demonstrations")["prompt"][:]
-    ids = [tokenizer.apply_chat_template(p, add_generation_prompt=True, return_dict=False) for p in prompts]
-    rows = Dataset.from_dict({"input_ids": ids})
-    policy = bare.policy()
-    set_seed(0)
+    rows = Dataset.from_dict({"input_ids": tokenizer(bare.texts("demonstrations")["prompt"][:])["input_ids"]})
     return PPOTrainer(
         args=args,
         processing_class=tokenizer,
-        model=policy,
+        model=bare.policy(),
         ref_model=bare.policy(trainable=False),
         reward_model=bare.score(),
         value_model=bare.score(trainable=True),

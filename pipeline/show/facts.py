@@ -1,0 +1,90 @@
+"""Look at what must hold before anything is trained, or recall what was found when everything was the same."""
+
+import contextlib
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.base import base_model
+from pipeline.chain import run_folder, staleness
+from pipeline.chain.trials import try_functions
+from pipeline.config import validated
+from pipeline.config.graph import datasets
+from pipeline.config.requests import run_data
+from pipeline.config.schema import RunConfig
+from pipeline.data.removed import Removed
+from pipeline.records.manifest import Manifest
+from pipeline.show.plan import Figures, figures
+from pipeline.show.screen import Table
+from pipeline.system import digests, kept
+from pipeline.system.errors import UserError
+
+_KIND = "facts"
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a plan shows beside the decisions: figures of each stage, and the tables of its data.
+
+    `prompts`: what the functions of each stage that has some are tried with.
+    """
+
+    stages: dict[str, Figures] = field(default_factory=dict)
+    tables: list[Table] = field(default_factory=list)
+    prompts: dict[str, str] = field(default_factory=dict)
+
+
+NOTHING = Known()
+
+
+def look(config: RunConfig, recorded: Manifest, names: list[str]) -> Known:
+    """Read every dataset of the stages `names`, try their functions and count their parameters.
+
+    What was found to be right is kept, and not looked at again while nothing has changed that it depends on. Functions
+    are tried every time: nobody knows what else they need, such as a variable, a file or a service.
+
+    Raises:
+        UserError: with one line for each stage that could not run.
+    """
+    key = _key(config, recorded, names)
+    value = None if key is None else kept.recall(_KIND, key)
+    if value is not None:
+        with contextlib.suppress(UserError):  # it is told below, with all other problems
+            for name, prompt in value["prompts"].items():
+                try_functions(config, name, prompt)
+            return Known(value["stages"], [Table(**table) for table in value["tables"]], value["prompts"])
+    from pipeline.chain import preflight
+    from pipeline.show import check_data
+
+    tokenizer, tokenizer_record = run_folder.tokenizer_of(config, recorded)
+    facts = preflight.check(config, names, tokenizer, tokenizer_record.fingerprint)
+    audits = {name: fact.audits for name, fact in facts.items()}
+    tables = check_data.tables(audits, config.checks.model_dump())
+    prompts = {name: fact.prompt for name, fact in facts.items() if fact.prompt is not None}
+    known = Known({name: figures(fact) for name, fact in facts.items()}, tables, prompts)
+    if key is not None and key == _key(config, recorded, names):  # nothing changed meanwhile
+        kept.keep(_KIND, key, dataclasses.asdict(known))
+    return known
+
+
+def _key(config: RunConfig, recorded: Manifest, names: list[str]) -> str | None:
+    """Return the digest of all that is looked at; None where that cannot be told without looking.
+
+    Paths count too, since messages name them.
+    """
+    model = base_model.settled_state(config, recorded)
+    if model is None:
+        return None
+    try:
+        inputs: list[Any] = [staleness.function_inputs(config, name) for name in names]
+        data = Removed(run_data(config))
+        inputs += [data.states_of(dataset) for name in names for dataset in datasets(config.stages[name]).values()]
+        inputs.append(run_folder.source_of_tokenizer(config))
+    except UserError:  # it is told with all other problems
+        return None
+    saved = digests.checksums(config.run_path, [config.run_path / "tokenizer"])
+    tokenizer = None if recorded.tokenizer is None else recorded.tokenizer.model_dump()
+    places = [str(config.source), str(Path.cwd()), str(config.run_path)]
+    settings = [validated.to_plain(config), names, places, kept.installation(), kept.environment()]
+    return digests.digest([settings, inputs, model, saved, tokenizer, sorted(recorded.stages)])
