@@ -175,13 +175,18 @@ def _run_bare(stage: str, config_path: Path, run_dir: Path) -> None:
     trainer.save_model(str(run_dir / "bare" / "output"))
 
 
+def environment() -> dict[str, str]:
+    """The variables of all processes."""
+    folders = [str(REPO), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(folders), "HF_HUB_OFFLINE": "1"}
+
+
 def timed(command: list[str] | str) -> Times:
     """Run a process and say what it took; its last words are shown if it fails."""
     started = time.perf_counter()
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
-        environment = os.environ | {"PYTHONPATH": f"{REPO}:{HERE}", "HF_HUB_OFFLINE": "1"}
         process = subprocess.Popen(
-            command, shell=isinstance(command, str), stdout=output, stderr=subprocess.STDOUT, env=environment
+            command, shell=isinstance(command, str), stdout=output, stderr=subprocess.STDOUT, env=environment()
         )
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - started
@@ -261,10 +266,9 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="speed-"))
     write_rows(arguments.data, folder)
     config = write_config(folder, arguments.model, arguments.steps)
-    environment = os.environ | {"PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1"}
     for name in ("sft", "reward"):
         command = [sys.executable, "-m", "pipeline", "run", str(config), "--until", name]
-        subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
+        subprocess.run(command, check=True, env=environment(), stdout=subprocess.DEVNULL)
     sides = ["bare", "ours", *(["peer"] if arguments.peer else [])]
     heads = [f"{what}, {side}" for what in ("training s", "process s", "CPU s", "GiB") for side in (*sides, "ratio")]
     lines = [f"| stage | {' | '.join(heads)} | PPO | first and last loss |", f"|{'---|' * (len(heads) + 3)}"]
