@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 from storages import Storages
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LlamaModel
 from trl.experimental.ppo import PPOTrainer, ppo_trainer
 
 from pipeline import stage
@@ -77,13 +77,16 @@ def test_completions_that_do_not_end(model):
     torch.testing.assert_close(log_probs[kept], expected[kept])
 
 
-def run(folder, *names, vocabulary=None, lora=tiny.LORA, trainer="ppo", **options):
+def run(folder, *names, vocabulary=None, lora=tiny.LORA, trainer="ppo", longest=1, **options):
     folder.mkdir(exist_ok=True)
     ppo = tiny.PPO | {"training": tiny.PPO["training"] | options, "lora": lora, "trainer": trainer}
     stages = {"sft": tiny.SFT, "reward": tiny.REWARD, "ppo": ppo}
     path = tiny.make_run(folder, stages, gate="off")
     tiny.make_model(folder / "model", vocabulary=vocabulary)
-    rows = [{"prompt": f"Tell me of {number}.", "completion": "It is good."} for number in range(10, 90)]
+    rows = [
+        {"prompt": f"Tell me of {number}." + " Please." * (number % longest), "completion": "It is good."}
+        for number in range(10, 90)
+    ]
     tiny.write_rows(folder / "demonstrations.jsonl", rows)
     config = load(path)
     for name in names:
@@ -181,3 +184,23 @@ def test_a_completion_without_a_token_leaves_the_weights_finite(tmp_path, monkey
     log = json.loads((tmp_path / "run" / "ppo" / "log_history.json").read_text())
     assert all(math.isfinite(value) for entry in log for value in entry.values())
     assert record.metrics["alarms"] == []
+
+
+@pytest.mark.parametrize("trainer", ["ppo", "grpo"])
+def test_no_padding_of_other_prompts_goes_through_the_models(tmp_path, monkeypatch, trainer):
+    """Every row of a rollout is as wide as its longest prompt needs; a micro-batch is as wide as its own needs."""
+    widths = {"rollout": set(), "micro-batch": set()}
+    forward = LlamaModel.forward
+
+    def seen(self, input_ids=None, attention_mask=None, **options):
+        if torch.is_grad_enabled():
+            widths["micro-batch"].add(input_ids.shape[1])
+            assert attention_mask[:, 0].any()
+        else:
+            widths["rollout"].add(input_ids.shape[1])
+        return forward(self, input_ids=input_ids, attention_mask=attention_mask, **options)
+
+    run(tmp_path, "sft", "reward", trainer=trainer, longest=5)
+    monkeypatch.setattr(LlamaModel, "forward", seen)
+    run(tmp_path, "ppo", trainer=trainer, longest=5, gradient_checkpointing=False)
+    assert min(widths["micro-batch"]) < max(widths["micro-batch"]) == max(widths["rollout"])

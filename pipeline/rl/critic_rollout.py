@@ -19,6 +19,7 @@ from pipeline.models.ppo import Models
 from pipeline.models.views import ScoreView
 from pipeline.rl.advantages import PADDING, Rollout, advantages_and_returns, masks, token_rewards
 from pipeline.rl.centred_reward import Figures, ScoredChunk, Subtraction
+from pipeline.training.rollouts import num_padding
 
 # The figures of an update, by their names in PPOTrainer's log; each a tensor with one number.
 Stats = dict[str, torch.Tensor]
@@ -177,7 +178,7 @@ class Rollouts:
         self, model: nn.Module, sequences: torch.Tensor, width: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return log-probabilities, values and logits of the last `width` tokens, shape (rows, width, ...)."""
-        inputs, num_logits = self._inputs(sequences, width)
+        inputs, num_logits = self._inputs(sequences[:, num_padding(sequences[:, :-width], self._pad) :], width)
         logits, values = model(num_logits=num_logits, **inputs)
         log_probs, logits = self._log_probs(logits, sequences, width)
         return log_probs, values[:, -width - 1 : -1], logits

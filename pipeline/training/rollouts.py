@@ -141,13 +141,10 @@ class _Narrow:
     def __init__(self, model: nn.Module, rollout: _Rollout):
         self.keep: int | None = None
         self._rollout = rollout
-        hooks = []
-        if can_leave_out_logits(model):
-            hooks = [
-                model.register_forward_pre_hook(self._ask, with_kwargs=True),
-                model.register_forward_hook(self._answer),
-            ]
-        self.hooks = hooks
+        self.hooks = (
+            model.register_forward_pre_hook(self._ask, with_kwargs=True),
+            model.register_forward_hook(self._answer),
+        )
 
     def _ask(self, _: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         if self.keep is None:
@@ -157,6 +154,14 @@ class _Narrow:
     def _answer(self, _: nn.Module, __: object, output: Any) -> None:
         if self.keep is not None:
             output.logits = CompletionLogits(output.logits, self._rollout.length - 1)
+
+
+def num_padding(prompts: torch.Tensor, pad_token_id: int) -> int:
+    """Return how many columns on the left are padding in all rows.
+
+    A micro-batch may lack the longest prompt of the batch.
+    """
+    return int((prompts != pad_token_id).any(0).byte().argmax())
 
 
 def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -171,11 +176,12 @@ def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def lean(ppo_trainer: ModuleType, policies: list[nn.Module], eos_token_id: int) -> Iterator[None]:
     """Let PPOTrainer, whose module is `ppo_trainer`, work as this module says while the block runs.
 
-    `policies` are the models whose logits it reads. It also collects garbage and empties the device's cache several
-    times an update. Both wait for the device or take longer than a small model's update, and neither is needed.
+    `policies` are the models whose logits it reads; they have one architecture. A view of another one of them has its
+    logits from that one. PPOTrainer also collects garbage and empties the device's cache several times an update. Both
+    wait for the device or take longer than a small model's update, and neither is needed.
     """
     rollout = _Rollout(eos_token_id)
-    narrow = [_Narrow(model, rollout) for model in policies]
+    narrow = [_Narrow(model, rollout) for model in policies if can_leave_out_logits(model)]
     select: Callable[..., torch.Tensor] = ppo_trainer.selective_log_softmax
     forward: Callable[..., Any] = ppo_trainer.forward
 
@@ -183,13 +189,18 @@ def lean(ppo_trainer: ModuleType, policies: list[nn.Module], eos_token_id: int) 
         return logits.values if isinstance(logits, LogProbs) else select(logits, ids)
 
     def forward_narrow(model: nn.Module, sequences: torch.Tensor, pad_token_id: int) -> Any:
+        skipped = num_padding(sequences[:, : rollout.length], pad_token_id) if narrow else 0
         for one in narrow:
             one.keep = sequences.shape[1] - rollout.length + 1
         try:
-            return forward(model, sequences, pad_token_id)
+            output = forward(model, sequences[:, skipped:], pad_token_id)
         finally:
             for one in narrow:
                 one.keep = None
+        if type(output) is tuple:  # of the policy and the value model, whose values are of shape (rows, tokens, 1)
+            policy, values = output
+            return policy, nn.functional.pad(values, (0, 0, skipped, 0))
+        return output
 
     with contextlib.ExitStack() as stack:
         for one in narrow:

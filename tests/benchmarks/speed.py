@@ -33,7 +33,8 @@ from typing import Any
 
 HERE = Path(__file__).parent
 REPO = HERE.parents[1]
-NAMES = ("pretrain", "sft", "reward", "dpo", "kto", "rloo", "grpo", "ppo")
+PPO = {"ppo": "ppo", "ppo-on-grpo": "grpo"}  # stages of type ppo, each with its `trainer`
+NAMES = ("pretrain", "sft", "reward", "dpo", "kto", "rloo", "grpo", *PPO)
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
 LONGEST = 600  # characters of a text: no row is cut by any limit below
 DATA = {
@@ -63,7 +64,7 @@ def options_of(stage: str, steps: int) -> dict[str, Any]:
 
     common = {"per_device_train_batch_size": BATCH, "learning_rate": 1e-4, "logging_steps": 1}
     common["use_cpu"] = not torch.cuda.is_available()
-    if stage == "ppo":
+    if stage in PPO:
         sizes = {"total_episodes": PPO_BATCH * steps, "gradient_accumulation_steps": PPO_BATCH // BATCH}
         lengths = {"response_length": 32, "local_rollout_forward_batch_size": PPO_BATCH}
         return common | sizes | lengths | {"gradient_checkpointing": False}
@@ -112,6 +113,8 @@ def write_config(folder: Path, model: Path, steps: int) -> Path:
         stages[name] = {"data": DATA.get(name, "demonstrations"), "training": options_of(name, steps)}
     for name in ("sft", "reward"):
         stages[name]["init"] = "base"
+    for name, trainer in PPO.items():
+        stages[name] |= {"type": "ppo", "trainer": trainer}
     config = {
         "name": "speed",
         "gate": "off",
@@ -149,10 +152,13 @@ def measure(side: str, stage: str, config_path: Path, run_dir: Path) -> None:
 
 
 def _time_training(trainer_class: type, watched: dict[str, Any]) -> None:
-    """Let a trainer's `train` leave its seconds and its log in `watched`."""
+    """Let a trainer's `train` leave its seconds and its log in `watched`, with the same random numbers on all sides."""
+    from transformers import set_seed
+
     original = trainer_class.train
 
     def train(self: Any, *args: Any, **options: Any) -> Any:
+        set_seed(0)
         started = time.perf_counter()
         output = original(self, *args, **options)
         watched["seconds"] = time.perf_counter() - started
@@ -233,7 +239,7 @@ def row(stage: str, times: dict[str, list[Times]], steps: int) -> str:
             cells.append("-" if None in values else f"{statistics.median(values):.2f}")
         pairs = zip(times["ours"], times["bare"], strict=True)
         cells.append(f"{statistics.median(getattr(ours, key) / getattr(bare, key) for ours, bare in pairs):.2f}")
-    if stage == "ppo":
+    if stage in PPO:
         bare, ours = (PPO_BATCH * steps / statistics.median(one.train for one in times[s]) for s in ("bare", "ours"))
         cells.append(f"{bare:.2f}, {ours:.2f} episodes/s: {ours / bare:.2f}")
     else:

@@ -177,4 +177,5 @@ STAGES: dict[str, Callable[[Bare, dict[str, Any]], Any]] = {
     "rloo": rloo,
     "grpo": grpo,
     "ppo": ppo,
+    "ppo-on-grpo": ppo,
 }
