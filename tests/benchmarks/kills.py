@@ -138,12 +138,16 @@ POINTS = _points()
 
 @dataclass(frozen=True)
 class Kill:
-    """One interruption: at a point or after some seconds, by which signal, of which processes."""
+    """One interruption: at a point or after some seconds, by which signal, of which processes.
+
+    `behind_checkpoint`: the seconds are those after the stage's first checkpoint.
+    """
 
     number: signal.Signals
     target: str
     point: Point | None = None
     seconds: float = 0.0
+    behind_checkpoint: bool = False
 
 
 @dataclass
@@ -302,6 +306,7 @@ class Bench:
         self.config = folder / "base" / "tiny.yaml"
         self.output, self.reached, self.started = folder / "output.txt", folder / "reached", folder / "stage"
         self.seconds: dict[str, float] = {}
+        self.seconds_behind: dict[str, float] = {}  # the stage's first checkpoint
 
     def start(self, until: str, kill: Kill | None = None) -> int:
         """Fork `rlhf run --until STAGE` as the leader of a process group of its own; it may start one stage."""
@@ -327,10 +332,14 @@ class Bench:
         _become(cli.main, ["rlhf", "run", str(self.config), "--until", until, *self.launch])
         raise AssertionError
 
-    def wait(self, pid: int) -> int:
+    def has_checkpoint(self, stage: str) -> bool:
+        return any(self.work.glob(f"run/{stage}/checkpoints/*/complete.json"))
+
+    def wait(self, pid: int, meanwhile: Callable[[], object] = lambda: None) -> int:
         """The exit code of a launcher, negative for a signal, as subprocess has it."""
         deadline = time.time() + self.time_limit
         while True:
+            meanwhile()
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
                 return os.waitstatus_to_exitcode(status)
@@ -378,11 +387,18 @@ class Bench:
         for stage in STAGES[: STAGES.index(until) + 1]:
             shutil.copytree(self.work, self.folder / f"before-{stage}")
             start = time.time()
-            code = self.wait(self.start(stage))
+            seen: list[float] = []
+            look = functools.partial(self._note_checkpoint, stage, seen)
+            code = self.wait(self.start(stage), look)
             self.seconds[stage] = time.time() - start
+            self.seconds_behind[stage] = time.time() - seen[0] if seen else 0.0
             if code:
                 raise SystemExit(f"the uninterrupted run failed in {stage}:\n{self.output.read_text()}")
             shutil.copytree(self.work, self.folder / f"after-{stage}")
+
+    def _note_checkpoint(self, stage: str, seen: list[float]) -> None:
+        if not seen and self.has_checkpoint(stage):
+            seen.append(time.time())
 
     def lay_out(self, stage: str, point: Point | None = None) -> None:
         """The work folder as it was before a stage, or after it but without its record."""
@@ -401,6 +417,8 @@ class Bench:
         """Run and kill; whether the kill came before the end, and what was not as it should be."""
         pid = self.start(until, kill)
         if kill.point is None:
+            while kill.behind_checkpoint and not self.has_checkpoint(until):
+                time.sleep(0.01)
             time.sleep(kill.seconds)
             targets = [pid]
             if kill.target == "stage" and self.started.exists():
@@ -548,11 +566,12 @@ def _entries(path: Path) -> Iterator[str]:
 
 
 def draw(
-    bench: Bench, number: int, points: list[Point], at_random: str | None, rng: random.Random
+    bench: Bench, number: int, points: list[Point], at_random: str | None, behind: bool, rng: random.Random
 ) -> tuple[str, list[Kill]]:
     """The kills of one trial: at the points named, or every second one at the next point and the others at any time."""
     if at_random:
-        return at_random, [Kill(signal.SIGKILL, "group", None, rng.uniform(0, bench.seconds[at_random] * 1.05))]
+        longest = bench.seconds_behind[at_random] if behind else bench.seconds[at_random] * 1.05
+        return at_random, [Kill(signal.SIGKILL, "group", None, rng.uniform(0, longest), behind)]
     if len(points) < len(POINTS):
         at = points[number % len(points)]
         return at.stage, [Kill(SIGNALS[number % len(SIGNALS)], TARGETS[number % len(TARGETS)], at)]
@@ -569,18 +588,18 @@ def draw(
 
 
 def said(kill: Kill) -> str:
-    where = kill.point.name if kill.point else f"after {kill.seconds:.1f} s"
+    since = " behind the first checkpoint" if kill.behind_checkpoint else ""
+    where = kill.point.name if kill.point else f"after {kill.seconds:.1f} s{since}"
     return f"{kill.number.name} to {kill.target}, {where}"
 
 
-def run(bench: Bench, num_kills: int, seed: int, names: list[str], at_random: str | None, minutes: float) -> Count:
+def run(bench: Bench, options: argparse.Namespace) -> Count:
     """Kill until there are enough of them, or the time is up."""
-    rng, count, number, end = random.Random(seed), Count(), 0, time.time() + 60 * minutes
-    points = [point for point in POINTS if not names or point.name in names]
-    if names:
-        num_kills = len(points)
+    rng, count, number, end = random.Random(options.seed), Count(), 0, time.time() + 60 * options.minutes
+    points = [point for point in POINTS if not options.points or point.name in options.points]
+    num_kills = len(points) if options.points else options.kills
     while number < num_kills and time.time() < end:
-        stage, kills = draw(bench, number, points, at_random, rng)
+        stage, kills = draw(bench, number, points, options.at_random, options.behind_checkpoint, rng)
         number += 1
         start = time.time()
         in_time, faults = bench.trial(stage, kills)
@@ -605,6 +624,7 @@ def main() -> None:
     parser.add_argument("--points", nargs="*", default=[], choices=[point.name for point in POINTS], metavar="NAME",
                         help="only these, each once, by all signals and of all processes in turn")  # fmt: skip
     parser.add_argument("--at-random", choices=STAGES, help="only SIGKILL, at random times of this stage")
+    parser.add_argument("--behind-checkpoint", action="store_true", help="with --at-random: after the first checkpoint")
     parser.add_argument("--trainer", choices=["ppo", "grpo"], default="ppo", help="TRL's class that trains PPO")
     parser.add_argument("--accelerate-config", metavar="FILE", help="run stages under `accelerate launch`")
     options = parser.parse_args()
@@ -634,7 +654,7 @@ def main() -> None:
     used = [point.stage for point in POINTS if not options.points or point.name in options.points]
     bench.make(options.at_random or max(used, key=STAGES.index), options.trainer)
     print(f"uninterrupted: {bench.seconds}, with imports {time.time() - start:.0f} s", flush=True)
-    count = run(bench, options.kills, options.seed, options.points, options.at_random, options.minutes)
+    count = run(bench, options)
     result = {
         "kills": dict(sorted(count.kills.items())),
         "total": sum(count.kills.values()),
