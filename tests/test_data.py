@@ -10,10 +10,11 @@ from rich.console import Console
 
 from pipeline.config.load import load
 from pipeline.config.schema import Source
-from pipeline.data import fingerprints, joints, prepare, run_tokenizer, sources
+from pipeline.data import fingerprints, joints, prepare, run_tokenizer
 from pipeline.data.audit import Finding
 from pipeline.data.places import Part
 from pipeline.show import check_data
+from pipeline.show.screen import show
 from pipeline.system.errors import UserError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -396,9 +397,9 @@ def test_a_second_time_rows_come_from_the_cache(read, monkeypatch, tmp_path):
 
 def test_processes_and_slices_change_nothing(read, monkeypatch, tmp_path):
     rows = [pair(f"{i} {i % 7}", "y" * (i % 5 + 1), "n" * (i % 3 + 1)) for i in range(600)] + [pair("bad", chosen="")]
-    monkeypatch.setattr(sources.datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "one"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "one"))
     one = read(rows, "reward").prepare("reward", "data")
-    monkeypatch.setattr(sources.datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "two"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "two"))
     monkeypatch.setattr(prepare, "NUM_PER_PROCESS", 50)
     monkeypatch.setattr(prepare, "SLICE", 250)
     monkeypatch.setattr(prepare, "_num_cores", lambda: 2)
@@ -462,7 +463,8 @@ def test_split_of_plain_files_is_refused(read):
 def test_plan_shows_the_data(tmp_path, read):
     made = read([pair(f"{i}") for i in range(10)], "reward")
     console = Console(width=160, record=True)
-    check_data.tables({"reward": {"data": made.prepare("reward", "data").audit}}, {}, console)
+    for table in check_data.tables({"reward": {"data": made.prepare("reward", "data").audit}}, {}):
+        show(table, console)
     shown = console.export_text()
     assert "row " in shown and "chosen" in shown
     heads = [[cell.strip() for cell in line.split("┃")[1:-1]] for line in shown.splitlines() if line.startswith("┃")]

@@ -82,7 +82,7 @@ def change_base(path, monkeypatch):
 
 
 def change_variable(path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("TRL_OF_THIS_TEST", "true")
 
 
 def change_version(path, monkeypatch):

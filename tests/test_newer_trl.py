@@ -92,6 +92,9 @@ def test_outputs_without_logits_stay_as_they_are():
             values = torch.ones(1, dtype=torch.bfloat16)
             return LogProbs(log_probs=values) if fused else CausalLMOutput(logits=values)
 
+        def get_output_embeddings(self):
+            return None
+
     policy = Policy()
     float32_logits(policy)  # type: ignore[arg-type]  # any module has the hook
     assert policy(fused=True).log_probs.dtype == torch.bfloat16

@@ -6,6 +6,7 @@ from test_equalities import run
 from trl import GRPOConfig
 
 from pipeline import launcher
+from pipeline.chain import preflight, run_folder
 from pipeline.config.lineage import start_of
 from pipeline.config.load import load
 from pipeline.records import manifest
@@ -241,7 +242,8 @@ def test_answers_of_the_rows_are_not_sampled(tmp_path):
     tiny.write_rows(tmp_path / "demonstrations.jsonl", rows)
     tiny.edit(path, {"checks": {"too_long": None}})
     config = load(path, ("stages.ppo.training.response_length=90",))
-    facts = launcher._preflight(config, manifest.Manifest(name="tiny"), ["ppo"])
+    tokenizer, record = run_folder.tokenizer_of(config, manifest.Manifest(name="tiny"))
+    facts = preflight.check(config, ["ppo"], tokenizer, record.fingerprint)
     (audit,) = facts["ppo"].audits.values()
     prompt, row = audit.lengths["prompt"][-1], audit.lengths["row"][-1]
     assert row <= 128 and prompt + 90 <= 128 < row + 90

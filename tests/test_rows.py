@@ -17,6 +17,7 @@ from pipeline.data.convert import to_messages
 from pipeline.data.prepare import Datasets
 from pipeline.data.rows import ROWS, Answers
 from pipeline.show import check_data
+from pipeline.show.screen import show
 from pipeline.system.errors import UserError
 
 
@@ -107,7 +108,8 @@ def test_a_new_kind_says_what_rows_lack_together(labelled):
 def test_check_data_shows_a_new_kind(labelled):
     read, prepared = labelled(ROWS_OF_A_FILE[:3])
     console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
-    check_data.tables({"sft": {"data": prepared.audit}}, {}, console)
+    for table in check_data.tables({"sft": {"data": prepared.audit}}, {}):
+        show(table, console)
     shown = console.export_text()
     assert "are labelled false" in shown
     assert "completion " in shown

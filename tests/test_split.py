@@ -7,7 +7,6 @@ import re
 import unicodedata
 from collections import Counter
 
-import datasets as hf
 import numpy as np
 import pytest
 import tiny
@@ -78,7 +77,7 @@ def new_cache(tmp_path_factory, monkeypatch):
 
     def call():
         folder = tmp_path_factory.mktemp("cache")
-        monkeypatch.setattr(hf.config, "HF_DATASETS_CACHE", folder)
+        monkeypatch.setenv("HF_DATASETS_CACHE", str(folder))
         return folder
 
     return call

@@ -292,7 +292,7 @@ class Server:
     def kill(self) -> None:
         os.kill(self.pid, signal.SIGKILL)
 
-    def communicate(self) -> None:
+    def wait(self) -> None:
         os.waitpid(self.pid, 0)
 
 
