@@ -16,6 +16,7 @@ from pipeline.chain import staleness
 from pipeline.config.load import load
 from pipeline.records import manifest
 from pipeline.show import results
+from pipeline.system.cache import cache_folder
 from pipeline.system.errors import UserError
 
 FOUR_BIT = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
@@ -218,6 +219,20 @@ def test_a_finished_run_whose_hub_model_is_gone(path, hub_model, cli):
     assert exit_code == 0, err
     assert out.count("skip: finished") == 3
     assert "Weights: bfloat16" in out
+
+
+def test_what_a_run_made_of_a_lost_base_says_nothing_to_another(path, hub_model):
+    """A run may have another type than its base, whose files are gone here, and come back."""
+    run(path, "sft")
+    config = load(path)
+    file = config.run_path / "manifest.json"
+    file.write_text(file.read_text().replace('"dtype": "bfloat16"', '"dtype": "float32"'))
+    shutil.rmtree(cache_folder() / "kept", ignore_errors=True)
+    away = hub_model.with_name("away")
+    hub_model.rename(away)
+    assert dtype._stored(config) == "float32"
+    away.rename(hub_model)
+    assert dtype._stored(config) == "bfloat16"
 
 
 # The plan

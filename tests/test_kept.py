@@ -92,7 +92,12 @@ def change_version(path, monkeypatch):
     kept.installation.cache_clear()
 
 
-@pytest.mark.parametrize("change", [touch_file, change_base, change_variable, change_version])
+def change_gpu(path, monkeypatch):
+    monkeypatch.setattr(kept, "_accelerators", lambda: ["nvidia0"])
+    kept.installation.cache_clear()
+
+
+@pytest.mark.parametrize("change", [touch_file, change_base, change_variable, change_version, change_gpu])
 def test_a_config_is_checked_again_when_it_may_have_become_wrong(path, checks, monkeypatch, change):
     before = load(path)
     change(path, monkeypatch)

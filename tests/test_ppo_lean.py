@@ -14,6 +14,7 @@ from trl.experimental.ppo import PPOTrainer, ppo_trainer
 
 from pipeline import stage
 from pipeline.config.load import load
+from pipeline.models.loading import float32_logits
 from pipeline.records import manifest
 from pipeline.rl.critic_trainer import CriticTrainer
 from pipeline.training import rollouts, trainers
@@ -154,15 +155,20 @@ OF_PADDING = ("policy/approxkl_avg", "policy/entropy_avg", "val/ratio", "val/rat
 
 @pytest.mark.parametrize("lora", [tiny.LORA, None], ids=["shared", "separate"])
 def test_training_is_that_of_ppotrainer(tmp_path, monkeypatch, lora):
-    """With the same completions, log-probabilities and losses."""
+    """With the same completions, log-probabilities and losses; padding of other prompts was left out."""
     logs = {}
+    skipped = []
+    count = rollouts.num_padding
+    monkeypatch.setattr(rollouts, "num_padding", lambda *args: skipped.append(count(*args)) or skipped[-1])
     for name in ("lean", "plain"):
         if name == "plain":
             monkeypatch.setattr(trainers, "lean", lambda *_: contextlib.nullcontext())
         folder = tmp_path / name
-        run(folder, "sft", "reward", "ppo", lora=lora, gradient_checkpointing=True, missing_eos_penalty=0.5)
+        options = {"lora": lora, "gradient_checkpointing": True, "missing_eos_penalty": 0.5, "longest": 5}
+        run(folder, "sft", "reward", "ppo", **options)
         logs[name] = json.loads((folder / "run" / "ppo" / "log_history.json").read_text())
     assert len(logs["lean"]) == 3
+    assert max(skipped) > 0
     for lean_entry, entry in zip(logs["lean"], logs["plain"], strict=True):
         kept = entry.keys() - set(OF_PADDING)
         assert {name: lean_entry[name] for name in kept} == pytest.approx(
@@ -188,7 +194,7 @@ def test_a_completion_without_a_token_leaves_the_weights_finite(tmp_path, monkey
 
 @pytest.mark.parametrize("trainer", ["ppo", "grpo"])
 def test_no_padding_of_other_prompts_goes_through_the_models(tmp_path, monkeypatch, trainer):
-    """Every row of a rollout is as wide as its longest prompt needs; a micro-batch is as wide as its own needs."""
+    """A micro-batch is as wide as its longest prompt needs, not as wide as its rollout."""
     widths = {"rollout": set(), "micro-batch": set()}
     forward = LlamaModel.forward
 
@@ -204,3 +210,15 @@ def test_no_padding_of_other_prompts_goes_through_the_models(tmp_path, monkeypat
     monkeypatch.setattr(LlamaModel, "forward", seen)
     run(tmp_path, "ppo", trainer=trainer, longest=5, gradient_checkpointing=False)
     assert min(widths["micro-batch"]) < max(widths["micro-batch"]) == max(widths["rollout"])
+
+
+def test_the_output_layer_gets_no_slice(model):
+    """For a slice of the hidden states it is slow, with the same result."""
+    ids = torch.tensor([[3, 4, 5, 6, 7], [7, 6, 5, 4, 3]])
+    expected = model(ids, logits_to_keep=3).logits
+    changed = copy.deepcopy(model)
+    float32_logits(changed)
+    seen = []
+    changed.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0].is_contiguous()))
+    assert torch.equal(changed(ids, logits_to_keep=3).logits, expected)
+    assert seen == [True]

@@ -49,6 +49,17 @@ def train(path: Path) -> manifest.Record:
     return manifest.read(config.run_path).stages["ppo"]
 
 
+def run_before_ppo(path: Path) -> None:
+    config = load(path)
+    for name in ("sft", "reward"):
+        stage.run(config, name)
+
+
+def train_until_killed(path: Path) -> None:
+    with pytest.raises(tiny.Killed):
+        train(path)
+
+
 def log_of(folder: Path) -> list[dict]:
     entries = json.loads((folder / "run" / "ppo" / "log_history.json").read_text())
     return [{key: value for key, value in entry.items() if key not in OTHER_TIMES} for entry in entries]
@@ -82,9 +93,7 @@ def test_resumed_is_uninterrupted(tmp_path, killed_at, case, dtype):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     model = {"model": {"path": "model", "dtype": dtype}}
     path = write(whole, options, **model)
-    config = load(path)
-    for name in ("sft", "reward"):
-        stage.run(config, name)
+    run_before_ppo(path)
     shutil.copytree(whole, parts)
     expected = train(path)
 
@@ -92,8 +101,7 @@ def test_resumed_is_uninterrupted(tmp_path, killed_at, case, dtype):
     killed = (2, 6) if case == "several passes" else (4,)
     for update in killed:
         killed_at(update)
-        with pytest.raises(tiny.Killed):
-            train(path)
+        train_until_killed(path)
     killed_at(None)
     record = train(path)
     assert record.resumed_from_step == killed[-1]
@@ -107,16 +115,12 @@ def test_checkpoints_after_a_resume(tmp_path, killed_at, save_steps, changed, ke
     """A share is of all updates, not of those that remain; and the options of now hold."""
     every = {"save_steps": save_steps, "save_total_limit": 2}
     path = write(tmp_path, {"training": TRAINING | every})
-    config = load(path)
-    for name in ("sft", "reward"):
-        stage.run(config, name)
+    run_before_ppo(path)
     killed_at(2)
-    with pytest.raises(tiny.Killed):
-        train(path)
+    train_until_killed(path)
     killed_at(6)
     path = write(tmp_path, {"training": TRAINING | every | {"save_steps": changed}})
-    with pytest.raises(tiny.Killed):
-        train(path)
+    train_until_killed(path)
     folder = tmp_path / "run" / "ppo" / "checkpoints"
     assert sorted(checkpoints.step_of(file) for file in folder.glob("checkpoint-*")) == kept
 
@@ -124,12 +128,9 @@ def test_checkpoints_after_a_resume(tmp_path, killed_at, save_steps, changed, ke
 def test_killed_after_its_last_update(tmp_path, killed_at):
     """There is nothing left to train, and it trains nothing more."""
     path = write(tmp_path, {})
-    config = load(path)
-    for name in ("sft", "reward"):
-        stage.run(config, name)
+    run_before_ppo(path)
     killed_at(NUM_UPDATES)
-    with pytest.raises(tiny.Killed):
-        train(path)
+    train_until_killed(path)
     killed_at(None)
     record = train(path)
     assert record.resumed_from_step == record.metrics["updates"] == NUM_UPDATES
@@ -137,12 +138,9 @@ def test_killed_after_its_last_update(tmp_path, killed_at):
 
 def test_a_checkpoint_holds_what_trains_and_no_more(tmp_path, killed_at):
     path = write(tmp_path, {})
-    config = load(path)
-    for name in ("sft", "reward"):
-        stage.run(config, name)
+    run_before_ppo(path)
     killed_at(4)
-    with pytest.raises(tiny.Killed):
-        train(path)
+    train_until_killed(path)
     folder = tmp_path / "run" / "ppo" / "checkpoints"
     assert sorted(file.name for file in folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
     files = {file.name for file in (folder / "checkpoint-4").iterdir()}
@@ -165,9 +163,7 @@ def test_two_processes_that_were_killed_go_on(tmp_path, trainer):
         del training["num_sample_generations"]
     whole = tmp_path / "whole"
     parts = tmp_path / "parts"
-    config = load(write(whole, options))
-    for name in ("sft", "reward"):
-        stage.run(config, name)
+    run_before_ppo(write(whole, options))
     shutil.copytree(whole, parts)
     for folder in (whole, parts):
         path = write(folder, options)

@@ -88,21 +88,28 @@ def _stored(config: RunConfig) -> str | None:
         state = base_model.settled_state(config, manifest.read(config.run_path))
         return None if state is None else digest([state, kept.installation()])
 
-    return kept.remembered(_KIND, key, lambda: {"type": _read(config)})["type"]
+    try:
+        return kept.remembered(_KIND, key, lambda: {"type": _read(config)})["type"]
+    except UserError:
+        recorded = _recorded(config)  # not kept: what this run made of the base may not be what the next one would
+        if recorded is None:
+            raise
+        return recorded
 
 
 def _read(config: RunConfig) -> str | None:
-    """Return what `_stored` does, from the model's files."""
+    """Return what the model's files say.
+
+    Raises:
+        UserError: if there is no such model.
+    """
     from transformers import PretrainedConfig
 
     location = base_model.location(config)
     try:
         values, _ = PretrainedConfig.get_config_dict(location, revision=base_model.revision_of(config))
     except (OSError, ValueError) as error:
-        recorded = _recorded(config)
-        if recorded is None:
-            raise base_model.unreadable(config, "model", error) from None
-        return recorded
+        raise base_model.unreadable(config, "model", error) from None
     of_files = _of_files(Path(location)) if Path(location).is_dir() else None
     return of_files or _of_config(values) or _of_config(values.get("text_config"))
 

@@ -65,6 +65,7 @@ class StageServer:
         self._environment = environment
         self._process: subprocess.Popen[bytes] | None = None
         self._launcher: socket.socket | None = None
+        self._reader: threading.Thread | None = None
 
     def __enter__(self) -> "StageServer":
         return self
@@ -75,6 +76,9 @@ class StageServer:
         if self._process is not None and self._launcher is not None:
             self._process.kill()  # it may be in the middle of its imports, and has nothing to lose
             self._process.wait()
+            if self._reader is not None and self._process.stdout is not None:
+                self._reader.join()
+                self._process.stdout.close()
             self._launcher.close()
 
     def warm_up(self) -> None:
@@ -93,7 +97,8 @@ class StageServer:
             )
         # Nobody needs what it writes, which is little; but a full pipe would stop it.
         assert self._process.stdout is not None, "it is a pipe"
-        threading.Thread(target=self._process.stdout.read, daemon=True).start()
+        self._reader = threading.Thread(target=self._process.stdout.read, daemon=True)
+        self._reader.start()
 
     def start(self, command: list[str], environment: dict[str, str]) -> Forked | None:
         """Start a stage by its command. None: the server is gone or never was, and the command must be run itself."""

@@ -178,13 +178,17 @@ class Rollouts:
         self, model: nn.Module, sequences: torch.Tensor, width: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return log-probabilities, values and logits of the last `width` tokens, shape (rows, width, ...)."""
-        inputs, num_logits = self._inputs(sequences[:, num_padding(sequences[:, :-width], self._pad) :], width)
+        inputs, num_logits = self._inputs(sequences, width)
         logits, values = model(num_logits=num_logits, **inputs)
         log_probs, logits = self._log_probs(logits, sequences, width)
         return log_probs, values[:, -width - 1 : -1], logits
 
     def _inputs(self, sequences: torch.Tensor, width: int) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
-        """Return what a model takes of padded sequences, and how many logits are asked for."""
+        """Return what a model takes of padded sequences, and how many logits are asked for.
+
+        Columns that are padding in all rows are left out; those of the last `width` tokens stay.
+        """
+        sequences = sequences[:, num_padding(sequences[:, :-width], self._pad) :]
         mask = sequences != self._pad
         inputs = {
             "input_ids": sequences.masked_fill(~mask, 0),

@@ -18,6 +18,7 @@ from pipeline.system.cache import cache_folder
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _DEVICES = ("nvidia", "kfd", "dxg", "accel", "davinci")  # NVIDIA, AMD, Windows' subsystem, Gaudi, Ascend
+_OURS = (".py", ".jinja")
 _DISTRIBUTIONS = (".dist-info", ".egg-info")
 # Beginnings of variables that libraries read when they are imported or when options are checked.
 _VARIABLES = (
@@ -77,7 +78,8 @@ def installation() -> str:
     The names of the folders that pip writes hold the versions, so that nothing is imported. The accelerators count too:
     libraries refuse options that they cannot have here, and the cache folder may be that of several machines.
     """
-    ours = [[str(path.relative_to(_PACKAGE)), digests.file_digest(path)] for path in sorted(_PACKAGE.rglob("*.py"))]
+    files = sorted(path for path in _PACKAGE.rglob("*") if path.suffix in _OURS)
+    ours = [[str(path.relative_to(_PACKAGE)), digests.file_digest(path)] for path in files]
     return digests.digest([sys.version, sorted(_distributions(sys.path)), ours, _accelerators()])
 
 

@@ -417,7 +417,8 @@ class Bench:
         """Run and kill; whether the kill came before the end, and what was not as it should be."""
         pid = self.start(until, kill)
         if kill.point is None:
-            while kill.behind_checkpoint and not self.has_checkpoint(until):
+            deadline = time.time() + self.time_limit
+            while kill.behind_checkpoint and not self.has_checkpoint(until) and time.time() < deadline:
                 time.sleep(0.01)
             time.sleep(kill.seconds)
             targets = [pid]
@@ -640,6 +641,8 @@ def main() -> None:
     parser.add_argument("--trainer", choices=["ppo", "grpo"], default="ppo", help="TRL's class that trains PPO")
     parser.add_argument("--accelerate-config", metavar="FILE", help="run stages under `accelerate launch`")
     options = parser.parse_args()
+    if options.behind_checkpoint and not options.at_random:
+        parser.error("--behind-checkpoint needs --at-random")
     # A shell lets a command in the background ignore the one, and `nohup` the other.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)

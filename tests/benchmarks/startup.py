@@ -29,7 +29,6 @@ TRAINING = {
     "max_length": 256,
     "learning_rate": 1e-4,
     "use_cpu": True,
-    "bf16": False,
     "gradient_checkpointing": False,
     "save_strategy": "no",
     "report_to": "none",
