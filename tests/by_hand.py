@@ -38,7 +38,7 @@ def make(
     something else after every prompt, and eos or pad after some.
     """
     path = tiny.make_run(folder, stages, **top)
-    _make_eos_likely(folder / "model", varied)
+    make_eos_likely(folder / "model", varied)
     (folder / "judge.py").write_text(JUDGE)
     for name, some in rows.items():
         tiny.write_rows(folder / f"{name}.jsonl", some)
@@ -53,7 +53,7 @@ def make(
     return run
 
 
-def _make_eos_likely(folder: Path, varied: bool) -> None:
+def make_eos_likely(folder: Path, varied: bool = False) -> None:
     """A random model hardly ever ends; half of the completions should."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():

@@ -5,6 +5,7 @@ import copy
 import json
 import math
 
+import by_hand
 import pytest
 import tiny
 import torch
@@ -78,12 +79,14 @@ def test_completions_that_do_not_end(model):
     torch.testing.assert_close(log_probs[kept], expected[kept])
 
 
-def run(folder, *names, vocabulary=None, lora=tiny.LORA, trainer="ppo", longest=1, **options):
+def run(folder, *names, vocabulary=None, lora=tiny.LORA, trainer="ppo", longest=1, ends=False, **options):
     folder.mkdir(exist_ok=True)
     ppo = tiny.PPO | {"training": tiny.PPO["training"] | options, "lora": lora, "trainer": trainer}
     stages = {"sft": tiny.SFT, "reward": tiny.REWARD, "ppo": ppo}
     path = tiny.make_run(folder, stages, gate="off")
     tiny.make_model(folder / "model", vocabulary=vocabulary)
+    if ends:
+        by_hand.make_eos_likely(folder / "model")
     rows = [
         {"prompt": f"Tell me of {number}." + " Please." * (number % longest), "completion": "It is good."}
         for number in range(10, 90)
@@ -157,23 +160,32 @@ OF_PADDING = ("policy/approxkl_avg", "policy/entropy_avg", "val/ratio", "val/rat
 def test_training_is_that_of_ppotrainer(tmp_path, monkeypatch, lora):
     """With the same completions, log-probabilities and losses; padding of other prompts was left out."""
     logs = {}
-    skipped = []
-    count = rollouts.num_padding
-    monkeypatch.setattr(rollouts, "num_padding", lambda *args: skipped.append(count(*args)) or skipped[-1])
+    kept = []
+    extent = rollouts.extent
+    monkeypatch.setattr(rollouts, "extent", lambda ids, *rest: kept.append((ids, extent(ids, *rest))) or kept[-1][1])
     for name in ("lean", "plain"):
         if name == "plain":
             monkeypatch.setattr(trainers, "lean", lambda *_: contextlib.nullcontext())
         folder = tmp_path / name
-        options = {"lora": lora, "gradient_checkpointing": True, "missing_eos_penalty": 0.5, "longest": 5}
+        options = {"lora": lora, "gradient_checkpointing": True, "missing_eos_penalty": 0.5}
+        options |= {"longest": 5, "ends": True, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
         run(folder, "sft", "reward", "ppo", **options)
         logs[name] = json.loads((folder / "run" / "ppo" / "log_history.json").read_text())
     assert len(logs["lean"]) == 3
-    assert max(skipped) > 0
+    assert any(columns.start > 0 for _, columns in kept)
+    assert any(columns.stop < ids.shape[1] for ids, columns in kept)
     for lean_entry, entry in zip(logs["lean"], logs["plain"], strict=True):
-        kept = entry.keys() - set(OF_PADDING)
-        assert {name: lean_entry[name] for name in kept} == pytest.approx(
-            {name: entry[name] for name in kept}, rel=1e-4, abs=1e-5
+        names = entry.keys() - set(OF_PADDING)
+        assert {name: lean_entry[name] for name in names} == pytest.approx(
+            {name: entry[name] for name in names}, rel=1e-4, abs=1e-5
         )
+
+
+def test_columns_that_are_padding_in_all_rows():
+    ids = torch.tensor([[PAD, PAD, 5, 6, PAD, PAD], [PAD, 4, 5, PAD, PAD, PAD]])
+    assert rollouts.extent(ids, 3, PAD) == slice(1, 4)
+    assert rollouts.extent(ids, 4, PAD) == slice(1, 5)  # no completion has a token, and one column is kept
+    assert rollouts.extent(ids + 1, 3, PAD) == slice(0, 6)
 
 
 def test_a_completion_without_a_token_leaves_the_weights_finite(tmp_path, monkeypatch):

@@ -140,7 +140,7 @@ def test_a_checkpoint_holds_what_trains_and_no_more(parents, tmp_path, killed_at
 def watched_autocast(monkeypatch) -> dict[str, list]:
     """The types of what the policy's adapters compute in rollouts and in training, and the ratios of micro-batches."""
     seen: dict[str, list] = {"rollout": [], "training": [], "ratios": []}
-    train, compute = CriticTrainer.train, CriticTrainer.compute_loss
+    train, close = CriticTrainer.train, CriticTrainer._close
 
     def watched(self, *args, **kwargs):
         def look(module, inputs, output):
@@ -151,13 +151,12 @@ def watched_autocast(monkeypatch) -> dict[str, list]:
                 module.register_forward_hook(look)
         return train(self, *args, **kwargs)
 
-    def losses(self, *args, **kwargs):
-        loss = compute(self, *args, **kwargs)
-        seen["ratios"].append(self._of_micro_batches["val/ratio"][-1].item())
-        return loss
+    def closed(self, stats):
+        seen["ratios"] += torch.cat(self._of_groups["val/ratio"]).tolist()
+        close(self, stats)
 
     monkeypatch.setattr(CriticTrainer, "train", watched)
-    monkeypatch.setattr(CriticTrainer, "compute_loss", losses)
+    monkeypatch.setattr(CriticTrainer, "_close", closed)
     return seen
 
 
@@ -169,7 +168,7 @@ def test_it_computes_in_one_precision(parents, tmp_path, monkeypatch, bf16):
     metrics = train(copied(parents, tmp_path / "run", {"training": TRAINING | own})).metrics
     dtype = torch.bfloat16 if bf16 else torch.float32
     assert set(seen["rollout"]) == set(seen["training"]) == {dtype}
-    assert seen["ratios"][:2] == pytest.approx([1, 1], abs=1e-6)  # the micro-batches of the first step
+    assert seen["ratios"][:2] == pytest.approx([1, 1], abs=1e-4)  # the micro-batches of the first step
     assert len({round(ratio, 6) for ratio in seen["ratios"]}) > 2
     assert metrics["initial_kl"] == metrics["first_kl"] == pytest.approx(0, abs=1e-6)
 
@@ -212,9 +211,10 @@ def test_without_a_baseline_a_shift_changes_what_is_learned(parents, tmp_path):
 def test_an_alarm_keeps_the_best_policy(parents, tmp_path):
     """The watchdog reads the same names, and counts updates."""
     stop = {"eval_data": "held_out", "eval_every": 1, "on_alarm": "stop", "num_eval_prompts": 8}
-    wild = {"training": TRAINING | {"learning_rate": 3.0, "kl_coef": 0.0}}
+    wild = {"training": TRAINING | {"learning_rate": 1e38}}
     metrics = train(copied(parents, tmp_path / "run", stop | wild)).metrics
-    assert metrics["alarms"] and metrics["updates"] < NUM_UPDATES
+    assert [(alarm["measure"], alarm["update"]) for alarm in metrics["alarms"]] == [("weights", 1)]
+    assert metrics["updates"] == 1
     assert [entry["update"] for entry in metrics["held_out_scores"]] == list(range(metrics["updates"] + 1))
     scores = {entry["update"]: entry["score"] for entry in metrics["held_out_scores"]}
     assert scores[metrics["kept_update"]] == max(score for score in scores.values() if score is not None)

@@ -43,6 +43,12 @@ class Rollout:
         """Return some of its rows."""
         return Rollout(*(getattr(self, field.name)[rows] for field in fields(self)))
 
+    def cut(self, padding: int, width: int) -> "Rollout":
+        """Return it without its first `padding` columns, which are before the prompts, and with `width` positions."""
+        length = self.sequences.shape[1] - self.real.shape[1]
+        of_tokens = (getattr(self, field.name)[:, :width] for field in fields(self)[1:])
+        return Rollout(self.sequences[:, padding : length + width], *of_tokens)
+
 
 def masks(lengths: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return which positions hold tokens, and which have a value that counts."""
@@ -104,25 +110,23 @@ def advantages_and_returns(
 
 @dataclass(frozen=True)
 class Loss:
-    """Hold a loss, and the share of positions at which clipping decides it."""
+    """Hold the losses of positions, and at which of them clipping decides; both of shape (rows, width)."""
 
-    loss: torch.Tensor
+    losses: torch.Tensor
     clipped: torch.Tensor
 
 
 def value_loss(values: torch.Tensor, rollout: Rollout, cliprange: float) -> Loss:
-    """Return half the squared error of the values; a value gains nothing beyond `cliprange` from what it was."""
+    """Return half the squared errors of the values; a value gains nothing beyond `cliprange` from what it was."""
     values = values.masked_fill(~rollout.valued, 0)
     near = values.clamp(rollout.values - cliprange, rollout.values + cliprange)
     errors = (values - rollout.returns) ** 2
     errors_near = (near - rollout.returns) ** 2
-    loss = 0.5 * masked_mean(torch.max(errors, errors_near), rollout.valued)
-    return Loss(loss, masked_mean((errors_near > errors).float(), rollout.valued))
+    return Loss(0.5 * torch.max(errors, errors_near), errors_near > errors)
 
 
 def policy_loss(ratio: torch.Tensor, rollout: Rollout, cliprange: float) -> Loss:
-    """Return PPO's clipped loss; `ratio` is of new to old probabilities, 1 where there is padding."""
+    """Return PPO's clipped losses; `ratio` is of new to old probabilities, 1 where there is padding."""
     losses = -rollout.advantages * ratio
     losses_near = -rollout.advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
-    loss = masked_mean(torch.max(losses, losses_near), rollout.real)
-    return Loss(loss, masked_mean((losses_near > losses).float(), rollout.real))
+    return Loss(torch.max(losses, losses_near), losses_near > losses)

@@ -1,5 +1,6 @@
 """Sample completions, score them, and make of them what PPO on GRPOTrainer trains on."""
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -19,7 +20,6 @@ from pipeline.models.ppo import Models
 from pipeline.models.views import ScoreView
 from pipeline.rl.advantages import PADDING, Rollout, advantages_and_returns, masks, token_rewards
 from pipeline.rl.centred_reward import Figures, ScoredChunk, Subtraction
-from pipeline.training.rollouts import num_padding
 
 # The figures of an update, by their names in PPOTrainer's log; each a tensor with one number.
 Stats = dict[str, torch.Tensor]
@@ -58,7 +58,7 @@ class PolicyAndValue(nn.Module):
 
 @dataclass(frozen=True)
 class Scored:
-    """Hold some completions with their prompts; all but `sequences` and `mask` of shape (rows, width) or (rows,)."""
+    """Hold some completions with their prompts; all but `sequences` of shape (rows, width) or (rows,)."""
 
     sequences: torch.Tensor
     lengths: torch.Tensor
@@ -67,6 +67,22 @@ class Scored:
     log_probs: torch.Tensor
     reference: torch.Tensor
     values: torch.Tensor
+
+
+def joined(chunks: Sequence[Scored], pad_token_id: int) -> Scored:
+    """Join the chunks of a rollout, padded to the longest prompt on the left and the longest completion on the right."""
+    width = max(chunk.values.shape[1] for chunk in chunks)
+    length = max(chunk.sequences.shape[1] - chunk.values.shape[1] for chunk in chunks)
+    columns = defaultdict(list)
+    for chunk in chunks:
+        more = width - chunk.values.shape[1]
+        before = length + width - more - chunk.sequences.shape[1]
+        columns["sequences"].append(pad(chunk.sequences, (before, more), value=pad_token_id))
+        for name in ("log_probs", "reference", "values"):
+            columns[name].append(pad(getattr(chunk, name), (0, more)))
+        for name in ("lengths", "ended", "scores"):
+            columns[name].append(getattr(chunk, name))
+    return Scored(**{name: torch.cat(values) for name, values in columns.items()})
 
 
 class Rollouts:
@@ -107,32 +123,25 @@ class Rollouts:
         with self._autocast():
             for chunk in batches(list(prompts), size):
                 completions += generate(policy, chunk, self._sampling, self._tokenizer, update)
-        # The score goes to the token after the last, so that there must be one.
-        width = min(self._args.response_length, max(map(len, completions)) + 1)
-        length = max(map(len, prompts))
         chunks = []
         for start in range(0, len(prompts), size):
             rows = slice(start, start + size)
-            chunks.append(self._score(model, prompts[rows], completions[rows], length, width))
-        columns = {name: torch.cat([getattr(chunk, name) for chunk in chunks]) for name in vars(chunks[0])}
-        return self._judge(Scored(**columns), width)
+            chunks.append(self._score(model, prompts[rows], completions[rows]))
+        return self._judge(joined(chunks, self._pad))
 
     def _cut(self, ids: Ids) -> Ids:
         """Cut a completion before its first padding, as PPOTrainer has it: a policy may sample that token too."""
         return ids[: ids.index(self._pad)] if self._pad in ids else ids
 
-    def _score(
-        self, model: nn.Module, prompts: Sequence[Ids], completions: list[Ids], length: int, width: int
-    ) -> Scored:
+    def _score(self, model: nn.Module, prompts: Sequence[Ids], completions: list[Ids]) -> Scored:
         """Score some completions, and say what policy, reference and value model think of them."""
         device = next(model.parameters()).device
+        # The score goes to the token after the last, so that there must be one.
+        width = min(self._args.response_length, max(map(len, completions)) + 1)
         padded_prompts = scoring.padded(prompts, self._pad, device, "left")["input_ids"]
         answers = scoring.padded(completions, self._pad, device, "right")["input_ids"]
-        prompts_and_answers = (
-            pad(padded_prompts, (length - padded_prompts.shape[1], 0), value=self._pad),
-            pad(answers, (0, width - answers.shape[1]), value=self._pad),
-        )
-        sequences = torch.cat(prompts_and_answers, 1)
+        answers = pad(answers, (0, width - answers.shape[1]), value=self._pad)
+        sequences = torch.cat([padded_prompts, answers], 1)
         log_probs, values, logits = self.forward(model, sequences, width)
         del logits  # before the reference makes its own
         with self._autocast():
@@ -149,9 +158,10 @@ class Rollouts:
         self.figures.chunks.append(ScoredChunk(raw, raw - base, lengths, ended, values))
         return Scored(sequences, lengths, ended, raw - base, log_probs, reference, values)
 
-    def _judge(self, scored: Scored, width: int) -> tuple[Rollout, Stats]:
+    def _judge(self, scored: Scored) -> tuple[Rollout, Stats]:
         """Compute rewards, advantages and returns of completions."""
         args = self._args
+        width = scored.values.shape[1]
         real, valued = masks(scored.lengths, width)
         scores = scored.scores
         if args.missing_eos_penalty is not None:
@@ -184,11 +194,7 @@ class Rollouts:
         return log_probs, values[:, -width - 1 : -1], logits
 
     def _inputs(self, sequences: torch.Tensor, width: int) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
-        """Return what a model takes of padded sequences, and how many logits are asked for.
-
-        Columns that are padding in all rows are left out; those of the last `width` tokens stay.
-        """
-        sequences = sequences[:, num_padding(sequences[:, :-width], self._pad) :]
+        """Return what a model takes of padded sequences, and how many logits are asked for."""
         mask = sequences != self._pad
         inputs = {
             "input_ids": sequences.masked_fill(~mask, 0),

@@ -29,9 +29,10 @@ from pipeline.config.critic_config import CriticConfig
 from pipeline.models.loading import can_leave_out_logits, precision_kept
 from pipeline.models.ppo import Models
 from pipeline.models.views import ScoreView
-from pipeline.rl.advantages import PADDING, Rollout, policy_loss, value_loss
+from pipeline.rl.advantages import PADDING, policy_loss, value_loss
 from pipeline.rl.centred_reward import Subtraction
 from pipeline.rl.critic_rollout import PolicyAndValue, Rollouts, Stats
+from pipeline.rl.micro_batches import Extent, MicroBatch, micro_batches
 from pipeline.training.trainers import TRAINED
 
 
@@ -79,7 +80,9 @@ class CriticTrainer(GRPOTrainer):
         self.model_wrapped = both
         keeps_logits = can_leave_out_logits(models.policy)
         self._rollouts = Rollouts(models, args, tokenizer, subtraction, keeps_logits, self._autocast)
-        self._of_micro_batches: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self._pad = cast(int, tokenizer.pad_token_id)
+        self._of_rows: dict[str, list[torch.Tensor]] = defaultdict(list)  # of a step's micro-batches
+        self._of_groups: dict[str, list[torch.Tensor]] = defaultdict(list)  # of an update's steps
         self._stats: Stats = {}  # of an update that is not logged yet
 
     def _autocast(self) -> AbstractContextManager[None]:
@@ -95,25 +98,36 @@ class CriticTrainer(GRPOTrainer):
         prompts = [row["input_ids"] for row in inputs]
         rollout, stats = self._rollouts.make(self.model, prompts, self.state.global_step)
         stats["lr"] = torch.tensor(cast(LRScheduler, self.lr_scheduler).get_last_lr()[0])
+        extent = Extent.of(rollout, self._pad)
         losses = []
-        per_step = self.args.micro_batches_per_step
-        last = self.args.num_ppo_epochs * len(prompts) // self.args.micro_batch_size
-        for number, micro_batch in enumerate(self._micro_batches(rollout), 1):
-            ends_step = number % per_step == 0
-            with contextlib.nullcontext() if ends_step else self.accelerator.no_sync(model):
-                losses.append(super().training_step(model, cast(Any, micro_batch), num_items_in_batch))
-            if ends_step and number < last:
+        for drawn, is_last in self._steps(len(prompts)):
+            batches = micro_batches(rollout, extent, drawn, self.args.micro_batch_size)
+            losses.append(self._accumulate(model, list(batches)))
+            if not is_last:
                 self._take_step(model)
         self._close(stats)
-        return torch.stack(losses).mean() * per_step
+        return torch.stack(losses).mean()
 
-    def _micro_batches(self, rollout: Rollout) -> Iterator[Rollout]:
-        """Go through a rollout once for each epoch, each time in another order."""
-        number = len(rollout.sequences)
-        for _ in range(self.args.num_ppo_epochs):
-            order = torch.from_numpy(np.random.permutation(number)).to(rollout.sequences.device)
-            for rows in order.split(self.args.micro_batch_size):
-                yield rollout.take(rows)
+    def _steps(self, num_rows: int) -> Iterator[tuple[list[int], bool]]:
+        """Draw the rows of each step, and tell whether it is the last: an epoch goes through all rows once."""
+        size = self.args.micro_batch_size * self.args.micro_batches_per_step
+        for epoch in range(1, self.args.num_ppo_epochs + 1):
+            order = np.random.permutation(num_rows).tolist()
+            for start in range(0, num_rows, size):
+                yield order[start : start + size], epoch == self.args.num_ppo_epochs and start + size == num_rows
+
+    def _accumulate(self, model: nn.Module, batches: list[MicroBatch]) -> torch.Tensor:
+        """Add up the gradients of a step; return its loss, and keep the figures of the groups drawn for it."""
+        losses = []
+        for number, batch in enumerate(batches, 1):
+            with contextlib.nullcontext() if number == len(batches) else self.accelerator.no_sync(model):
+                losses.append(super().training_step(model, cast(Any, batch), None))
+        groups = torch.cat([batch.groups for batch in batches])
+        for name, parts in self._of_rows.items():
+            of_rows = torch.cat(parts)
+            self._of_groups[name].append(of_rows.new_zeros(len(batches)).index_add(0, groups, of_rows))
+        self._of_rows.clear()
+        return torch.stack(losses).sum()
 
     def _take_step(self, model: nn.Module) -> None:
         """Take a step of the optimizer within an update, as the Trainer takes the last one."""
@@ -127,31 +141,35 @@ class CriticTrainer(GRPOTrainer):
     ) -> torch.Tensor:
         """Return the loss of policy and value model on a micro-batch, as a part of a step's loss."""
         args = self.args
-        rollout = cast(Rollout, inputs)
+        batch = cast(MicroBatch, inputs)
+        rollout = batch.rollout
         log_probs, values, logits = self._rollouts.forward(model, rollout.sequences, rollout.real.shape[1])
         change = log_probs.masked_fill(~rollout.real, PADDING) - rollout.log_probs
         ratio = change.exp()
         of_policy = policy_loss(ratio, rollout, args.cliprange)
         of_value = value_loss(values, rollout, args.cliprange_value)
+        losses = (of_policy.losses * batch.of_tokens).sum(1), (of_value.losses * batch.of_values).sum(1)
+        # PPOTrainer takes these means over the padding of the rollout too, in which nothing has changed.
+        positions = args.micro_batch_size * batch.full_width
         seen = {
-            "policy/approxkl_avg": 0.5 * (change**2).mean(),
-            "policy/clipfrac_avg": of_policy.clipped,
-            "loss/policy_avg": of_policy.loss,
-            "loss/value_avg": of_value.loss,
-            "val/clipfrac_avg": of_value.clipped,
-            "policy/entropy_avg": entropy_from_logits(logits.detach()).mean(),
-            "val/ratio": ratio.mean(),
+            "policy/approxkl_avg": 0.5 * (change**2).sum(1) / positions,
+            "policy/clipfrac_avg": (of_policy.clipped * batch.of_tokens).sum(1),
+            "loss/policy_avg": losses[0],
+            "loss/value_avg": losses[1],
+            "val/clipfrac_avg": (of_value.clipped * batch.of_values).sum(1),
+            "policy/entropy_avg": (entropy_from_logits(logits.detach()) * batch.of_tokens).sum(1),
+            "val/ratio": 1 / args.micro_batch_size + (ratio - 1).sum(1) / positions,
         }
         for name, value in seen.items():
-            self._of_micro_batches[name].append(value.detach())
-        return (of_policy.loss + args.vf_coef * of_value.loss) / args.micro_batches_per_step
+            self._of_rows[name].append(value.detach().float())
+        return (losses[0] + args.vf_coef * losses[1]).sum() / args.micro_batches_per_step
 
     def _close(self, stats: Stats) -> None:
-        """Keep the figures of an update for the log."""
-        of_micro_batches = {name: torch.stack(values) for name, values in self._of_micro_batches.items()}
-        self._of_micro_batches.clear()
-        ratios = cast(torch.Tensor, self.accelerator.gather(of_micro_batches["val/ratio"]))
-        self._stats = stats | {name: values.mean() for name, values in of_micro_batches.items()}
+        """Keep the figures of an update for the log: the means over the groups, which are PPOTrainer's micro-batches."""
+        of_groups = {name: torch.cat(values) for name, values in self._of_groups.items()}
+        self._of_groups.clear()
+        ratios = cast(torch.Tensor, self.accelerator.gather(of_groups["val/ratio"]))
+        self._stats = stats | {name: values.mean() for name, values in of_groups.items()}
         self._stats["val/ratio_var"] = ratios.var()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -156,12 +156,14 @@ class _Narrow:
             output.logits = CompletionLogits(output.logits, self._rollout.length - 1)
 
 
-def num_padding(prompts: torch.Tensor, pad_token_id: int) -> int:
-    """Return how many columns on the left are padding in all rows.
+def extent(sequences: torch.Tensor, length: int, pad_token_id: int) -> slice:
+    """Return the columns that are not padding in all rows, and one of the completions' at least.
 
-    A micro-batch may lack the longest prompt of the batch.
+    A micro-batch may lack the longest prompt or completion of the batch. Prompts have `length` tokens, with padding.
     """
-    return int((prompts != pad_token_id).any(0).byte().argmax())
+    columns = (sequences != pad_token_id).any(0).nonzero()
+    first, last = torch.stack([columns[0, 0], columns[-1, 0]]).tolist()  # one wait for the device
+    return slice(min(first, length - 1), max(last, length) + 1)
 
 
 def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -186,20 +188,24 @@ def lean(ppo_trainer: ModuleType, policies: list[nn.Module], eos_token_id: int) 
     forward: Callable[..., Any] = ppo_trainer.forward
 
     def select_from(logits: torch.Tensor | LogProbs, ids: torch.Tensor) -> torch.Tensor:
-        return logits.values if isinstance(logits, LogProbs) else select(logits, ids)
+        if isinstance(logits, LogProbs):
+            return logits.values
+        width = logits.shape[1]
+        return _widened(select(logits, ids[:, :width]), ids.shape[1], 0.0)
 
     def forward_narrow(model: nn.Module, sequences: torch.Tensor, pad_token_id: int) -> Any:
-        skipped = num_padding(sequences[:, : rollout.length], pad_token_id) if narrow else 0
+        whole = sequences.shape[1]
+        kept = extent(sequences, rollout.length, pad_token_id) if narrow else slice(0, whole)
         for one in narrow:
-            one.keep = sequences.shape[1] - rollout.length + 1
+            one.keep = kept.stop - rollout.length + 1
         try:
-            output = forward(model, sequences[:, skipped:], pad_token_id)
+            output = forward(model, sequences[:, kept], pad_token_id)
         finally:
             for one in narrow:
                 one.keep = None
         if type(output) is tuple:  # of the policy and the value model, whose values are of shape (rows, tokens, 1)
             policy, values = output
-            return policy, nn.functional.pad(values, (0, 0, skipped, 0))
+            return policy, nn.functional.pad(values, (0, 0, kept.start, whole - kept.stop))
         return output
 
     with contextlib.ExitStack() as stack:

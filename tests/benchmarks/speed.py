@@ -5,8 +5,8 @@
     python tests/benchmarks/speed.py --model PATH --data ../shared/data --stages sft --peer "tool train {stage} {data}"
 
 `--model` is a folder with a small model (SmolLM2-135M), `--data` one with `alpaca_en_demo.json`, `dpo_en_demo.json` and
-`c4_demo.jsonl`. First the pipeline trains an SFT adapter and a reward model, from which both sides start. Then each
-stage runs bare, through the pipeline and as the peer's command, each in a process of its own, again and again; every
+`c4_demo.jsonl`. First the pipeline trains an SFT adapter and a reward model, from which both sides start: SFT for a pass
+over the demonstrations, so that the policy has learnt to end its completions. Then each stage runs bare, through the pipeline and as the peer's command, each in a process of its own, again and again; every
 second time in the other order. The table holds medians. Both sides train the same LoRA adapter on the same token ids
 with the same options, which are TRL's defaults but for sizes; PPO is without gradient checkpointing, which PPOTrainer
 does not switch on. The losses of the last step show whether it was the same work.
@@ -43,8 +43,11 @@ DATA = {
     "dpo": "comparisons",
     "kto": "unpaired",
 }  # others: demonstrations
+POLICY, REWARD = "start", "judge"  # the stages that both sides start from
+START_STEPS = {POLICY: 62, REWARD: 20}
 BATCH = 4
 PPO_BATCH = 16
+RESPONSE_LENGTH = 128  # as the shipped config of this model
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def options_of(stage: str, steps: int) -> dict[str, Any]:
     common["use_cpu"] = not torch.cuda.is_available()
     if stage in PPO:
         sizes = {"total_episodes": PPO_BATCH * steps, "gradient_accumulation_steps": PPO_BATCH // BATCH}
-        lengths = {"response_length": 32, "local_rollout_forward_batch_size": PPO_BATCH}
+        lengths = {"response_length": RESPONSE_LENGTH, "local_rollout_forward_batch_size": PPO_BATCH}
         return common | sizes | lengths | {"gradient_checkpointing": False}
     common["max_steps"] = steps
     if stage in ("rloo", "grpo"):
@@ -107,12 +110,17 @@ def _short(rows: list[dict[str, str]]) -> list[dict[str, str]]:
 
 
 def write_config(folder: Path, model: Path, steps: int) -> Path:
-    """Write the pipeline's config of all stages; the stages that start from sft are given no adapter of their own."""
+    """Write the pipeline's config of all stages; those that start from an adapter are given none of their own."""
     stages: dict[str, Any] = {}
+    for name, kind in ((POLICY, "sft"), (REWARD, "reward")):
+        data = DATA.get(kind, "demonstrations")
+        stages[name] = {"type": kind, "init": "base", "data": data, "training": options_of(kind, START_STEPS[name])}
+    stages[POLICY]["training"]["lr_scheduler_type"] = "cosine"
     for name in NAMES:
         stages[name] = {"data": DATA.get(name, "demonstrations"), "training": options_of(name, steps)}
-    for name in ("sft", "reward"):
-        stages[name]["init"] = "base"
+        stages[name]["init"] = "base" if name in ("pretrain", "sft", "reward") else POLICY
+        if name in (*PPO, "rloo", "grpo"):
+            stages[name]["reward"] = REWARD
     for name, trainer in PPO.items():
         stages[name] |= {"type": "ppo", "trainer": trainer}
     config = {
@@ -216,10 +224,6 @@ def compare(stage: str, config: Path, arguments: argparse.Namespace) -> dict[str
         for side in sides[:: -1 if repeat % 2 else 1]:
             copy = config.parent / "copy"
             shutil.copytree(config.parent / "run", copy)
-            if stage in ("sft", "reward"):  # or it would be finished already
-                manifest = json.loads((copy / "manifest.json").read_text(encoding="utf-8"))
-                del manifest["stages"][stage]
-                (copy / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
             command: list[str] | str = [sys.executable, __file__, "--measure", side, stage, str(config), str(copy)]
             if side == "peer":
                 names = {"stage": stage, "model": arguments.model, "data": config.parent, "steps": arguments.steps}
@@ -272,8 +276,8 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="speed-"))
     write_rows(arguments.data, folder)
     config = write_config(folder, arguments.model, arguments.steps)
-    for name in ("sft", "reward"):
-        command = [sys.executable, "-m", "pipeline", "run", str(config), "--until", name]
+    for name in START_STEPS:
+        command = [sys.executable, "-m", "pipeline", "run", str(config), "--only", name]
         subprocess.run(command, check=True, env=environment(), stdout=subprocess.DEVNULL)
     sides = ["bare", "ours", *(["peer"] if arguments.peer else [])]
     heads = [f"{what}, {side}" for what in ("training s", "process s", "CPU s", "GiB") for side in (*sides, "ratio")]

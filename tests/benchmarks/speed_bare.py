@@ -72,12 +72,12 @@ class Bare:
         return AutoModelForCausalLM.from_pretrained(self.base, dtype=self.dtype)
 
     def policy(self, trainable: bool = True) -> Any:
-        return PeftModel.from_pretrained(self.causal(), str(self.run / "sft" / "output"), is_trainable=trainable)
+        return PeftModel.from_pretrained(self.causal(), str(self.run / "start" / "output"), is_trainable=trainable)
 
     def score(self, trainable: bool = False) -> Any:
         model = AutoModelForSequenceClassification.from_pretrained(self.base, num_labels=1, dtype=self.dtype)
         model.config.pad_token_id = self.tokenizer.pad_token_id
-        model = PeftModel.from_pretrained(model, str(self.run / "reward" / "output"), is_trainable=trainable)
+        model = PeftModel.from_pretrained(model, str(self.run / "judge" / "output"), is_trainable=trainable)
         model.score.float()  # its head is float32, as it was trained
         model.score.register_forward_pre_hook(lambda _, hidden: hidden[0].float())
         return model
