@@ -49,7 +49,7 @@ def test_each_row_comes_once_without_its_padding(lengths):
     rows = rollout(lengths, [5, 1, 2, 4, 3, 3, 1, 2])
     drawn = [5, 2, 7, 0, 3, 6, 1, 4]
     batches = list(micro_batches(rows, Extent.of(rows, PAD), drawn, 2))
-    assert sorted(tokens(rows)) == sorted(sum((tokens(batch.rollout) for batch in batches), []))
+    assert sorted(tokens(rows)) == sorted(row for batch in batches for row in tokens(batch.rollout))
     longest = [max(batch.rollout.real.sum(1).tolist()) for batch in batches]
     assert longest == sorted(longest, reverse=True)
     for batch, most in zip(batches, longest, strict=True):

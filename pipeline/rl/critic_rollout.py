@@ -70,7 +70,7 @@ class Scored:
 
 
 def joined(chunks: Sequence[Scored], pad_token_id: int) -> Scored:
-    """Join the chunks of a rollout, padded to the longest prompt on the left and the longest completion on the right."""
+    """Join the chunks of a rollout, padded to its longest prompt and its longest completion."""
     width = max(chunk.values.shape[1] for chunk in chunks)
     length = max(chunk.sequences.shape[1] - chunk.values.shape[1] for chunk in chunks)
     columns = defaultdict(list)

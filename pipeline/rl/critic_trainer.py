@@ -165,7 +165,7 @@ class CriticTrainer(GRPOTrainer):
         return (losses[0] + args.vf_coef * losses[1]).sum() / args.micro_batches_per_step
 
     def _close(self, stats: Stats) -> None:
-        """Keep the figures of an update for the log: the means over the groups, which are PPOTrainer's micro-batches."""
+        """Keep the figures of an update for the log: means over the groups, which are PPOTrainer's micro-batches."""
         of_groups = {name: torch.cat(values) for name, values in self._of_groups.items()}
         self._of_groups.clear()
         ratios = cast(torch.Tensor, self.accelerator.gather(of_groups["val/ratio"]))

@@ -1,10 +1,10 @@
 """Cut what one step of the optimizer trains on into micro-batches of completions of like length.
 
-PPOTrainer takes the rows of a micro-batch at random. One long completion makes all of them long, and most of what is
-computed is padding. But which rows come together also says what a token weighs: a micro-batch's loss is the mean over
-its tokens, and each micro-batch counts the same. So here rows are drawn as PPOTrainer draws them, into groups, and every
-token gets the weight that it has in its group. Then the rows are sorted, and go through the models in that order. The
-loss of a step is the same.
+PPOTrainer takes the rows of a micro-batch at random. One long completion makes all of them long, and much of what is
+computed is padding. But the rows of a micro-batch also decide what a token weighs: its loss is the mean over its
+tokens, and each micro-batch counts the same. So here the rows are drawn into groups, as PPOTrainer draws its
+micro-batches, and every token gets the weight that it has in its group. Then the rows of a step are sorted by length,
+and go through the models in that order. The loss of the step stays the same.
 """
 
 from collections.abc import Iterator

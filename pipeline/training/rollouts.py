@@ -174,24 +174,8 @@ def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return (values * mask).sum() / mask.sum().clamp(min=1)
 
 
-@contextlib.contextmanager
-def lean(ppo_trainer: ModuleType, policies: list[nn.Module], eos_token_id: int) -> Iterator[None]:
-    """Let PPOTrainer, whose module is `ppo_trainer`, work as this module says while the block runs.
-
-    `policies` are the models whose logits it reads; they have one architecture. A view of another one of them has its
-    logits from that one. PPOTrainer also collects garbage and empties the device's cache several times an update. Both
-    wait for the device or take longer than a small model's update, and neither is needed.
-    """
-    rollout = _Rollout(eos_token_id)
-    narrow = [_Narrow(model, rollout) for model in policies if can_leave_out_logits(model)]
-    select: Callable[..., torch.Tensor] = ppo_trainer.selective_log_softmax
-    forward: Callable[..., Any] = ppo_trainer.forward
-
-    def select_from(logits: torch.Tensor | LogProbs, ids: torch.Tensor) -> torch.Tensor:
-        if isinstance(logits, LogProbs):
-            return logits.values
-        width = logits.shape[1]
-        return _widened(select(logits, ids[:, :width]), ids.shape[1], 0.0)
+def _narrow_forward(forward: Callable[..., Any], narrow: list[_Narrow], rollout: _Rollout) -> Callable[..., Any]:
+    """Return PPOTrainer's `forward` on what is not padding in all rows, with the logits of the completions alone."""
 
     def forward_narrow(model: nn.Module, sequences: torch.Tensor, pad_token_id: int) -> Any:
         whole = sequences.shape[1]
@@ -208,6 +192,27 @@ def lean(ppo_trainer: ModuleType, policies: list[nn.Module], eos_token_id: int) 
             return policy, nn.functional.pad(values, (0, 0, kept.start, whole - kept.stop))
         return output
 
+    return forward_narrow
+
+
+@contextlib.contextmanager
+def lean(ppo_trainer: ModuleType, policies: list[nn.Module], eos_token_id: int) -> Iterator[None]:
+    """Let PPOTrainer, whose module is `ppo_trainer`, work as this module says while the block runs.
+
+    `policies` are the models whose logits it reads; they have one architecture. A view of another one of them has its
+    logits from that one. PPOTrainer also collects garbage and empties the device's cache several times an update. Both
+    wait for the device or take longer than a small model's update, and neither is needed.
+    """
+    rollout = _Rollout(eos_token_id)
+    narrow = [_Narrow(model, rollout) for model in policies if can_leave_out_logits(model)]
+    select: Callable[..., torch.Tensor] = ppo_trainer.selective_log_softmax
+
+    def select_from(logits: torch.Tensor | LogProbs, ids: torch.Tensor) -> torch.Tensor:
+        if isinstance(logits, LogProbs):
+            return logits.values
+        width = logits.shape[1]
+        return _widened(select(logits, ids[:, :width]), ids.shape[1], 0.0)
+
     with contextlib.ExitStack() as stack:
         for one in narrow:
             for hook in one.hooks:
@@ -215,7 +220,7 @@ def lean(ppo_trainer: ModuleType, policies: list[nn.Module], eos_token_id: int) 
         for name, value in {
             "batch_generation": rollout.sample,
             "selective_log_softmax": select_from,
-            "forward": forward_narrow,
+            "forward": _narrow_forward(ppo_trainer.forward, narrow, rollout),
             "masked_mean": masked_mean,
             "gc": SimpleNamespace(collect=lambda: 0),
             "empty_cache": lambda: None,

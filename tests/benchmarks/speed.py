@@ -5,9 +5,10 @@
     python tests/benchmarks/speed.py --model PATH --data ../shared/data --stages sft --peer "tool train {stage} {data}"
 
 `--model` is a folder with a small model (SmolLM2-135M), `--data` one with `alpaca_en_demo.json`, `dpo_en_demo.json` and
-`c4_demo.jsonl`. First the pipeline trains an SFT adapter and a reward model, from which both sides start: SFT for a pass
-over the demonstrations, so that the policy has learnt to end its completions. Then each stage runs bare, through the pipeline and as the peer's command, each in a process of its own, again and again; every
-second time in the other order. The table holds medians. Both sides train the same LoRA adapter on the same token ids
+`c4_demo.jsonl`. First the pipeline trains an SFT adapter and a reward model, from which both sides start. SFT goes once
+over the demonstrations, so that the policy has learnt to end its completions. Then each stage runs bare, through the
+pipeline and as the peer's command, each in a process of its own, again and again; every second time in the other order.
+The table holds medians. Both sides train the same LoRA adapter on the same token ids
 with the same options, which are TRL's defaults but for sizes; PPO is without gradient checkpointing, which PPOTrainer
 does not switch on. The losses of the last step show whether it was the same work.
 
