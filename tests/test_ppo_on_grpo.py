@@ -49,7 +49,8 @@ CASES = {
 }
 PPO = {"type": "ppo", "data": "tasks", "training": TRAINING}
 OF_TOKENS = ("rewards", "advantages", "returns", "values", "log_probs", "real", "valued")
-OF_MICRO_BATCHES = ("pg_loss", "vf_loss", "loss")
+OF_LOSSES = ("pg_loss", "vf_loss", "loss")
+OF_MICRO_BATCHES = (*OF_LOSSES, "entropy")
 OWN_LOGS = {"eps"}  # episodes per second
 TRAINER_LOGS = {"loss", "grad_norm", "learning_rate", "step_time"}
 
@@ -74,7 +75,7 @@ def history(run, name):
 
 def seen_of_ppotrainer(monkeypatch):
     """What PPOTrainer's loop has in its local variables, where it calls functions that take them."""
-    seen = SimpleNamespace(prompts=[], responses=[], tokens=defaultdict(list), micro=defaultdict(list))
+    seen = SimpleNamespace(prompts=[], responses=[], tokens=defaultdict(list), micro=defaultdict(list), gradients={})
     whiten, backward = ppo_trainer.masked_whiten, None
 
     def whitened(values, mask, shift_mean=True):
@@ -108,9 +109,12 @@ def seen_of_ppotrainer(monkeypatch):
 
         def look(loss, **kwargs):
             local = sys._getframe(1).f_locals
-            for key in OF_MICRO_BATCHES:
+            for key in OF_LOSSES:
                 seen.micro[key].append(local[key].item())
+            seen.micro["entropy"].append(entropy_of_tokens(local))
             backward(loss, **kwargs)
+            if len(seen.micro["loss"]) == self.args.gradient_accumulation_steps:
+                seen.gradients |= gradients_of_policy(self.model)
 
         monkeypatch.setattr(self.accelerator, "backward", look)
 
@@ -133,9 +137,24 @@ def sample_eos_behind_padding(monkeypatch, tokenizer):
     monkeypatch.setattr(rollouts, "_sample_chunk", sampled)
 
 
+def entropy_of_tokens(local):
+    """The mean entropy of a micro-batch's tokens in nats, from the variables of PPOTrainer's loop."""
+    log_probs = local["logits"].detach().log_softmax(-1)
+    real = ~local["padding_mask"][local["micro_batch_inds"]][:, : log_probs.shape[1]]
+    return -(log_probs.exp() * log_probs).sum(-1)[real].mean().item()
+
+
+def gradients_of_policy(model):
+    return {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None and name.startswith("policy.")
+    }
+
+
 def seen_of_ours(monkeypatch, given):
     """What PPO on GRPOTrainer computes from the prompts and completions that PPOTrainer had."""
-    seen = SimpleNamespace(tokens=defaultdict(list), micro=defaultdict(list))
+    seen = SimpleNamespace(tokens=defaultdict(list), micro=defaultdict(list), losses=[], gradients={})
     rows = [
         (prompt, ids.tolist()) for prompt, ids in zip(given.prompts, torch.cat(pad_all(given.responses)), strict=True)
     ]
@@ -170,8 +189,18 @@ def seen_of_ours(monkeypatch, given):
         seen.micro["pg_loss"] += of_policy.tolist()
         seen.micro["vf_loss"] += of_value.tolist()
         seen.micro["loss"] += (of_policy + self.args.vf_coef * of_value).tolist()
+        seen.micro["entropy"] += torch.cat(self._of_groups["policy/entropy_avg"]).tolist()
         close(self, stats)
 
+    def accumulated(self, model, batches):
+        loss = accumulate(self, model, batches)
+        seen.losses.append(loss.item())
+        if len(seen.losses) == 1:
+            seen.gradients |= gradients_of_policy(self.model)
+        return loss
+
+    accumulate = CriticTrainer._accumulate
+    monkeypatch.setattr(CriticTrainer, "_accumulate", accumulated)
     monkeypatch.setattr(critic_rollout, "generate", sampled)
     monkeypatch.setattr(critic_trainer, "in_order_of_training", in_order)
     monkeypatch.setattr(critic_rollout, "token_rewards", given_rewards)
@@ -214,6 +243,12 @@ def test_figures_are_those_of_ppotrainer(run, monkeypatch, case):
     for key in OF_MICRO_BATCHES:
         assert len(given.micro[key]) >= 3 * (1 if "one pass" in case else 2)
         assert seen.micro[key] == pytest.approx(given.micro[key], rel=1e-5, abs=1e-5)
+    # What goes into the backward pass: of a step, the mean over its micro-batches.
+    steps = np.reshape(given.micro["loss"], (len(seen.losses), -1)).mean(1)
+    assert seen.losses == pytest.approx(steps.tolist(), rel=1e-5, abs=1e-5)
+    assert len(given.gradients) > 8 and given.gradients.keys() == seen.gradients.keys()
+    for name, expected in given.gradients.items():
+        torch.testing.assert_close(seen.gradients[name], expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
     lengths = torch.cat([mask.sum(1) for mask in given.tokens["real"]])
     assert len(set(lengths.tolist())) > 1
     records = manifest.read(run.run_dir).stages

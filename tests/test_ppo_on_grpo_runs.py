@@ -1,6 +1,8 @@
 """PPO on GRPOTrainer as users run it: resumed, in bf16, with baselines, in two processes, and what it refuses."""
 
+import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -21,6 +23,7 @@ from pipeline.config.schema import variant_of
 from pipeline.config.stage_types import STAGE_TYPES, VARIANTS
 from pipeline.launch import sharding
 from pipeline.records import manifest
+from pipeline.rl import watchdog
 from pipeline.rl.critic_trainer import CriticTrainer
 from pipeline.system.errors import UserError
 from pipeline.training import checkpoints
@@ -208,16 +211,27 @@ def test_without_a_baseline_a_shift_changes_what_is_learned(parents, tmp_path):
     assert max((adapters[1][name] - expected).abs().max() for name, expected in adapters[0].items()) > 1e-2
 
 
-def test_an_alarm_keeps_the_best_policy(parents, tmp_path):
-    """The watchdog reads the same names, and counts updates."""
-    stop = {"eval_data": "held_out", "eval_every": 1, "on_alarm": "stop", "num_eval_prompts": 8}
-    wild = {"training": TRAINING | {"learning_rate": 1e38}}
-    metrics = train(copied(parents, tmp_path / "run", stop | wild)).metrics
-    assert [(alarm["measure"], alarm["update"]) for alarm in metrics["alarms"]] == [("weights", 1)]
-    assert metrics["updates"] == 1
+STOP = {"eval_data": "held_out", "eval_every": 1, "on_alarm": "stop", "num_eval_prompts": 8}
+
+
+@pytest.mark.parametrize("measure", ["kl", "entropy", "clip_fraction", "explained_variance", "length"])
+def test_an_alarm_keeps_the_best_policy(parents, tmp_path, monkeypatch, measure):
+    """The watchdog reads the same names, and counts updates: here each value is called too high."""
+    ranges = {one.measure: one for one in watchdog.HEALTHY}
+    wrong = dataclasses.replace(ranges[measure], high=-math.inf, of_first=False, patience=4, warm_up=0)
+    monkeypatch.setattr(watchdog, "HEALTHY", (wrong,))
+    metrics = train(copied(parents, tmp_path / "run", STOP)).metrics
+    assert [(alarm["measure"], alarm["update"]) for alarm in metrics["alarms"]] == [(measure, 4)]
+    assert metrics["updates"] == 4
     assert [entry["update"] for entry in metrics["held_out_scores"]] == list(range(metrics["updates"] + 1))
     scores = {entry["update"]: entry["score"] for entry in metrics["held_out_scores"]}
-    assert scores[metrics["kept_update"]] == max(score for score in scores.values() if score is not None)
+    assert scores[metrics["kept_update"]] == max(scores.values()) > min(scores.values())
+
+
+def test_weights_that_are_no_numbers_end_it(parents, tmp_path):
+    metrics = train(copied(parents, tmp_path / "run", STOP | {"training": TRAINING | {"learning_rate": 1e38}})).metrics
+    assert [(alarm["measure"], alarm["update"]) for alarm in metrics["alarms"]] == [("weights", 1)]
+    assert metrics["kept_update"] == 0
 
 
 # What each of two processes ends with.
@@ -227,6 +241,7 @@ import torch
 from accelerate import PartialState
 from pipeline import stage
 from pipeline.config.load import load
+from pipeline.rl import watchdog
 from pipeline.rl.critic_trainer import CriticTrainer
 
 train = CriticTrainer.train
@@ -249,9 +264,11 @@ stage.run(load(sys.argv[1]), "ppo")
 """
 
 
-def test_two_processes_train_one_policy_and_one_value_model(parents, tmp_path):
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_two_processes_train_one_policy_and_one_value_model(parents, tmp_path, accumulation):
     """They work on other prompts, and after every step have the same weights: of the adapters and of the value head."""
-    path = copied(parents, tmp_path / "run", {"training": SMALL | {"total_episodes": 24} | DEFAULTS})
+    sizes = {"per_device_train_batch_size": 4 // accumulation, "gradient_accumulation_steps": accumulation}
+    path = copied(parents, tmp_path / "run", {"training": SMALL | sizes | {"total_episodes": 24} | DEFAULTS})
     (tmp_path / "program.py").write_text(PROGRAM)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     environment = {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(Path(stage.__file__).parents[1])}

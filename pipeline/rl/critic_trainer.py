@@ -122,10 +122,10 @@ class CriticTrainer(GRPOTrainer):
         for number, batch in enumerate(batches, 1):
             with contextlib.nullcontext() if number == len(batches) else self.accelerator.no_sync(model):
                 losses.append(super().training_step(model, cast(Any, batch), None))
-        groups = torch.cat([batch.groups for batch in batches])
+        # Sorted and summed, not `index_add`, which sums in any order on a GPU.
+        order = torch.cat([batch.groups for batch in batches]).argsort(stable=True)
         for name, parts in self._of_rows.items():
-            of_rows = torch.cat(parts)
-            self._of_groups[name].append(of_rows.new_zeros(len(batches)).index_add(0, groups, of_rows))
+            self._of_groups[name].append(torch.cat(parts)[order].view(len(batches), -1).sum(1))
         self._of_rows.clear()
         return torch.stack(losses).sum()
 

@@ -156,7 +156,7 @@ def measures_of(stage_type: str, logs: Mapping[str, float | None]) -> dict[str, 
     The column `watched` of the stage types gives each name of a trainer the measure, and the power of the mean length
     (tokens) that converts its unit. A measure that needs an absent length is left out.
 
-    PPO's own `policy/entropy_avg` is not used: it counts the padding behind each completion too. Its
+    PPOTrainer's own `policy/entropy_avg` is not used: it counts the padding behind each completion too. Its
     `objective/entropy` is summed over the completion. RLOO and GRPO log the KL per token: RLOO's is the mean log ratio,
     GRPO's the estimator k3, which cannot be negative; they log no KL when `beta` is 0. A clip fraction is of tokens for
     PPO and GRPO, of completions for RLOO. RLOO looks for equal rewards after the KL penalty: with `beta` above 0 it

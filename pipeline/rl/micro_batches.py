@@ -17,7 +17,7 @@ from pipeline.rl.advantages import Rollout
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Hold the rows that go through the models together, without the columns that are padding in all of them.
+    """Hold the rows that go through the models together, as wide as the longest prompt and completion among them need.
 
     `groups` says which group a row was drawn into, shape (rows,). `of_tokens` and `of_values` are the weights of
     positions in the mean of their group, shape (rows, width). `full_width` is the width of the whole rollout.

@@ -161,9 +161,9 @@ def extent(sequences: torch.Tensor, length: int, pad_token_id: int) -> slice:
 
     A micro-batch may lack the longest prompt or completion of the batch. Prompts have `length` tokens, with padding.
     """
-    columns = (sequences != pad_token_id).any(0).nonzero()
-    first, last = torch.stack([columns[0, 0], columns[-1, 0]]).tolist()  # one wait for the device
-    return slice(min(first, length - 1), max(last, length) + 1)
+    seen = (sequences != pad_token_id).any(0).byte()
+    before, behind = torch.stack([seen.argmax(), seen.flip(0).argmax()]).tolist()  # one wait for the device
+    return slice(min(before, length - 1), max(len(seen) - behind, length + 1))
 
 
 def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
