@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pipeline.rl.advantages import Rollout, masks
-from pipeline.rl.micro_batches import Extent, micro_batches
+from pipeline.rl.micro_batches import Extent, micro_batches, pieces
 from pipeline.training.rollouts import masked_mean
 
 PAD, WIDTH, LONGEST_PROMPT = 0, 9, 5
@@ -74,3 +74,35 @@ def test_a_micro_batch_has_completions_of_like_length():
     rows = rollout([9, 1, 9, 1, 9, 1, 9, 1], [2] * 8)
     widths = [batch.rollout.real.shape[1] for batch in micro_batches(rows, Extent.of(rows, PAD), list(range(8)), 4)]
     assert widths == [9, 2]
+
+
+def cost(parts: list[list[int]], lengths: list[int], overhead: float) -> float:
+    return sum(len(part) * max(lengths[row] for row in part) + overhead for part in parts)
+
+
+def every_cut(order: list[int], most: int):
+    """Every way to cut rows in this order."""
+    if not order:
+        yield []
+    for size in range(1, min(most, len(order)) + 1):
+        for rest in every_cut(order[size:], most):
+            yield [order[:size], *rest]
+
+
+@pytest.mark.parametrize("lengths", [*LENGTHS, [128, 120, 60, 5, 4, 4, 3, 1]])
+@pytest.mark.parametrize("most", [1, 3, 8])
+@pytest.mark.parametrize("overhead", [0.5, 10.0, 1e6])
+def test_pieces_cost_the_least_of_all_cuts(lengths, most, overhead):
+    parts = pieces(lengths, most, overhead)
+    assert sorted(row for part in parts for row in part) == list(range(len(lengths)))
+    assert all(0 < len(part) <= most for part in parts)
+    assert [lengths[row] for part in parts for row in part] == sorted(lengths, reverse=True)
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    assert cost(parts, lengths, overhead) == pytest.approx(
+        min(cost(cut, lengths, overhead) for cut in every_cut(order, most))
+    )
+
+
+def test_a_dear_pass_is_not_cut_more_often_than_it_must_be():
+    assert [len(part) for part in pieces([9, 1, 8, 2, 7], 4, 1e6)] in ([1, 4], [2, 3], [3, 2], [4, 1])
+    assert len(pieces([9, 1, 8, 2, 7], 5, 1e6)) == 1

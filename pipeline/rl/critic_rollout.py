@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -15,11 +15,17 @@ from trl.trainer.utils import selective_log_softmax
 from pipeline.config.critic_config import CriticConfig
 from pipeline.models import scoring
 from pipeline.models.generation import Ids, Sampling, batches, generate
-from pipeline.models.loading import Model
+from pipeline.models.loading import Model, num_parameters
 from pipeline.models.ppo import Models
 from pipeline.models.views import ScoreView
 from pipeline.rl.advantages import PADDING, Rollout, advantages_and_returns, masks, token_rewards
+from pipeline.rl.baselines import Prompt
 from pipeline.rl.centred_reward import Figures, ScoredChunk, Subtraction
+from pipeline.rl.micro_batches import pieces
+
+# How many tokens take as long as starting a forward pass, times the number of the model's parameters: a GPU has far
+# more to wait for. Roughly, from models of 1 and 135 million parameters on a CPU, and of 135 million on a GPU.
+PASS_COSTS = {"cpu": 1e8, "cuda": 2e12}
 
 # The figures of an update, by their names in PPOTrainer's log; each a tensor with one number.
 Stats = dict[str, torch.Tensor]
@@ -69,8 +75,12 @@ class Scored:
     values: torch.Tensor
 
 
-def joined(chunks: Sequence[Scored], pad_token_id: int) -> Scored:
-    """Join the chunks of a rollout, padded to its longest prompt and its longest completion."""
+def joined(chunks: Sequence[Scored], rows: Sequence[int], pad_token_id: int) -> Scored:
+    """Join the pieces of a rollout, padded to its longest prompt and its longest completion.
+
+    `rows` are the numbers in the rollout that the pieces' rows have, piece after piece.
+    """
+    order = torch.tensor(rows, device=chunks[0].lengths.device).argsort()
     width = max(chunk.values.shape[1] for chunk in chunks)
     length = max(chunk.sequences.shape[1] - chunk.values.shape[1] for chunk in chunks)
     columns = defaultdict(list)
@@ -82,7 +92,7 @@ def joined(chunks: Sequence[Scored], pad_token_id: int) -> Scored:
             columns[name].append(pad(getattr(chunk, name), (0, more)))
         for name in ("lengths", "ended", "scores"):
             columns[name].append(getattr(chunk, name))
-    return Scored(**{name: torch.cat(values) for name, values in columns.items()})
+    return Scored(**{name: torch.cat(values)[order] for name, values in columns.items()})
 
 
 class Rollouts:
@@ -109,6 +119,8 @@ class Rollouts:
         self._autocast = autocast
         size = args.local_rollout_forward_batch_size
         self._sampling = Sampling(args.temperature, args.response_length, size, args.seed)
+        cost = PASS_COSTS.get(args.device.type, PASS_COSTS["cuda"])
+        self._pass_cost = cost / num_parameters(models.policy)["total"]  # in tokens
         self.figures = Figures()
 
     @torch.no_grad()
@@ -123,11 +135,12 @@ class Rollouts:
         with self._autocast():
             for chunk in batches(list(prompts), size):
                 completions += generate(policy, chunk, self._sampling, self._tokenizer, update)
-        chunks = []
-        for start in range(0, len(prompts), size):
-            rows = slice(start, start + size)
-            chunks.append(self._score(model, prompts[rows], completions[rows]))
-        return self._judge(joined(chunks, self._pad))
+        parts = pieces([len(ids) for ids in completions], size, self._pass_cost)
+        scored = []
+        for rows in parts:
+            scored.append(self._score(model, [prompts[row] for row in rows], [completions[row] for row in rows]))
+        rollout = joined(scored, [row for rows in parts for row in rows], self._pad)
+        return self._judge(self._subtracted(rollout, [tuple(prompt) for prompt in prompts]))
 
     def _cut(self, ids: Ids) -> Ids:
         """Cut a completion before its first padding, as PPOTrainer has it: a policy may sample that token too."""
@@ -153,10 +166,20 @@ class Rollouts:
         completions = [self._cut(ids) for ids in completions]
         rows = [[*prompt, *ids] for prompt, ids in zip(prompts, completions, strict=True)]
         scores = torch.tensor(scoring.score(self._models.reward, rows, self._pad, len(rows)), device=device)
-        raw, base = self._subtraction([tuple(prompt) for prompt in prompts], scores)
         lengths = torch.tensor([len(ids) for ids in completions], device=device)
-        self.figures.chunks.append(ScoredChunk(raw, raw - base, lengths, ended, values))
-        return Scored(sequences, lengths, ended, raw - base, log_probs, reference, values)
+        return Scored(sequences, lengths, ended, scores, log_probs, reference, values)
+
+    def _subtracted(self, scored: Scored, prompts: list[Prompt]) -> Scored:
+        """Take the baseline off the scores, in chunks as PPOTrainer does: some baselines look at a whole chunk."""
+        size = self._sampling.batch_size
+        centred = []
+        for start in range(0, len(prompts), size):
+            rows = slice(start, start + size)
+            raw, base = self._subtraction(prompts[rows], scored.scores[rows])
+            centred.append(raw - base)
+            seen = (scored.lengths[rows], scored.ended[rows], scored.values[rows])
+            self.figures.chunks.append(ScoredChunk(raw, raw - base, *seen))
+        return replace(scored, scores=torch.cat(centred))
 
     def _judge(self, scored: Scored) -> tuple[Rollout, Stats]:
         """Compute rewards, advantages and returns of completions."""
@@ -191,23 +214,27 @@ class Rollouts:
         inputs, num_logits = self._inputs(sequences, width)
         logits, values = model(num_logits=num_logits, **inputs)
         log_probs, logits = self._log_probs(logits, sequences, width)
-        return log_probs, values[:, -width - 1 : -1], logits
+        return log_probs, values[:, -width:], logits
 
     def _inputs(self, sequences: torch.Tensor, width: int) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
-        """Return what a model takes of padded sequences, and how many logits are asked for."""
+        """Return what a model takes of padded sequences, and how many logits are asked for.
+
+        The last token is left out: nothing is asked that comes after it.
+        """
+        sequences = sequences[:, :-1]
         mask = sequences != self._pad
         inputs = {
             "input_ids": sequences.masked_fill(~mask, 0),
             "attention_mask": mask,
             "position_ids": mask.cumsum(1) - mask.long(),
         }
-        return inputs, {"logits_to_keep": width + 1} if self._keeps_logits else {}
+        return inputs, {"logits_to_keep": width} if self._keeps_logits else {}
 
     def _log_probs(
         self, logits: torch.Tensor, sequences: torch.Tensor, width: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the log-probabilities of the last `width` tokens at the temperature of sampling, and the logits."""
-        # The logits at position t - 1 are the distribution of token t.
-        logits = logits[:, -width - 1 : -1]
+        # The logits at position t - 1 are the distribution of token t, and those of the last token were not asked for.
+        logits = logits[:, -width:]
         logits /= self._args.temperature + 1e-7  # in place: it may be the largest tensor there is
         return selective_log_softmax(logits, sequences[:, -width:]), logits

@@ -1,13 +1,13 @@
-"""Cut what one step of the optimizer trains on into micro-batches of completions of like length.
+"""Let completions of like length go through the models together: padding costs as much as tokens do.
 
-PPOTrainer takes the rows of a micro-batch at random. One long completion makes all of them long, and much of what is
-computed is padding. But the rows of a micro-batch also decide what a token weighs: its loss is the mean over its
-tokens, and each micro-batch counts the same. So here the rows are drawn into groups, as PPOTrainer draws its
+A rollout may be cut in any way while it is scored: `pieces` does it. While it trains, the rows of a micro-batch also
+decide what a token weighs: PPOTrainer takes them at random, the loss of a token is the mean over the micro-batch's
+tokens, and each micro-batch counts the same. So `micro_batches` draws the rows into groups, as PPOTrainer draws its
 micro-batches, and every token gets the weight that it has in its group. Then the rows of a step are sorted by length,
 and go through the models in that order. The loss of the step stays the same.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,3 +76,24 @@ def micro_batches(rollout: Rollout, extent: Extent, drawn: list[int], size: int)
             of_values[index, :longest],
             width,
         )
+
+
+def pieces(lengths: Sequence[int], most: int, overhead: float) -> list[list[int]]:
+    """Cut rows into pieces of at most `most`, the longest first, so that they cost least; return the rows' numbers.
+
+    A piece costs as many tokens as it has with padding, and `overhead` tokens more. `lengths` are in tokens.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    costs = [0.0]  # of the first rows in this order, by their number
+    starts = [0]  # of the last piece among them
+    for stop in range(1, len(order) + 1):
+        choices = range(max(0, stop - most), stop)
+        totals = [costs[start] + (stop - start) * lengths[order[start]] + overhead for start in choices]
+        costs.append(min(totals))
+        starts.append(choices[totals.index(min(totals))])
+    found: list[list[int]] = []
+    stop = len(order)
+    while stop:
+        found.append(order[starts[stop] : stop])
+        stop = starts[stop]
+    return found[::-1]

@@ -224,6 +224,7 @@ def compare(stage: str, config: Path, arguments: argparse.Namespace) -> dict[str
     for repeat in range(arguments.repeats):
         for side in sides[:: -1 if repeat % 2 else 1]:
             copy = config.parent / "copy"
+            shutil.rmtree(copy, ignore_errors=True)  # an earlier call may have been stopped
             shutil.copytree(config.parent / "run", copy)
             command: list[str] | str = [sys.executable, __file__, "--measure", side, stage, str(config), str(copy)]
             if side == "peer":
@@ -266,6 +267,9 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps of a stage; of PPO, updates")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--folder", type=Path, help="keep the start there, and take it from there if it is there already"
+    )
     parser.add_argument("--peer", help="another tool's command")
     parser.add_argument("--measure", nargs=4, metavar=("SIDE", "STAGE", "CONFIG", "RUN_DIR"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -274,7 +278,14 @@ def main() -> None:
         return measure(side, stage, Path(config), Path(run_dir))
     if arguments.model is None or arguments.data is None:
         parser.error("--model and --data are required")
-    folder = Path(tempfile.mkdtemp(prefix="speed-"))
+    with tempfile.TemporaryDirectory(prefix="speed-") as temporary:
+        folder = arguments.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        report(folder, arguments)
+
+
+def report(folder: Path, arguments: argparse.Namespace) -> None:
+    """Train what both sides start from, measure all stages, and print the table."""
     write_rows(arguments.data, folder)
     config = write_config(folder, arguments.model, arguments.steps)
     for name in START_STEPS:
@@ -286,7 +297,6 @@ def main() -> None:
     for stage in arguments.stages:
         lines.append(row(stage, compare(stage, config, arguments), arguments.steps))
     print("\n".join(lines))
-    shutil.rmtree(folder)
 
 
 if __name__ == "__main__":
