@@ -9,10 +9,12 @@ from pipeline.base import dtype
 from pipeline.chain.staleness import Decision
 from pipeline.config.lineage import start_of
 from pipeline.config.options import effective
+from pipeline.config.precision import Autocast, autocast
 from pipeline.config.schema import BASE, Evaluate, Online, RunConfig, Shift, TrainingStage
 from pipeline.config.stage_types import type_of
 from pipeline.show.screen import Cell, Table, say, show
 from pipeline.show.tables import count
+from pipeline.system.device import Device
 
 if TYPE_CHECKING:
     from pipeline.chain.preflight import Facts
@@ -61,10 +63,16 @@ def figures(facts: "Facts") -> Figures:
     return {"data": "\n".join(map(_rows, facts.audits.values())), "steps": str(facts.steps or ""), "trains": trains}
 
 
-def plan_table(config: RunConfig, decisions: list[Decision], facts: Mapping[str, Figures], console: Console) -> None:
+def plan_table(
+    config: RunConfig,
+    decisions: list[Decision],
+    facts: Mapping[str, Figures],
+    devices: Mapping[str, Device],
+    console: Console,
+) -> None:
     """Show the stages in order: start, reference, rows, tokens, steps, parameters, and what happens to each.
 
-    Of a stage that is not among the `facts` nothing is known but its config.
+    Of a stage that is not among the `facts` nothing is known but its config. `devices` are those of the stages to run.
     """
     columns = ("stage", "type", "starts from", "reference", "data (rows, tokens)", "steps", "trains", "will")
     table = Table(f"{config.name}: plan", columns)
@@ -75,11 +83,39 @@ def plan_table(config: RunConfig, decisions: list[Decision], facts: Mapping[str,
         reference = describe_reference(config, decision.stage)
         table.add(decision.stage, stage.type, start, reference, *known.values(), _will(decision))
     show(table, console)
+    if devices:
+        say(console, f"Device: {_devices(devices)}")
     say(console, f"Weights: {_weights(config)}")
+    autocasts = _autocasts(config, devices)
+    if autocasts:
+        say(console, f"Autocast: {autocasts}")
     checkpointed = [one.stage for one in decisions if one.run and _recomputes(config, one.stage)]
     if checkpointed:
         cost = "about a quarter more time, for less memory; `gradient_checkpointing: false` turns it off"
         say(console, f"Gradient checkpointing, on in {', '.join(checkpointed)}: {cost}")
+
+
+def _devices(devices: Mapping[str, Device]) -> str:
+    """Name the device of the stages to run; where they have several, with the stages of each."""
+    stages: dict[str, list[str]] = {}
+    for name, device in devices.items():
+        stages.setdefault(str(device), []).append(name)
+    if len(stages) == 1:
+        return "".join(stages)
+    return "; ".join(f"{device} in {', '.join(names)}" for device, names in stages.items())
+
+
+def _autocasts(config: RunConfig, devices: Mapping[str, Device]) -> str:
+    """Say in which type the training stages to run compute, and why; empty if there are none."""
+    stages: dict[Autocast, list[str]] = {}
+    for name, device in devices.items():
+        stage = config.stages[name]
+        if isinstance(stage, TrainingStage):
+            stages.setdefault(autocast(stage, device), []).append(name)
+    words = []
+    for choice, names in stages.items():
+        words.append(f"{'off' if choice.type == 'no' else choice.type} in {', '.join(names)} ({choice.why})")
+    return "; ".join(words)
 
 
 def _weights(config: RunConfig) -> str:
