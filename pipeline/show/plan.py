@@ -10,7 +10,7 @@ from pipeline.chain.staleness import Decision
 from pipeline.config.lineage import start_of
 from pipeline.config.options import effective
 from pipeline.config.precision import Autocast, autocast
-from pipeline.config.schema import BASE, Evaluate, Online, RunConfig, Shift, TrainingStage
+from pipeline.config.schema import BASE, Evaluate, Online, Ppo, RunConfig, Shift, TrainingStage
 from pipeline.config.stage_types import type_of
 from pipeline.show.screen import Cell, Table, say, show
 from pipeline.show.tables import count
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from pipeline.chain.preflight import Facts
     from pipeline.data.audit import Audit
 
-Figures = dict[str, str]  # what the plan shows of a stage's facts: data, steps and trains
+# What the plan shows of a stage's facts: data, steps and trains; and the parts of its parameters: base, adapter, head.
+Figures = dict[str, str]
 
 
 def describe_start(config: RunConfig, name: str) -> str:
@@ -57,10 +58,18 @@ def describe_reference(config: RunConfig, name: str) -> str:
 
 def figures(facts: "Facts") -> Figures:
     """Return what the plan shows of a stage's facts."""
-    trains = ""
-    if facts.parameters:
-        trains = f"{count(facts.parameters['trainable'])} of {count(facts.parameters['total'])}"
-    return {"data": "\n".join(map(_rows, facts.audits.values())), "steps": str(facts.steps or ""), "trains": trains}
+    known = {"data": "\n".join(map(_rows, facts.audits.values())), "steps": str(facts.steps or ""), "trains": ""}
+    if facts.parameters is None:
+        return known
+    trainable = facts.parameters["trainable"]
+    total = facts.parameters["total"]
+    known["trains"] = f"{count(trainable)} of {count(total)}"
+    known["base"] = count(total if trainable == total else total - trainable)
+    if trainable < total:
+        known["adapter"] = count(trainable)
+    if facts.head is not None:
+        known["head"] = count(facts.head)
+    return known
 
 
 def plan_table(
@@ -81,8 +90,12 @@ def plan_table(
         known = facts.get(decision.stage, {"data": stage.data, "steps": "", "trains": ""})
         start = describe_start(config, decision.stage)
         reference = describe_reference(config, decision.stage)
-        table.add(decision.stage, stage.type, start, reference, *known.values(), _will(decision))
+        cells = [known[column] for column in ("data", "steps", "trains")]
+        table.add(decision.stage, stage.type, start, reference, *cells, _will(decision))
     show(table, console)
+    parameters = _parameters(config, facts)
+    if parameters:
+        say(console, f"Parameters: {parameters}")
     if devices:
         say(console, f"Device: {_devices(devices)}")
     say(console, f"Weights: {_weights(config)}")
@@ -93,6 +106,27 @@ def plan_table(
     if checkpointed:
         cost = "about a quarter more time, for less memory; `gradient_checkpointing: false` turns it off"
         say(console, f"Gradient checkpointing, on in {', '.join(checkpointed)}: {cost}")
+
+
+def _parameters(config: RunConfig, facts: Mapping[str, Figures]) -> str:
+    """Say what the parameters of the stages are made of; empty if none of them trains."""
+    trained = {name: known for name, known in facts.items() if known["trains"]}
+    words: list[str] = []
+    for part, what in (
+        ("base", "{} in the base model"),
+        ("adapter", "{} in an adapter"),
+        ("head", "{} in a score head"),
+    ):
+        stages: dict[str, list[str]] = {}
+        for name, known in trained.items():
+            if part in known:
+                stages.setdefault(known[part], []).append(name)
+        for number, names in stages.items():
+            words.append(what.format(number) + ("" if len(names) == len(trained) else f" ({', '.join(names)})"))
+    online = [name for name in trained if isinstance(config.stages[name], Ppo)]
+    if online:
+        words.append(f"not counted: the value model and the reward model of {', '.join(online)}")
+    return "; ".join(words)
 
 
 def _devices(devices: Mapping[str, Device]) -> str:
