@@ -54,6 +54,7 @@ def show_plan(config: RunConfig, console: Console, accelerate_config: str | None
     chosen = devices.of_stages(config, pending)
     known = look(config, recorded, list(config.stages))
     plan.plan_table(config, decisions, known.stages, chosen, console)
+    plan.say_warnings(known.warnings, console)
     for table in known.tables:
         show(table, console)
 
@@ -86,6 +87,7 @@ def run(
     # Forgotten before the tokenizer is looked at: if no finished stage is left, it may change.
     known = look(config, recorded.without(forgotten), list(pending)) if pending else NOTHING
     plan.plan_table(config, [one for one in decisions if one.stage in selected], known.stages, chosen, console)
+    plan.say_warnings(known.warnings, console)
     _tidy(config, [one.stage for one in decisions if not one.run])
     if forgotten:
         manifest.drop(config.run_path, forgotten)

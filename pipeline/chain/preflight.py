@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from pipeline.base import base_model, dtype, weights
-from pipeline.chain import positions
+from pipeline.chain import foresight, positions
 from pipeline.chain.trials import try_functions
 from pipeline.config.graph import datasets, functions_of
 from pipeline.config.options import effective
@@ -71,6 +71,7 @@ def check(
             facts[name] = _facts(config, data, tokenizer, name, audits)
         except UserError as error:
             problems.append(f"stages.{name}: {error}")
+    problems += foresight.faults(config, {name: fact.audits for name, fact in facts.items()})
     if problems:
         raise all_of(config.source, "stage", "cannot run", problems)
     return facts

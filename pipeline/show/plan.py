@@ -1,6 +1,6 @@
 """The plan: what each stage starts from, its reference, its data, and what happens to it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -106,6 +106,12 @@ def plan_table(
     if checkpointed:
         cost = "about a quarter more time, for less memory; `gradient_checkpointing: false` turns it off"
         say(console, f"Gradient checkpointing, on in {', '.join(checkpointed)}: {cost}")
+
+
+def say_warnings(warnings: Sequence[str], console: Console) -> None:
+    """Say what of the config and the data is likely to be a mistake."""
+    for warning in warnings:
+        say(console, f"warning: {warning}", "yellow")
 
 
 def _parameters(config: RunConfig, facts: Mapping[str, Figures]) -> str:
