@@ -144,6 +144,8 @@ def test_a_gpu_without_bf16_is_told_apart(path):
     assert fault.startswith("`bf16: true`: the Some GPU cannot compute in bf16.")
     assert len(precision.faults(config, "reward", OLD)) == 1
     assert precision.faults(config, "ppo", OLD) == []
+    silent = config.section("sft", TrainingStage).model_copy(update={"training": {}})
+    assert precision.autocast(silent, OLD).why == "the Some GPU has no instructions for bf16, TRL's default"
 
 
 @pytest.mark.parametrize("has_bf16", [True, False])

@@ -9,7 +9,7 @@ from pipeline.config.stage_types import type_of
 from pipeline.system import device
 from pipeline.system.device import Device
 
-_THERE = "Plan and run where it is, or"
+_ELSE = "Plan and run it on a machine that has one, or"
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ def autocast(stage: TrainingStage, on: Device) -> Autocast:
         return Autocast("bf16", f"`bf16: true`{slow}")
     if on.bf16 == "native":
         return Autocast("bf16", "TRL's default")
-    return Autocast("no", f"{lacks}, TRL's default; `bf16: true` turns it on all the same", given_up=True)
+    how = "; `bf16: true` turns it on all the same" if on.bf16 == "slow" else ""
+    return Autocast("no", f"{lacks}, TRL's default{how}", given_up=True)
 
 
 def faults(config: RunConfig, name: str, on: Device) -> list[str]:
@@ -54,16 +55,18 @@ def faults(config: RunConfig, name: str, on: Device) -> list[str]:
     stage = config.stages[name]
     wrong: list[str] = []
     if uses_flash_attention(config) and on.kind == "cpu":
-        wrong.append(f"flash attention needs a GPU, and this stage runs on the {on}. {_THERE} set it to sdpa")
+        wrong.append(
+            f"flash attention needs a GPU, and this stage runs on the {on}. {_ELSE} set `model.attn_implementation` to sdpa"
+        )
     if not isinstance(stage, TrainingStage):
         return wrong
     options = stage.training
     if options.get("fp16") and on.kind == "cpu":
-        wrong.append(f"`fp16: true` needs a GPU, and this stage runs on the {on}. {_THERE} leave it out")
+        wrong.append(f"`fp16: true` needs a GPU, and this stage runs on the {on}. {_ELSE} leave it out")
     if type_of(stage).autocast and options.get("bf16") and on.bf16 == "none":
-        wrong.append(f"`bf16: true`: the {on.name} cannot compute in bf16. {_THERE} set it to false")
+        wrong.append(f"`bf16: true`: the {on.name} cannot compute in bf16. Set it to false")
     if options.get("tf32") and not on.tf32:
         wrong.append(
-            f"`tf32: true` needs an NVIDIA GPU of 2020 or later, and this stage runs on the {on}. {_THERE} leave it out"
+            f"`tf32: true` needs an NVIDIA GPU of 2020 or later, and this stage runs on the {on}. {_ELSE} leave it out"
         )
     return wrong
