@@ -55,9 +55,8 @@ def faults(config: RunConfig, name: str, on: Device) -> list[str]:
     stage = config.stages[name]
     wrong: list[str] = []
     if uses_flash_attention(config) and on.kind == "cpu":
-        wrong.append(
-            f"flash attention needs a GPU, and this stage runs on the {on}. {_ELSE} set `model.attn_implementation` to sdpa"
-        )
+        mend = f"{_ELSE} set `model.attn_implementation` to sdpa"
+        wrong.append(f"flash attention needs a GPU, and this stage runs on the {on}. {mend}")
     if not isinstance(stage, TrainingStage):
         return wrong
     options = stage.training
