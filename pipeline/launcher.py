@@ -13,7 +13,7 @@ from pipeline.chain.staleness import Decision
 from pipeline.config import graph
 from pipeline.config.graph import parents, waits_for
 from pipeline.config.schema import RunConfig
-from pipeline.launch import process, sharding
+from pipeline.launch import devices, process, sharding
 from pipeline.launch.stage_server import StageServer
 from pipeline.records import manifest
 from pipeline.records.manifest import Manifest
@@ -49,9 +49,12 @@ def select(config: RunConfig, until: str | None, only: str | None, redo: tuple[s
 def show_plan(config: RunConfig, console: Console, accelerate_config: str | None = None) -> None:
     """Check and print what a run would do, without writing to the run folder."""
     recorded, decisions = _decide(config)
-    _launch_files(config, list(config.stages), accelerate_config)
+    launch_files = _launch_files(config, list(config.stages), accelerate_config)
+    pending = {one.stage: launch_files[one.stage] for one in decisions if one.run}
+    chosen = devices.of_stages(config, pending)
     known = look(config, recorded, list(config.stages))
-    plan.plan_table(config, decisions, known.stages, console)
+    plan.plan_table(config, decisions, known.stages, chosen, console)
+    plan.say_warnings(known.warnings, console)
     for table in known.tables:
         show(table, console)
 
@@ -80,9 +83,11 @@ def run(
     forgotten = {name for stage in redo for name in (stage, *graph.descendants(config, stage))}
     if server is not None and None in launch_files.values():
         server.warm_up()  # meanwhile this process looks at the data
+    chosen = devices.of_stages(config, launch_files)
     # Forgotten before the tokenizer is looked at: if no finished stage is left, it may change.
     known = look(config, recorded.without(forgotten), list(pending)) if pending else NOTHING
-    plan.plan_table(config, [one for one in decisions if one.stage in selected], known.stages, console)
+    plan.plan_table(config, [one for one in decisions if one.stage in selected], known.stages, chosen, console)
+    plan.say_warnings(known.warnings, console)
     _tidy(config, [one.stage for one in decisions if not one.run])
     if forgotten:
         manifest.drop(config.run_path, forgotten)

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast
 from pipeline.base import base_model, dtype
 from pipeline.chain import gate, run_folder, staleness
 from pipeline.chain.staleness import Decision
-from pipeline.config import graph
+from pipeline.config import graph, precision
 from pipeline.config.graph import parents
 from pipeline.config.lineage import output_folder, place_of
 from pipeline.config.load import load
@@ -136,6 +136,7 @@ def _execute(config: RunConfig, name: str, decision: Decision, state: PartialSta
     fingerprint = run_tokenizer.fingerprint(tokenizer)
     _same_tokenizer(config, name, fingerprint)
     ctx = StageContext(config, name, tokenizer, fingerprint, _loader(config, tokenizer), decision.identity.digest())
+    _say_device(ctx)
     quieten_transformers()
     ctx.rows()  # refused before the record is dropped, where the launcher has not looked at them
     if state.is_main_process:
@@ -150,6 +151,22 @@ def _execute(config: RunConfig, name: str, decision: Decision, state: PartialSta
     if state.is_main_process:
         _finish(ctx, decision, result, started, state.num_processes)
     state.wait_for_everyone()
+
+
+def _say_device(ctx: StageContext[Stage]) -> None:
+    """Say where a stage computes, and in which types.
+
+    Raises:
+        UserError: if it asks for what the device does not have; a launcher has looked already.
+    """
+    faults = precision.faults(ctx.config, ctx.name, ctx.device)
+    if faults:
+        raise UserError("\n  ".join(f"stages.{ctx.name}: {fault}" for fault in faults))
+    words = f"on the {ctx.device}, weights in {ctx.loader.dtype}"
+    if isinstance(ctx.stage, TrainingStage):
+        choice = precision.autocast(ctx.stage, ctx.device)
+        words += f", {'no' if choice.type == 'no' else choice.type} autocast ({choice.why})"
+    ctx.say(f"{ctx.name}: {words}")
 
 
 def _finish(ctx: StageContext[Stage], decision: Decision, result: Result, started: float, world_size: int) -> None:

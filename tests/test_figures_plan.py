@@ -21,6 +21,7 @@ from pipeline.chain import preflight, staleness
 from pipeline.config import graph
 from pipeline.config.load import load
 from pipeline.data import run_tokenizer
+from pipeline.models.loading import from_scratch
 from pipeline.records import manifest
 from pipeline.show import tables
 from pipeline.system import digests
@@ -153,6 +154,31 @@ def test_parameters_are_those_of_the_model_and_its_adapter(made):
     trainable, total = model.get_nb_trainable_parameters()
     assert facts["sft"].parameters == {"trainable": trainable, "total": total}
     assert facts["evaluate"].parameters is facts["evaluate"].steps is None
+
+
+def test_tied_embeddings_count_once_and_the_plan_says_the_parts(tmp_path, cli):
+    """Of a new model whose output layer is its embeddings: its base, an adapter on it, and a score head."""
+    path = tiny.write_config(tmp_path)
+    config = load(path)
+    tokenizer = run_tokenizer.build(config)
+    names = ["pretrain", "sft", "reward"]
+    facts = preflight.check(config, names, tokenizer, run_tokenizer.fingerprint(tokenizer))
+    base = from_scratch(tiny.ARCHITECTURE, tokenizer, "float32", seed=0)
+    assert base.lm_head.weight is base.model.embed_tokens.weight
+    size = sum(parameter.numel() for parameter in base.parameters())  # what is tied comes once
+    adapted = get_peft_model(base, LoraConfig(**tiny.LORA, task_type="CAUSAL_LM"))
+    adapter = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+    assert facts["pretrain"].parameters == {"trainable": size, "total": size}
+    assert facts["sft"].parameters == facts["reward"].parameters == {"trainable": adapter, "total": size + adapter}
+    assert (facts["sft"].head, facts["reward"].head) == (None, tiny.ARCHITECTURE["hidden_size"])
+    code, out, err = cli("plan", path)
+    assert code == 0, err
+    (line,) = [line for line in out.splitlines() if line.startswith("Parameters: ")]
+    assert line == (
+        f"Parameters: {tables.count(size)} in the base model; "
+        f"{tables.count(adapter)} in an adapter (sft, reward, ppo, dpo); "
+        "32 in a score head (reward); not counted: the value model and the reward model of ppo"
+    )
 
 
 def key_of(prompt):

@@ -35,7 +35,7 @@ NUM_UPDATES = 7  # 12 prompts in batches of 8: a pass over the prompts is one up
 TRAINING = tiny.PPO["training"] | {"total_episodes": 8 * NUM_UPDATES, "save_steps": 2, "lr_scheduler_type": "linear"}
 SMALL = TRAINING | {"gradient_accumulation_steps": 1, "total_episodes": 4 * NUM_UPDATES}  # three updates in a pass
 # TRL's own: what a user gets who says nothing of either.
-DEFAULTS = {"bf16": None, "gradient_checkpointing": True}
+DEFAULTS = {"bf16": True, "gradient_checkpointing": True}
 OTHER_TIMES = {"step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
 OTHER_TIMES |= {"train_loss"}  # the mean since the start, and since the resumption
 

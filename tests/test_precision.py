@@ -26,13 +26,13 @@ from pipeline.system.errors import UserError
 from pipeline.training import context, divergence, fit
 
 FOUR_BIT = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"}
-# What a user writes for each precision; bf16 autocast is TRL's default.
+# What a user writes for each precision; bf16 autocast is TRL's default, where the machine is made for it.
 PRECISIONS: dict[str, dict[str, Any]] = {
-    "float32, bf16 autocast": {},
-    "bfloat16, bf16 autocast": {"dtype": "bfloat16"},
+    "float32, bf16 autocast": {"bf16": True},
+    "bfloat16, bf16 autocast": {"dtype": "bfloat16", "bf16": True},
     "bfloat16, no autocast": {"dtype": "bfloat16", "bf16": False},
     "float32, no autocast": {"bf16": False},
-    "4-bit, bf16 autocast": {"dtype": "bfloat16", "quantization": FOUR_BIT},
+    "4-bit, bf16 autocast": {"dtype": "bfloat16", "quantization": FOUR_BIT, "bf16": True},
 }
 WEIGHTS = {"LoRA": tiny.LORA, "all": None}
 ON_GRPO = "ppo-on-grpo"  # PPO by the other trainer, which trains adapters alone

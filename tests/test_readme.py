@@ -27,7 +27,7 @@ from pipeline.data import formats, run_tokenizer
 from pipeline.records import manifest
 from pipeline.rl.healthy_ranges import HEALTHY, Range
 from pipeline.shift.advice import RULES
-from pipeline.show import check_data
+from pipeline.show import check_data, notes
 from pipeline.system.errors import UserError
 
 REPO = Path(__file__).resolve().parent.parent
@@ -115,6 +115,7 @@ MARKERS = {
     "failures",
     "healthy",
     "keys by type",
+    "notes",
     "output: quickstart",
     "output: sample",
     "owned",
@@ -195,6 +196,10 @@ def test_example_configs_load(tmp_path):
 
 def test_the_table_of_rules_is_the_code():
     assert [key_of(row[0]) for row in table("rules")] == [rule.name for rule in RULES]
+
+
+def test_the_table_of_notes_is_the_code():
+    assert [key_of(row[0]) for row in table("notes")] == [rule.name for rule in notes.RULES]
 
 
 def test_the_table_of_healthy_ranges_is_the_code():

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from pipeline.base import base_model, dtype, weights
-from pipeline.chain import positions
+from pipeline.chain import foresight, positions
 from pipeline.chain.trials import try_functions
 from pipeline.config.graph import datasets, functions_of
 from pipeline.config.options import effective
@@ -37,13 +37,15 @@ _ERRORS = (OSError, KeyError, ValueError, TypeError, AttributeError)
 class Facts:
     """What a stage would do: its datasets' rows by role, optimizer steps, parameters.
 
-    `prompt`: the one that its functions are tried with; None if it has no functions.
+    `prompt`: the one that its functions are tried with; None if it has no functions. `head`: the weights of a score
+    head, which are not among the `parameters`; None if it has none.
     """
 
     audits: dict[str, Audit]
     steps: int | None = None
     parameters: dict[str, int] | None = None
     prompt: str | None = None
+    head: int | None = None
 
 
 def check(
@@ -69,6 +71,7 @@ def check(
             facts[name] = _facts(config, data, tokenizer, name, audits)
         except UserError as error:
             problems.append(f"stages.{name}: {error}")
+    problems += foresight.faults(config, {name: fact.audits for name, fact in facts.items()})
     if problems:
         raise all_of(config.source, "stage", "cannot run", problems)
     return facts
@@ -120,7 +123,13 @@ def _facts(
     positions.check(config, name, audits)
     if not isinstance(stage, TrainingStage):
         return Facts(audits, prompt=prompt)
-    return Facts(audits, _steps(stage, audits["data"]), _parameters(config, stage, tokenizer), prompt)
+    head = _hidden_size(config) if makes(stage, "reward model") else None
+    return Facts(audits, _steps(stage, audits["data"]), _parameters(config, stage, tokenizer), prompt, head)
+
+
+def _hidden_size(config: RunConfig) -> int | None:
+    """Return the width of the base model, which is the number of weights in a score head; None if it names none."""
+    return getattr(base_model.architecture(config).get_text_config(), "hidden_size", None)
 
 
 def _only_linear(model: PeftModel) -> None:
@@ -180,7 +189,7 @@ def _steps(stage: TrainingStage, audit: Audit) -> int:
 
 
 def _parameters(config: RunConfig, stage: TrainingStage, tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
-    """Count the trainable and all parameters on a model without memory. A reward model adds its score head."""
+    """Count the trainable and all parameters on a model without memory, and without a score head."""
     with init_empty_weights(include_buffers=False):
         model = _model(config, tokenizer)
         if makes(stage, "reward model"):

@@ -88,6 +88,7 @@ def audit_of(
         for name, values in lengths.items():
             quantiles[name] = np.quantile(values[kept], QUANTILES, method="higher").tolist()
     keys = np.unique(column(rows, "_key")[kept])
+    too_long = lengths["row"][sieve.dropped["too_long"]] if "too_long" in sieve.dropped else lengths["row"][:0]
     noticed = _findings(rows, _noticed(rows, kind, lengths, kept))
     fault = None
     if request.split == TRAIN and kept.any():
@@ -105,6 +106,7 @@ def audit_of(
         prompts=(len(keys), hashlib.sha256(keys.tobytes()).hexdigest()),
         sequences=sequences,
         fault=fault,
+        longest_dropped=int(too_long.max(initial=0)),
     )
 
 

@@ -9,6 +9,7 @@ from accelerate import DistributedType, PartialState
 
 from pipeline.config import options
 from pipeline.config.schema import Options, Stage, TrainingStage
+from pipeline.system import device
 from pipeline.system.errors import UserError
 
 
@@ -18,12 +19,13 @@ def join_processes(training: Options) -> PartialState:
     accelerate starts several CPU processes but does not tell them so: each would run alone, as the only one. Whoever
     joins first decides the backend and the timeout, so TRL's config class would come too late with them.
     """
-    if training.get("use_cpu") or not torch.cuda.is_available():
-        os.environ["ACCELERATE_USE_CPU"] = "true"
+    on_cpu = bool(training.get("use_cpu")) or device.wants_cpu() or not torch.cuda.is_available()
+    if on_cpu:
+        os.environ[device.USE_CPU] = "true"
     fields = transformers.TrainingArguments.__dataclass_fields__
     seconds = training.get("ddp_timeout", fields["ddp_timeout"].default)
     state = PartialState(
-        cpu=os.environ.get("ACCELERATE_USE_CPU") == "true",
+        cpu=on_cpu,
         backend=training.get("ddp_backend"),
         timeout=datetime.timedelta(seconds=seconds),
     )

@@ -58,6 +58,13 @@ def needs_gpu_id(path: str | Path, environment: Mapping[str, str] | None = None)
     return "CUDA_VISIBLE_DEVICES" in variables or settings.get("gpu_ids", "all") == "all"
 
 
+def asks_for_cpu(path: str | Path) -> bool:
+    """Tell whether an accelerate config asks for the CPU; accelerate hands that on to one process alone."""
+    settings = _mapping(Path(path), "--accelerate-config", YAML(typ="safe").load)
+    is_single = str(settings.get("distributed_type", "NO")).upper() in ("NO", "FALSE")
+    return is_single and bool(settings.get("use_cpu"))
+
+
 def _present(environment: Mapping[str, str] | None) -> Mapping[str, str]:
     """Return the environment as it is now, unless another is given.
 

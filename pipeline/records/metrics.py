@@ -75,6 +75,7 @@ class Policy(Metrics):
     kl: Number = None
     length: Number = None
     ended: Number = None
+    same: int | None = None
     score: Number = None
     judge: Number = None
     score_win_rate: list[Number] | None = Field(default=None, min_length=3, max_length=3)

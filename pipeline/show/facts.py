@@ -27,12 +27,13 @@ _KIND = "facts"
 class Known:
     """What a plan shows beside the decisions: figures of each stage, and the tables of its data.
 
-    `prompts`: what the functions of each stage that has some are tried with.
+    `prompts`: what the functions of each stage that has some are tried with. `warnings`: what is likely a mistake.
     """
 
     stages: dict[str, Figures] = field(default_factory=dict)
     tables: list[Table] = field(default_factory=list)
     prompts: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
 
 NOTHING = Known()
@@ -53,8 +54,9 @@ def look(config: RunConfig, recorded: Manifest, names: list[str]) -> Known:
         with contextlib.suppress(UserError):  # it is told below, with all other problems
             for name, prompt in value["prompts"].items():
                 try_functions(config, name, prompt)
-            return Known(value["stages"], [Table(**table) for table in value["tables"]], value["prompts"])
-    from pipeline.chain import preflight
+            tables = [Table(**table) for table in value["tables"]]
+            return Known(value["stages"], tables, value["prompts"], value["warnings"])
+    from pipeline.chain import foresight, preflight
     from pipeline.show import check_data
 
     tokenizer, tokenizer_record = run_folder.tokenizer_of(config, recorded)
@@ -62,7 +64,8 @@ def look(config: RunConfig, recorded: Manifest, names: list[str]) -> Known:
     audits = {name: fact.audits for name, fact in facts.items()}
     tables = check_data.tables(audits, config.checks.model_dump())
     prompts = {name: fact.prompt for name, fact in facts.items() if fact.prompt is not None}
-    known = Known({name: figures(fact) for name, fact in facts.items()}, tables, prompts)
+    warnings = list(foresight.warnings(config, audits))
+    known = Known({name: figures(fact) for name, fact in facts.items()}, tables, prompts, warnings)
     if key is not None and key == _key(config, recorded, names):  # nothing changed meanwhile
         kept.keep(_KIND, key, dataclasses.asdict(known))
     return known

@@ -1,6 +1,6 @@
 """The plan: what each stage starts from, its reference, its data, and what happens to it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -9,16 +9,19 @@ from pipeline.base import dtype
 from pipeline.chain.staleness import Decision
 from pipeline.config.lineage import start_of
 from pipeline.config.options import effective
-from pipeline.config.schema import BASE, Evaluate, Online, RunConfig, Shift, TrainingStage
+from pipeline.config.precision import Autocast, autocast
+from pipeline.config.schema import BASE, Evaluate, Online, Ppo, RunConfig, Shift, TrainingStage
 from pipeline.config.stage_types import type_of
 from pipeline.show.screen import Cell, Table, say, show
 from pipeline.show.tables import count
+from pipeline.system.device import Device
 
 if TYPE_CHECKING:
     from pipeline.chain.preflight import Facts
     from pipeline.data.audit import Audit
 
-Figures = dict[str, str]  # what the plan shows of a stage's facts: data, steps and trains
+# What the plan shows of a stage's facts: data, steps and trains; and the parts of its parameters: base, adapter, head.
+Figures = dict[str, str]
 
 
 def describe_start(config: RunConfig, name: str) -> str:
@@ -55,16 +58,30 @@ def describe_reference(config: RunConfig, name: str) -> str:
 
 def figures(facts: "Facts") -> Figures:
     """Return what the plan shows of a stage's facts."""
-    trains = ""
-    if facts.parameters:
-        trains = f"{count(facts.parameters['trainable'])} of {count(facts.parameters['total'])}"
-    return {"data": "\n".join(map(_rows, facts.audits.values())), "steps": str(facts.steps or ""), "trains": trains}
+    known = {"data": "\n".join(map(_rows, facts.audits.values())), "steps": str(facts.steps or ""), "trains": ""}
+    if facts.parameters is None:
+        return known
+    trainable = facts.parameters["trainable"]
+    total = facts.parameters["total"]
+    known["trains"] = f"{count(trainable)} of {count(total)}"
+    known["base"] = count(total if trainable == total else total - trainable)
+    if trainable < total:
+        known["adapter"] = count(trainable)
+    if facts.head is not None:
+        known["head"] = count(facts.head)
+    return known
 
 
-def plan_table(config: RunConfig, decisions: list[Decision], facts: Mapping[str, Figures], console: Console) -> None:
+def plan_table(
+    config: RunConfig,
+    decisions: list[Decision],
+    facts: Mapping[str, Figures],
+    devices: Mapping[str, Device],
+    console: Console,
+) -> None:
     """Show the stages in order: start, reference, rows, tokens, steps, parameters, and what happens to each.
 
-    Of a stage that is not among the `facts` nothing is known but its config.
+    Of a stage that is not among the `facts` nothing is known but its config. `devices` are those of the stages to run.
     """
     columns = ("stage", "type", "starts from", "reference", "data (rows, tokens)", "steps", "trains", "will")
     table = Table(f"{config.name}: plan", columns)
@@ -73,13 +90,72 @@ def plan_table(config: RunConfig, decisions: list[Decision], facts: Mapping[str,
         known = facts.get(decision.stage, {"data": stage.data, "steps": "", "trains": ""})
         start = describe_start(config, decision.stage)
         reference = describe_reference(config, decision.stage)
-        table.add(decision.stage, stage.type, start, reference, *known.values(), _will(decision))
+        cells = [known[column] for column in ("data", "steps", "trains")]
+        table.add(decision.stage, stage.type, start, reference, *cells, _will(decision))
     show(table, console)
+    parameters = _parameters(config, facts)
+    if parameters:
+        say(console, f"Parameters: {parameters}")
+    if devices:
+        say(console, f"Device: {_devices(devices)}")
     say(console, f"Weights: {_weights(config)}")
+    autocasts = _autocasts(config, devices)
+    if autocasts:
+        say(console, f"Autocast: {autocasts}")
     checkpointed = [one.stage for one in decisions if one.run and _recomputes(config, one.stage)]
     if checkpointed:
         cost = "about a quarter more time, for less memory; `gradient_checkpointing: false` turns it off"
         say(console, f"Gradient checkpointing, on in {', '.join(checkpointed)}: {cost}")
+
+
+def say_warnings(warnings: Sequence[str], console: Console) -> None:
+    """Say what of the config and the data is likely to be a mistake."""
+    for warning in warnings:
+        say(console, f"warning: {warning}", "yellow")
+
+
+def _parameters(config: RunConfig, facts: Mapping[str, Figures]) -> str:
+    """Say what the parameters of the stages are made of; empty if none of them trains."""
+    trained = {name: known for name, known in facts.items() if known["trains"]}
+    words: list[str] = []
+    for part, what in (
+        ("base", "{} in the base model"),
+        ("adapter", "{} in an adapter"),
+        ("head", "{} in a score head"),
+    ):
+        stages: dict[str, list[str]] = {}
+        for name, known in trained.items():
+            if part in known:
+                stages.setdefault(known[part], []).append(name)
+        for number, names in stages.items():
+            words.append(what.format(number) + ("" if len(names) == len(trained) else f" ({', '.join(names)})"))
+    online = [name for name in trained if isinstance(config.stages[name], Ppo)]
+    if online:
+        words.append(f"not counted: the value model and the reward model of {', '.join(online)}")
+    return "; ".join(words)
+
+
+def _devices(devices: Mapping[str, Device]) -> str:
+    """Name the device of the stages to run; where they have several, with the stages of each."""
+    stages: dict[str, list[str]] = {}
+    for name, device in devices.items():
+        stages.setdefault(str(device), []).append(name)
+    if len(stages) == 1:
+        return "".join(stages)
+    return "; ".join(f"{device} in {', '.join(names)}" for device, names in stages.items())
+
+
+def _autocasts(config: RunConfig, devices: Mapping[str, Device]) -> str:
+    """Say in which type the training stages to run compute, and why; empty if there are none."""
+    stages: dict[Autocast, list[str]] = {}
+    for name, device in devices.items():
+        stage = config.stages[name]
+        if isinstance(stage, TrainingStage):
+            stages.setdefault(autocast(stage, device), []).append(name)
+    words = []
+    for choice, names in stages.items():
+        words.append(f"{'off' if choice.type == 'no' else choice.type} in {', '.join(names)} ({choice.why})")
+    return "; ".join(words)
 
 
 def _weights(config: RunConfig) -> str:

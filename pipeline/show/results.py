@@ -12,6 +12,7 @@ from pipeline.config.type_row import Makes
 from pipeline.records import manifest
 from pipeline.records.manifest import Manifest, Record
 from pipeline.shift.estimate import Estimate, EstimateJson, estimate
+from pipeline.show.notes import notes
 from pipeline.show.screen import Table, say, show
 from pipeline.show.tables import duration, number
 from pipeline.system.errors import UserError
@@ -79,6 +80,8 @@ def result_table(finished: Manifest, console: Console) -> None:
             share = number(None if ended is None else 100 * ended, 0)
             table.add(*cells, number(summary.get("kl"), 2), number(summary.get("length"), 1), f"{share} %")
         show(table, console)
+        for note in notes(baseline, policies, list(measures.items())):
+            say(console, f"- {note}")
 
 
 def shift_table(finished: Manifest, console: Console) -> None:

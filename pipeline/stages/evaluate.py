@@ -161,6 +161,11 @@ def win_rate(ours: Sequence[float], theirs: Sequence[float]) -> Estimate:
     return Estimate(share, float(interval.low), float(interval.high))
 
 
+def _text(entry: Entry) -> tuple[str, int, bool]:
+    """Return what tells completions apart, beside their scores."""
+    return entry["completion"], entry["length"], entry["ended"]
+
+
 def _summary(entries: list[Entry], baseline: list[Entry]) -> JsonObject:
     """Average a policy's figures over prompts, and compare its scores with the baseline's."""
     summary: JsonObject = {
@@ -168,6 +173,7 @@ def _summary(entries: list[Entry], baseline: list[Entry]) -> JsonObject:
         "kl": float(np.mean([entry["kl"] for entry in entries])),
         "length": float(np.mean([entry["length"] for entry in entries])),
         "ended": float(np.mean([entry["ended"] for entry in entries])),
+        "same": sum(_text(ours) == _text(theirs) for ours, theirs in zip(entries, baseline, strict=True)),
     }
     for measure in ("score", "judge"):
         ours = [value for entry in entries if (value := entry[measure]) is not None]

@@ -10,6 +10,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from pipeline.config import precision
 from pipeline.config.graph import datasets
 from pipeline.config.lineage import Place, place_of, start_of
 from pipeline.config.options import with_defaults
@@ -23,6 +24,7 @@ from pipeline.models.loading import Loader, Weights, merge
 from pipeline.records import manifest
 from pipeline.records.manifest import Record
 from pipeline.records.stage_folder import CHECKPOINTS
+from pipeline.system.device import Device, of_torch
 from pipeline.system.errors import UserError
 from pipeline.system.json_object import JsonObject
 
@@ -116,10 +118,16 @@ class StageContext(Generic[S]):
         assert isinstance(self.stage, TrainingStage), "other stages have no options of TRL"
         options = with_defaults(self.stage.kind, self.stage.training)
         fixed: dict[str, Any] = {"output_dir": str(self.folder / CHECKPOINTS), "seed": self.seed}
-        device = PartialState().device
-        if device is not None and device.type == "cpu":  # or transformers would refuse bf16, which a CPU computes too
+        if self.device.kind == "cpu":  # or transformers would refuse bf16, which a CPU computes too
             fixed["use_cpu"] = True
+        if precision.autocast(self.stage, self.device).given_up:
+            fixed["bf16"] = False
         return config_class(self.stage.kind)(**(options | fixed | ours))
+
+    @functools.cached_property
+    def device(self) -> Device:
+        """Return the device of this process, which has joined the others of its stage."""
+        return precision.device_of(self.config, self.name, of_torch())
 
     @functools.cached_property
     def data(self) -> Datasets:

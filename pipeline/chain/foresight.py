@@ -1,0 +1,110 @@
+"""Foresee from the sizes of the data what a run would find out only after it has trained."""
+
+import math
+from collections.abc import Iterator, Mapping
+from statistics import NormalDist
+
+from pipeline.config import graph
+from pipeline.config.options import value_at
+from pipeline.config.schema import Reinforced, RunConfig, Shift
+from pipeline.config.stage_types import type_of
+from pipeline.data.audit import QUANTILES, Audit
+from pipeline.shift.estimate import LEVEL
+
+Audits = Mapping[str, Mapping[str, Audit]]  # of each stage that is looked at, by role
+FAIR = 0.7  # the accuracy of a reward model that is good enough to learn from
+_NINE_OF_TEN = QUANTILES.index(0.9)
+
+
+def faults(config: RunConfig, audits: Audits) -> Iterator[str]:
+    """Say what cannot end well whatever is trained: the gate would stop the run."""
+    if config.gate == "stop":
+        yield from _closed_gates(config, audits)
+
+
+def warnings(config: RunConfig, audits: Audits) -> Iterator[str]:
+    """Say what is likely to be a mistake, and can be meant."""
+    if config.gate == "warn":
+        yield from _closed_gates(config, audits)
+    for name, by_role in audits.items():
+        stage = config.stages[name]
+        if isinstance(stage, Shift) and config.gate != "off":
+            yield from _few_prompts(name, stage, by_role["data"])
+        yield from _too_short(config, name, audits)
+
+
+def fewest_comparisons(limit: float, accuracy: float = 1.0) -> int | None:
+    """Return the fewest held-out comparisons with which a reward model of an accuracy passes the gate's limit.
+
+    The gate asks that all of Wilson's interval lies above `limit`. It does where
+    n > z^2 limit (1 - limit) / (accuracy - limit)^2, with z of a 95 % interval. None: no number is enough.
+    """
+    if accuracy <= limit:
+        return None
+    squared = NormalDist().inv_cdf((1 + LEVEL) / 2) ** 2
+    return math.floor(squared * limit * (1 - limit) / (accuracy - limit) ** 2) + 1
+
+
+def _closed_gates(config: RunConfig, audits: Audits) -> Iterator[str]:
+    """Say of which stages the gate could not let pass even a perfect reward model."""
+    limit = config.gate_limits.accuracy
+    for name in audits:
+        stage = config.stages[name]
+        if limit is None or not isinstance(stage, Reinforced) or stage.reward is None:
+            continue
+        held_out = audits.get(stage.reward, {}).get("eval_data")
+        fewest = fewest_comparisons(limit)
+        if held_out is None or (fewest is not None and held_out.rows >= fewest):
+            continue
+        if fewest is None:
+            yield f"stages.{name}: no reward model can pass a gate of `gate_limits.accuracy` = {limit:g}; lower it"
+            continue
+        fair = fewest_comparisons(limit, FAIR)
+        more = "" if fair is None else f", and one that is right on {FAIR:.0%} needs {fair}"
+        yield (
+            f"stages.{name}: the gate cannot pass: {stage.reward} has {held_out.rows} held-out comparisons of "
+            f"{held_out.dataset}. A reward model that is right on all of them needs {fewest}{more}. "
+            f"{_more_comparisons(config, stage.reward, held_out)}, or say `gate: warn`"
+        )
+
+
+def _few_prompts(name: str, stage: Shift, audit: Audit) -> Iterator[str]:
+    """Say whether a report has too few prompts for an interval over prompts."""
+    prompts = min(audit.rows, stage.num_prompts)
+    if prompts < 2:
+        mend = f"raise `num_prompts` or `data.{audit.dataset}.heldout`, or name a larger dataset as `data`"
+        what = "is too few for the gate's verdicts on scores within a prompt, which need 2 at least"
+        yield f"stages.{name}: {prompts} prompt {what}; {mend}"
+
+
+def _more_comparisons(config: RunConfig, reward: str, held_out: Audit) -> str:
+    """Say how to hold out more."""
+    uses = graph.datasets(config.stages[reward])
+    if uses["data"] == uses["eval_data"]:
+        share = config.data[held_out.dataset].heldout
+        return f"Raise `data.{held_out.dataset}.heldout` (it is {share:g}), add comparisons"
+    return f"Name a larger dataset as `stages.{reward}.eval_data`"
+
+
+def _too_short(config: RunConfig, name: str, audits: Audits) -> Iterator[str]:
+    """Say of a stage that samples whether its completions are cut off before any demonstration would have ended."""
+    stage = config.stages[name]
+    key = type_of(stage).new_tokens
+    if key is None:
+        return
+    limit = value_at(stage, key)
+    for parent in graph.ancestors(config, name):
+        audit = audits.get(parent, {}).get("data")
+        answers = [] if audit is None else audit.lengths.get("completion", [])
+        if (
+            audit is None
+            or not answers
+            or type_of(config.stages[parent]).rows != "demonstrations"
+            or limit >= answers[0]
+        ):
+            continue
+        yield (
+            f"stages.{name}: `{key}` = {limit} is shorter than every answer of {audit.dataset}, which {parent} learns "
+            f"from: no completion could end as they do. The shortest has {answers[0]} tokens, nine of ten have "
+            f"{answers[_NINE_OF_TEN]} or fewer; raise `{key}`"
+        )

@@ -1,0 +1,141 @@
+"""What a plan foresees: a gate that nothing could pass, rows that are all too long, completions that cannot end."""
+
+import math
+
+import by_hand
+import pytest
+import tiny
+from test_figures_plan import key_of
+
+from pipeline.chain import foresight
+from pipeline.chain.foresight import fewest_comparisons
+from pipeline.config.load import load
+from pipeline.shift.calibration import wilson
+
+PPO = tiny.PPO | {"data": "demonstrations"}
+REWARD = tiny.REWARD | {"eval_data": "held_out"}
+DATA = ("comparisons", "demonstrations", "held_out")
+EVALUATE = {"data": "held_out", "max_new_tokens": 40}
+TRAINING = tiny.TRAINING | {"gradient_checkpointing": False}
+
+
+def make(folder, num_held_out=12, gate="stop", **stages):
+    """A run of SFT, a reward model and PPO, with so many held-out comparisons."""
+    stages = {"sft": tiny.SFT, "reward": REWARD, "ppo": PPO, "evaluate": EVALUATE} | stages
+    path = tiny.make_run(folder, stages, gate=gate, training=TRAINING)
+    rows = [row | {"prompt": f"Once more, {number}: {row['prompt']}"} for number, row in enumerate(tiny.comparisons())]
+    tiny.write_rows(folder / "held_out.jsonl", rows[:num_held_out])
+    tiny.edit(path, {"data": {name: {"path": f"{name}.jsonl"} for name in DATA}})
+    return path
+
+
+def warnings(out):
+    return " ".join(out.split()).split("warning: ")[1:]
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.3, 0.5, 0.6, 0.75, 0.9])
+@pytest.mark.parametrize("accuracy", [1.0, 0.95, 0.7])
+def test_the_fewest_comparisons_are_those_of_the_gates_interval(limit, accuracy):
+    fewest = fewest_comparisons(limit, accuracy)
+    if accuracy <= limit:
+        assert fewest is None
+        return
+    passing = [count for count in range(1, 800) if wilson(accuracy * count, count).low > limit]
+    assert passing[0] == fewest
+    assert passing == list(range(fewest, 800))
+
+
+def test_a_gate_that_no_reward_model_could_pass_is_refused(tmp_path, cli):
+    """3 held-out comparisons, all right, give an interval from 0.44: the gate's limit is 0.5."""
+    path = make(tmp_path, num_held_out=3)
+    code, _, err = cli("plan", path)
+    assert code == 2 and "1 stage cannot run" in err
+    assert "stages.ppo: the gate cannot pass: reward has 3 held-out comparisons of held_out." in err
+    assert "right on all of them needs 4, and one that is right on 70% needs 25." in err
+    assert "Name a larger dataset as `stages.reward.eval_data`, or say `gate: warn`" in err
+    assert not (tmp_path / "run").exists()
+    tiny.edit(path, {"gate": "warn"})
+    code, out, err = cli("plan", path)
+    assert code == 0, err
+    assert any(warning.startswith("stages.ppo: the gate cannot pass: reward has 3") for warning in warnings(out))
+    again = cli("plan", path)[1]  # what was found out is kept
+    assert warnings(again) == warnings(out)
+    tiny.edit(path, {"gate": "off"})
+    assert "the gate" not in cli("plan", path)[1]
+
+
+def test_four_comparisons_can_pass_and_a_limit_may_ask_for_more(tmp_path, cli):
+    path = make(tmp_path, num_held_out=4)
+    code, out, err = cli("plan", path)
+    assert code == 0, err
+    assert "the gate" not in out
+    code, _, err = cli("plan", path, "gate_limits.accuracy=0.8")
+    assert code == 2 and "reward has 4 held-out comparisons" in err and "needs 16." in err
+    assert math.isclose(wilson(16, 16).low, 16 / (16 + 1.959964**2), rel_tol=1e-6)
+    code, _, err = cli("plan", path, "gate_limits.accuracy=1")
+    assert code == 2 and "no reward model can pass a gate of `gate_limits.accuracy` = 1" in err
+    assert cli("plan", path, "gate_limits.accuracy=null")[0] == 0
+
+
+def test_a_dataset_that_is_split_names_its_share(tmp_path, cli):
+    """Of 12 prompts two have a key below the share."""
+    keys = sorted(key_of(row["prompt"]) / 2**64 for row in tiny.comparisons())
+    share = round((keys[1] + keys[2]) / 2, 4)
+    assert keys[1] < share < keys[2]
+    path = make(tmp_path, reward=tiny.REWARD | {"eval_data": "comparisons"})
+    tiny.edit(path, {"data": {name: {"path": f"{name}.jsonl", "heldout": share} for name in DATA}})
+    code, _, err = cli("plan", path)
+    assert code == 2 and "reward has 2 held-out comparisons of comparisons." in err
+    assert f"Raise `data.comparisons.heldout` (it is {share:g}), add comparisons, or say `gate: warn`" in err
+
+
+def test_a_report_on_one_prompt_is_told(tmp_path, cli):
+    path = make(tmp_path, **{"reward-shift": {"num_prompts": 1}})
+    code, out, err = cli("plan", path)
+    assert code == 0, err
+    assert any(
+        text.startswith("stages.reward-shift: 1 prompt is too few for the gate's verdicts") for text in warnings(out)
+    )
+    out = cli("plan", path, "stages.reward-shift.num_prompts=2")[1]
+    assert "too few" not in out
+
+
+def test_completions_that_are_shorter_than_every_demonstration_are_told(tmp_path, cli):
+    tokenizer = by_hand.tokenizer(tiny.make_model(tmp_path / "model"))
+    lengths = sorted(
+        len(tokenizer.encode(f"{row['completion']}<eos>", add_special_tokens=False)) for row in tiny.demonstrations()
+    )
+    nine_of_ten = lengths[math.ceil(0.9 * (len(lengths) - 1))]
+    path = make(tmp_path, evaluate=EVALUATE | {"max_new_tokens": lengths[0]})
+    override = "stages.ppo.training.response_length={}"
+    code, out, err = cli("plan", path, override.format(lengths[0] - 1))
+    assert code == 0, err
+    (told,) = warnings(out)
+    assert told.startswith(
+        f"stages.ppo: `training.response_length` = {lengths[0] - 1} is shorter than every answer of demo"
+    )
+    assert f"The shortest has {lengths[0]} tokens, nine of ten have {nine_of_ten} or fewer; raise" in told
+    assert warnings(cli("plan", path, override.format(lengths[0]))[1]) == []
+    config = load(path, (override.format(1), "stages.evaluate.max_new_tokens=1"))
+    assert list(foresight.warnings(config, {})) == []  # nothing is known of stages that are not looked at
+
+
+@pytest.mark.parametrize("allowed", ["0.5", "null"])
+def test_rows_that_are_all_too_long_name_the_length_and_the_keys(tmp_path, cli, allowed):
+    path = make(tmp_path)
+    tokenizer = by_hand.tokenizer(tmp_path / "model")
+    texts = [f"<user>{row['prompt']}<assistant>{row['completion']}<eos>" for row in tiny.demonstrations()]
+    longest = max(len(tokenizer.encode(text, add_special_tokens=False)) for text in texts)
+    code, _, err = cli("plan", path, "stages.sft.training.max_length=5", f"checks.too_long={allowed}")
+    assert code == 2
+    words = f"the longest has {longest} tokens: raise `training.max_length`, say `too_long: truncate`, or `checks: {{"
+    assert words in " ".join(err.split())
+
+
+def test_prompts_that_the_models_positions_cannot_hold_name_the_length_and_the_keys(tmp_path, cli):
+    """The model has 128 positions."""
+    path = make(tmp_path)
+    code, _, err = cli("plan", path, "stages.ppo.training.response_length=120")
+    assert code == 2
+    assert "and `training.response_length` = 120 make 1" in err and "but the model has 128 positions" in err
+    assert "lower `training.response_length` or `max_prompt_length`" in err
