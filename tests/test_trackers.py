@@ -233,7 +233,9 @@ stage.main()
 def test_killed_by_the_system_it_goes_on_in_one_curve(tmp_path):
     """Nothing can be written at a SIGKILL: what a tracker has not on disk by then is logged again, once."""
     path = write(tmp_path, {"sft": tiny.SFT | {"training": EVERY_STEP}}, report_to=list(TRACKERS))
-    done = subprocess.run([sys.executable, "-c", KILL, path, "sft"], cwd=ROOT, capture_output=True, text=True)
+    environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}  # of this process
+    command = [sys.executable, "-c", KILL, path, "sft"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
     config = load(path)
     stage.run(config, "sft")
