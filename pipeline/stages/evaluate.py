@@ -1,8 +1,8 @@
 """Compare policies on held-out prompts: samples, scores, win rate against the baseline, KL to it, lengths."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import TypedDict, cast
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from pipeline.records.figures import figures_of, line_of
 from pipeline.shift.estimate import LEVEL, Estimate
 from pipeline.system.json_object import JsonObject
 from pipeline.system.processes import gather_in_order, share_of
+from pipeline.tracking.tracker import Cell
 from pipeline.tracking.trackers import Trackers
 from pipeline.training import assertions, divergence
 from pipeline.training.completions import completions, weights_of
@@ -81,9 +82,11 @@ def _report(trackers: Trackers, prompts: list[str], table: dict[str, list[Entry]
     lines = {policy: figures_of(line_of(line)) for policy, line in metrics.items()}
     names = list(dict.fromkeys(name for line in lines.values() for name in line))
     trackers.table("policies", ["policy", *names], [[policy, *map(line.get, names)] for policy, line in lines.items()])
-    columns = ["prompt", "policy", *Entry.__annotations__]
-    entries = [(prompt, policy, table[policy][i]) for i, prompt in enumerate(prompts) for policy in table]
-    trackers.table("completions", columns, [[prompt, policy, *entry.values()] for prompt, policy, entry in entries])
+    rows: list[list[Cell]] = []
+    for i, prompt in enumerate(prompts):
+        for policy, entries in table.items():
+            rows.append([prompt, policy, *cast("Iterable[Cell]", entries[i].values())])
+    trackers.table("completions", ["prompt", "policy", *Entry.__annotations__], rows)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from pipeline.system.json_object import JsonObject
 from pipeline.tracking.attempt import Attempt
 from pipeline.tracking.tracker import Cell, Tracked, Tracker
 
-NUM_ROWS = 1000  # of a table, so that logs stay small
+NUM_ROWS = 2000  # of a table, so that logs stay small
 
 
 class Trackers:

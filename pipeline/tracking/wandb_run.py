@@ -5,6 +5,7 @@ import os
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import wandb
 from wandb.util import get_core_path
@@ -13,7 +14,7 @@ from pipeline.system.errors import UserError, reason_of
 from pipeline.tracking.tracker import PROJECT, Cell, Tracked
 
 # Beside what is logged, a run would hold the machine's packages, the code, the repository and what is printed.
-_SETTINGS = {
+_SETTINGS: dict[str, Any] = {
     "silent": True,
     "console": "off",
     "disable_git": True,
