@@ -67,7 +67,7 @@ class WandbRun:
         self._run.log({name: value}, step=max(step, self.last_step + 1))
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], step: int) -> None:
-        data = [list(row) for row in rows]
+        data: list[Any] = [list(row) for row in rows]
         self._log_once(name, wandb.Table(columns=list(columns), data=data, allow_mixed_types=True), step)
 
     def image(self, name: str, path: Path, step: int) -> None:

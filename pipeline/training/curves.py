@@ -22,10 +22,11 @@ class Curves(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
-        history = [(int(entry["step"]), {**entry}) for entry in state.log_history]  # as the checkpoint holds it
-        for _, entry in history:
-            del entry["step"]  # it is no figure
-        self._trackers.begin(state.global_step, [(step, rewrite_logs(entry)) for step, entry in history])
+        history = []  # as the checkpoint holds it
+        for entry in state.log_history:
+            figures = {name: value for name, value in entry.items() if name != "step"}
+            history.append((int(entry["step"]), rewrite_logs(figures)))
+        self._trackers.begin(state.global_step, history)
 
     def on_log(
         self,
