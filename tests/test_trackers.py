@@ -243,6 +243,19 @@ def test_killed_by_the_system_it_goes_on_in_one_curve(tmp_path):
         assert steps_of(READERS[tracker](config.run_path / "sft").curves()["train/loss"]) == [1, 2, 3, 4], tracker
 
 
+def test_stages_that_are_copies_of_one_process_report(tmp_path, rlhf):
+    """TRL has imported wandb and trackio in the process that is copied; nothing of them is shown."""
+    evaluate = {"data": "held_out", "policies": [], "max_new_tokens": 4, "num_prompts": 2}
+    stages = {"sft": tiny.SFT | {"training": {"save_steps": 2}}, "evaluate": evaluate}
+    path = write(tmp_path, stages, report_to=["wandb", "trackio"])
+    done = rlhf("run", path)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "wandb" not in done.stdout + done.stderr and "trackio" not in (done.stdout + done.stderr).lower()
+    folder = load(path).run_path / "evaluate"
+    assert len(list(folder.glob("wandb/*/files/media/table/*.json"))) == 2
+    assert len([row for _, _, _, row in TrackioDatabase(folder).rows if "policies" in row]) == 1
+
+
 def test_one_process_of_a_launch_reports(tmp_path):
     path = write(tmp_path, {"sft": tiny.SFT | {"training": {"max_steps": 2}}}, report_to=["tensorboard", "trackio"])
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]

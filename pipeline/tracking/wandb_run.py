@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import wandb
+from wandb.sdk.data_types._private import MEDIA_TMP
 from wandb.util import get_core_path
 
 from pipeline.system.errors import UserError, reason_of
@@ -37,6 +38,8 @@ class WandbRun:
         folder = tracked.folder / "wandb"
         files = [] if tracked.is_new else folder.glob(f"*run-*-{tracked.id}/run-{tracked.id}.wandb")
         self.last_step = max((step for file in files for step in _steps(file)), default=-1)
+        # upstream: the folder is made when wandb is imported. A copy of the process removes it when it ends, for all.
+        Path(MEDIA_TMP.name).mkdir(exist_ok=True)
         self._sets_data = _DATA not in os.environ
         if self._sets_data:
             os.environ[_DATA] = str(folder)
@@ -49,6 +52,7 @@ class WandbRun:
                 job_type=tracked.stage_type,
                 id=tracked.id,
                 resume="allow",
+                reinit="create_new",  # nobody else finds the run: TRL would log to it, and ask for its address
                 dir=str(tracked.folder),
                 config=dict(tracked.config),
                 settings=wandb.Settings(**_SETTINGS),
