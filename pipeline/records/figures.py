@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 
 from pipeline.config.stage_types import STAGE_TYPES
-from pipeline.shift.estimate import Estimate
+from pipeline.shift.estimate import Estimate, EstimateJson
 from pipeline.system.json_object import JsonObject
 
 Figures = dict[str, float]
 WIN_RATES = ("score_win_rate", "judge_win_rate")  # in an evaluation: lists of value, low and high
 _VALUE = "value"
+_ESTIMATE = EstimateJson.__annotations__.keys()
 
 
 def figures_of(values: Mapping[str, object]) -> Figures:
@@ -20,7 +21,7 @@ def figures_of(values: Mapping[str, object]) -> Figures:
     figures: Figures = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
-            is_estimate = value.keys() == set(Estimate._fields)
+            is_estimate = value.keys() == _ESTIMATE
             for key, number in figures_of(value).items():
                 figures[name if is_estimate and key == _VALUE else f"{name}/{key}"] = number
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
