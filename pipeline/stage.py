@@ -37,8 +37,9 @@ from pipeline.launch.channel import Launch
 from pipeline.launch.joining import forget_options, join_processes
 from pipeline.models.loading import Loader
 from pipeline.records import manifest
+from pipeline.records.figures import figures_of_record
 from pipeline.records.manifest import Output, Record
-from pipeline.records.stage_folder import CHECKPOINTS, LOCK
+from pipeline.records.stage_folder import CHECKPOINTS, LOCK, TRACKING
 from pipeline.system import digests, disk, streams, versions
 from pipeline.system.errors import UserError
 from pipeline.system.processes import same_everywhere
@@ -122,6 +123,7 @@ def _prepare(config: RunConfig, name: str, launch: Launch) -> Decision:
     folder = config.run_path / name / CHECKPOINTS
     if launch.redo:
         shutil.rmtree(folder, ignore_errors=True)
+        (folder.parent / TRACKING).unlink(missing_ok=True)  # a new curve
     checkpoints.check_processes(folder, name, identity.digest(), PartialState().num_processes)
     # The launcher decided when the records of all stages were still there.
     reason = decision.reason if launch.reason is None else launch.reason
@@ -144,12 +146,14 @@ def _execute(config: RunConfig, name: str, decision: Decision, state: PartialSta
         shutil.rmtree(ctx.new_output, ignore_errors=True)
         ctx.new_output.mkdir(parents=True)
     state.wait_for_everyone()
-    transformers.set_seed(ctx.seed)
-    module = type_of(ctx.stage).module
-    result: Result = importlib.import_module(f"pipeline.stages.{module}").run(ctx)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        _finish(ctx, decision, result, started, state.num_processes)
+    followed = ctx.trackers.following(config, name, ctx.identity, decision.identity.config)
+    with followed if state.is_main_process else contextlib.nullcontext():
+        transformers.set_seed(ctx.seed)
+        module = type_of(ctx.stage).module
+        result: Result = importlib.import_module(f"pipeline.stages.{module}").run(ctx)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            _finish(ctx, decision, result, started, state.num_processes)
     state.wait_for_everyone()
 
 
@@ -190,6 +194,7 @@ def _finish(ctx: StageContext[Stage], decision: Decision, result: Result, starte
         reason=decision.reason,
     )
     manifest.commit(run_dir, ctx.name, record)
+    ctx.trackers.summarise(figures_of_record(record.type, record.metrics))
     shutil.rmtree(ctx.folder / CHECKPOINTS, ignore_errors=True)
     ctx.say(f"{ctx.name}: finished in {record.duration:.0f} s, output in {run_dir / record.output.path}")
 

@@ -16,7 +16,7 @@ FLOORS = (
     ("system",),
     ("config", "shift"),
     ("records",),
-    ("base",),
+    ("base", "tracking"),
     ("data",),
     ("models",),
     ("chain", "launch"),

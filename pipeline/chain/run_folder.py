@@ -8,7 +8,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.data import fingerprints
 from pipeline.records import manifest
 from pipeline.records.manifest import Manifest, TokenizerRecord
-from pipeline.records.stage_folder import CHECKPOINTS, LOCK, LOG
+from pipeline.records.stage_folder import CHECKPOINTS, LOCK, LOG, TRACKING
 from pipeline.system import digests
 from pipeline.system.digests import digest
 from pipeline.system.errors import UserError
@@ -16,7 +16,7 @@ from pipeline.system.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_SIGNS = (LOCK, f"{CHECKPOINTS}/identity.txt", "log_history.json")
+_SIGNS = (LOCK, f"{CHECKPOINTS}/identity.txt", "log_history.json", TRACKING)
 
 
 def check(config: RunConfig, recorded: Manifest | None) -> None:

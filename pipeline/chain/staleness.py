@@ -34,7 +34,7 @@ from pipeline.system.errors import UserError
 
 # Options of `training:` that change what is shown or kept, not what is learned.
 _LOADING = ("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers")
-NEUTRAL = ("logging_", "log_", "save_", "report_to", "run_name", "disable_tqdm", *_LOADING)
+NEUTRAL = ("logging_", "log_", "save_", "report_to", "disable_tqdm", *_LOADING)
 _WIRING = {"init", "reward", "shift", "policy", "baseline", "policies", "data", "eval_data", "accelerate_config"}
 CURRENT = "finished, nothing changed"
 _UNSET = "unset"  # shown for a key that one side lacks

@@ -7,6 +7,7 @@ import enum
 import re
 import typing
 
+from pipeline.config import trackers
 from pipeline.config.document import shown
 from pipeline.config.stage_types import KINDS, row_of
 from pipeline.system.errors import nearest
@@ -33,15 +34,13 @@ def fault_of(kind: str, key: str, value: object, hint: object) -> str | None:
     for word in value if isinstance(value, list) else [value]:
         if isinstance(word, str) and word not in known:
             return f"expected one of {', '.join(sorted(known))}, got {shown(word)}; {nearest(word, known)}"
-    return None
+    return trackers.fault_of(value) if key == trackers.KEY else None
 
 
 def _known(kind: str, key: str, hint: object) -> set[str]:
     """Return the words of an option; empty where it takes any."""
-    if key == "report_to":
-        from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-
-        return {"all", "none", *INTEGRATION_TO_CALLBACK}
+    if key == trackers.KEY:
+        return {trackers.NONE, *trackers.TRACKERS}
     own = row_of(kind).words if kind in KINDS else {}
     words = own.get(key, _WORDS.get(key))
     if words is not None:

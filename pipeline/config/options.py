@@ -38,7 +38,11 @@ _REASONS = {
     "the pipeline gives a stage its models": "sft_model_path reward_model_path model_adapter_name ref_adapter_name",
     "the pipeline decides what a stage does": "do_train do_predict",
     "the reference of a stage is its parent, always": "sync_ref_model",
-    "it never uploads; use huggingface_hub": "push_to_hub hub_model_id hub_strategy hub_token hub_private_repo",
+    "a tracker's run is called RUN/STAGE; WANDB_PROJECT names another project at wandb": "run_name project",
+    "trackio keeps its data on this machine": "trackio_space_id trackio_bucket_id trackio_static_space_id",
+    "it never uploads; use huggingface_hub": (
+        "push_to_hub hub_model_id hub_strategy hub_token hub_private_repo log_completions_hub_repo"
+    ),
     "give the stage `eval_data`": "do_eval",
     "TRL computes it from other sizes": "world_size batch_size micro_batch_size mini_batch_size local_batch_size",
     "TRL computes it from other options": "num_total_batches local_mini_batch_size",

@@ -3,3 +3,5 @@
 LOCK = ".lock"  # in every stage folder that a run has made, as long as dotfiles are copied with it
 LOG = "log.txt"  # the launcher's; it only ever grows
 CHECKPOINTS = "checkpoints"
+COMPLETIONS = "completions"  # what a trainer has kept of them, in the checkpoints while it trains
+TRACKING = "tracking.json"

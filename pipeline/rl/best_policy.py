@@ -21,7 +21,7 @@ class BestPolicy(TrainerCallback):
     and leaves the model in the mode it found it in. Looking does not change the training: the random number
     generators go on as if it had not happened. `parameters` are those the policy trains; the copy of the best is kept
     in the CPU's memory. After a resume only policies from the checkpoint on are known, unless `load_state_dict` was
-    called: then `history` and the best go on as they were.
+    called: then `history` and the best go on as they were. `report` is told each score, with its update.
     """
 
     def __init__(
@@ -30,11 +30,13 @@ class BestPolicy(TrainerCallback):
         evaluate: Callable[[], float],
         every: int,
         say: Callable[[str], None],
+        report: Callable[[dict[str, float], int], None] = lambda figures, update: None,
     ):
         self.parameters = parameters
         self.evaluate = evaluate
         self.every = every
         self.say = say
+        self._report = report
         self.history: list[dict[str, float]] = []
         self._best: tuple[int, float] | None = None
         self._copy: dict[str, torch.Tensor] = {}
@@ -42,8 +44,8 @@ class BestPolicy(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
-        if not self.history:
-            self._look(state.global_step)
+        if not self.history:  # where they were forgotten at a checkpoint, its score is reported already
+            self._look(state.global_step, is_reported=state.global_step > 0)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if state.global_step % self.every == 0:
@@ -53,7 +55,7 @@ class BestPolicy(TrainerCallback):
         if self.history[-1]["update"] != state.global_step:
             self._look(state.global_step)
 
-    def _look(self, update: int) -> None:
+    def _look(self, update: int, is_reported: bool = False) -> None:
         if finite(self.parameters.values()):
             with same_random_numbers():
                 score = float(self.evaluate())
@@ -65,6 +67,8 @@ class BestPolicy(TrainerCallback):
             self._best = (update, score)
             self._copy = {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
         self.say(f"held-out score at update {update}: {score:.4g}" + (", the best so far" if is_best else ""))
+        if not is_reported:
+            self._report({"eval/score": score}, update)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps: the scores so far, and the best policy."""

@@ -192,7 +192,7 @@ class Watch:
             scores = scoring.score(reward, rows, cast(int, ctx.tokenizer.pad_token_id), sampling.batch_size)
             return float(torch.tensor(gather_object(scores)).mean())
 
-        self.best = BestPolicy(self._parameters, evaluate, ctx.stage.eval_every, self._say)
+        self.best = BestPolicy(self._parameters, evaluate, ctx.stage.eval_every, self._say, ctx.trackers.log)
         self._trainer.add_callback(self.best)
 
     def finish(self) -> JsonObject:

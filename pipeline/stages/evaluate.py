@@ -1,8 +1,8 @@
 """Compare policies on held-out prompts: samples, scores, win rate against the baseline, KL to it, lengths."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import TypedDict, cast
 
 import numpy as np
 import torch
@@ -17,9 +17,12 @@ from pipeline.data.joints import eos_id, pad_id
 from pipeline.models import scoring
 from pipeline.models.generation import Ids, Sampling
 from pipeline.models.loading import Model, load_policy, load_reward, to_device
+from pipeline.records.figures import figures_of, line_of
 from pipeline.shift.estimate import LEVEL, Estimate
 from pipeline.system.json_object import JsonObject
 from pipeline.system.processes import gather_in_order, share_of
+from pipeline.tracking.tracker import Cell
+from pipeline.tracking.trackers import Trackers
 from pipeline.training import assertions, divergence
 from pipeline.training.completions import completions, weights_of
 from pipeline.training.context import Result, StageContext, write_json
@@ -69,8 +72,21 @@ def run(ctx: StageContext[Evaluate]) -> Result:
             ({"prompt": prompt} | dict(zip(table, entries, strict=True)) for prompt, entries in prompts),
         )
         write_json(ctx.new_output / "table.json", metrics)
+        _report(ctx.trackers, [messages[-1]["content"] for messages in rows["prompt"]], table, metrics)
     datasets["data"]["used"] = len(rows)
     return Result({"baseline": stage.baseline, "policies": metrics}, datasets=datasets)
+
+
+def _report(trackers: Trackers, prompts: list[str], table: dict[str, list[Entry]], metrics: JsonObject) -> None:
+    """Let trackers have the table of policies, and the completions side by side."""
+    lines = {policy: figures_of(line_of(line)) for policy, line in metrics.items()}
+    names = list(dict.fromkeys(name for line in lines.values() for name in line))
+    trackers.table("policies", ["policy", *names], [[policy, *map(line.get, names)] for policy, line in lines.items()])
+    rows: list[list[Cell]] = []
+    for i, prompt in enumerate(prompts):
+        for policy, entries in table.items():
+            rows.append([prompt, policy, *cast("Iterable[Cell]", entries[i].values())])
+    trackers.table("completions", ["prompt", "policy", *Entry.__annotations__], rows)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from pipeline.stages.ppo import hand_over, prepare, resumed_from, sampling, trai
 from pipeline.system.json_object import JsonObject
 from pipeline.training import checkpoints
 from pipeline.training.context import Result, StageContext
+from pipeline.training.curves import report
 from pipeline.training.fit import load_only, newest_checkpoint
 
 
@@ -26,6 +27,7 @@ def run(ctx: StageContext[Ppo]) -> Result:
         watch.hold_out(eval_rows["prompt_ids"][:], sampling(ctx, args), start.models.policy, start.models.reward)
     checkpoint = newest_checkpoint(ctx)
     keep_best(trainer, watch.best, checkpoint)
+    report(trainer, ctx.trackers)
     trainer.add_callback(checkpoints.MarkComplete())
     if checkpoint is not None and checkpoints.is_last(checkpoint):
         load_only(args)

@@ -10,6 +10,7 @@ from pipeline.data.joints import pad_id
 from pipeline.models import scoring
 from pipeline.models.generation import Ids, Sampling
 from pipeline.models.loading import load_reward, to_device
+from pipeline.records.figures import figures_of
 from pipeline.shift import advice, measure, plots
 from pipeline.shift.report import Comparisons, Scored
 from pipeline.show import shift
@@ -36,7 +37,11 @@ def run(ctx: StageContext[Shift]) -> Result:
     report["advice"] = advice.advice(report)
     if PartialState().is_main_process:
         write_json(ctx.new_output / "report.json", report)
-        plots.draw(report, prompts, ctx.new_output)
+        for picture in plots.draw(report, prompts, ctx.new_output):
+            ctx.trackers.image(picture.stem, picture)
+        figures = figures_of(report)
+        ctx.trackers.table("report", ["figure", "value"], [[name, value] for name, value in figures.items()])
+        ctx.trackers.table("advice", ["advice"], [[report["advice"]]])
         texts = ([ctx.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers] for answers in drawn)
         write_samples(ctx.new_output, ({**p, "completions": t} for p, t in zip(prompts, texts, strict=True)))
         title = f"{stage.reward}: scores of {stage.policy}'s completions"

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
+os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # TRL imports wandb where it is installed
 # Deprecations inside TRL's and transformers' own calls; a user of this tool cannot act on them.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|accelerate)\.")
 # bitsandbytes announces optional CPU kernels it did not find.

@@ -27,6 +27,7 @@ from pipeline.records.stage_folder import CHECKPOINTS
 from pipeline.system.device import Device, of_torch
 from pipeline.system.errors import UserError
 from pipeline.system.json_object import JsonObject
+from pipeline.tracking.trackers import Trackers
 
 
 @dataclass
@@ -55,6 +56,7 @@ class StageContext(Generic[S]):
     tokenizer_key: str
     loader: Loader
     identity: str  # the digest of the stage's identity: what its checkpoints belong to
+    trackers: Trackers = field(default_factory=Trackers)  # without any but in the main process, while the stage runs
 
     @property
     def stage(self) -> S:
@@ -117,7 +119,8 @@ class StageContext(Generic[S]):
         """
         assert isinstance(self.stage, TrainingStage), "other stages have no options of TRL"
         options = with_defaults(self.stage.kind, self.stage.training)
-        fixed: dict[str, Any] = {"output_dir": str(self.folder / CHECKPOINTS), "seed": self.seed}
+        # `trackers` report, and they alone: a trainer would log past them, to folders of its own.
+        fixed: dict[str, Any] = {"report_to": "none", "output_dir": str(self.folder / CHECKPOINTS), "seed": self.seed}
         if self.device.kind == "cpu":  # or transformers would refuse bf16, which a CPU computes too
             fixed["use_cpu"] = True
         if precision.autocast(self.stage, self.device).given_up:

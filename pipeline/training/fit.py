@@ -15,8 +15,9 @@ from pipeline.config.type_row import POLICIES
 from pipeline.models.loading import num_parameters
 from pipeline.records.stage_folder import CHECKPOINTS
 from pipeline.system.json_object import JsonObject
-from pipeline.training import assertions, checkpoints
+from pipeline.training import assertions, checkpoints, kept_completions
 from pipeline.training.context import Result, StageContext, write_json
+from pipeline.training.curves import report
 
 # What of the trainer's log goes into the record.
 METRICS = ("loss", "accuracy", "margin", "rewards/accuracies", "rewards/margins", "reward", "kl", "mean_token_accuracy")
@@ -46,12 +47,15 @@ def fit(
     trainable = [p for p in model.parameters() if p.requires_grad]
     before = assertions.fingerprint_of(trainable)
     checkpoint = newest_checkpoint(ctx)
+    kept_completions.make_folder(ctx, trainer)
+    report(trainer, ctx.trackers)
     trainer.add_callback(checkpoints.MarkComplete())
     # Streamed rows have no length, so that the trainer cannot do without `max_steps`.
     if checkpoint is not None and checkpoints.is_last(checkpoint) and hasattr(trainer.train_dataset, "__len__"):
         load_only(trainer.args)
     # Before the first step, with the model as its launcher wraps it; a checkpoint's log has it already.
-    trainer.args.eval_on_start |= trainer.eval_dataset is not None and makes(ctx.stage, *POLICIES)
+    measures_start = trainer.args.eval_on_start or makes(ctx.stage, *POLICIES)
+    trainer.args.eval_on_start = measures_start and trainer.eval_dataset is not None and checkpoint is None
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if checkpoint is None:
         assertions.has_trained(before, trainable, ctx.name)
@@ -64,6 +68,7 @@ def fit(
     assertions.finite_weights(ctx.name, trainable)
     _save(ctx, trainer)
     save_log(ctx, trainer)
+    kept_completions.keep(ctx)
     return Result(metrics, counts, datasets, checkpoints.step_of(checkpoint) if checkpoint else None)
 
 
