@@ -32,6 +32,8 @@ def push(export: Path, repo: str, public: bool, confirm: Callable[[str], bool], 
         raise UserError(f"{repo!r} is no name of a repository: {reason_of(error)}") from None
     try:
         _push(export, repo, about, public, confirm, console)
+    except UserError:
+        raise
     except OfflineModeIsEnabled:
         raise UserError("the hub is switched off by HF_HUB_OFFLINE; unset it and give the same command again") from None
     except LocalTokenNotFoundError:
@@ -42,6 +44,8 @@ def push(export: Path, repo: str, public: bool, confirm: Callable[[str], bool], 
         raise UserError(f"the hub refuses {repo!r}: {reason_of(error)}{mend}") from None
     except httpx.HTTPError as error:
         raise UserError(f"the hub cannot be reached: {reason_of(error)}") from None
+    except (RuntimeError, ValueError) as error:  # of a file that did not arrive, and of answers that make no sense
+        raise UserError(f"the upload to {repo!r} failed: {reason_of(error)}. Give the same command again") from None
 
 
 def _check_base(about: JsonObject) -> None:

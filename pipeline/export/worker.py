@@ -27,7 +27,7 @@ def main() -> None:
     step, work = sys.argv[1:]
     job = Job.read(Path(work))
     try:
-        with quiet.libraries(), disk.reported(job.work):
+        with quiet.libraries(), disk.reported(job.work, "--to"):
             quieten_transformers()
             STEPS[step](job)
     except UserError as error:
