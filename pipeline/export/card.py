@@ -87,7 +87,8 @@ def _head(source: Source, job: Job) -> str:
 
 
 def _use(job: Job, folder: str) -> str:
-    lines = ["## Use", "", "```python", snippets.code(job, folder), "```", ""]
+    name = f"Here `{folder}` is this folder; put its place there, or its id on the hub."
+    lines = ["## Use", "", "```python", snippets.code(job, folder), "```", "", name, ""]
     if job.form == "adapter" and Path(job.full).is_absolute():
         lines += ["The base is a folder of the machine that it was made on. Elsewhere, put its place there.", ""]
     if job.form == "gguf":
