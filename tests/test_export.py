@@ -21,7 +21,7 @@ from transformers import GPT2Config, LlamaConfig, Qwen2Config
 from pipeline import stage
 from pipeline.config.load import load
 from pipeline.data import run_tokenizer
-from pipeline.export import card, command, gguf_file, limits, snippets, source, worker, write
+from pipeline.export import card, command, gguf_file, limits, rows, snippets, source, worker, write
 from pipeline.export.job import Job
 from pipeline.records import manifest
 from pipeline.show import results
@@ -223,6 +223,33 @@ def test_rows_are_those_that_the_run_has_held_out(trained, export):
         "held-out prompts of the run, with the completions that evaluate has kept" in (target / "README.md").read_text()
     )
     assert "evaluate has kept" in shown
+
+
+def test_a_run_without_held_out_completions_is_compared_on_texts_of_the_package(tmp_path, export):
+    _, shown = export(train(tmp_path, {"sft": tiny.SFT}), "sft", "--as", "merged")
+    assert "texts of the package: the run has kept no held-out completions" in shown
+
+
+def test_rows_are_prompts_with_completions_of_all_policies_cut_to_the_models_length(trained):
+    tokenizer = run_tokenizer.open_saved(trained / "tokenizer")
+    recorded = manifest.read(trained)
+    found = rows.held_out(trained, recorded, tokenizer, 256).rows
+    assert len(found) == rows.NUM_ROWS
+    lines = map(json.loads, (trained / "evaluate" / "output" / "samples.jsonl").read_text().splitlines())
+    said = {
+        f"<user>{line['prompt'][-1]['content']}<assistant>{line[p]['completion']}"
+        for line in lines
+        for p in line
+        if p != "prompt"
+    }
+    assert {row.text.removesuffix("<eos>") for row in found} <= said
+    assert len({row.text for row in found}) > 20
+    for row in found:
+        assert tokenizer.decode(row.ids) == row.text
+        assert tokenizer.decode(row.ids[: row.start]).endswith("<assistant>")
+    short = rows.held_out(trained, recorded, tokenizer, 12).rows
+    assert {len(row.ids) <= 12 for row in short} == {True}
+    assert all(0 < row.start < len(row.ids) for row in short)
 
 
 # What is not the stage's model is refused, and deleted

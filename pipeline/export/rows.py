@@ -1,7 +1,7 @@
 """Choose the texts on which an export is compared with its stage: held-out prompts of the run, with completions."""
 
+import itertools
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ _DIALOGUES = (
     ("Is it safe to eat raw potatoes?", "A bite does no harm, but cook them: raw potatoes are hard to digest."),
     ("def add(a, b):", "    return a + b"),
 )
+Dialogue = tuple[Messages, str, bool]  # a prompt, a completion, and whether it ended by itself
 
 
 class HeldOut(NamedTuple):
@@ -38,41 +39,53 @@ class HeldOut(NamedTuple):
     origin: str
 
 
-def held_out(run_dir: Path, recorded: Manifest, tokenizer: PreTrainedTokenizerFast) -> HeldOut:
-    """Return up to NUM_ROWS texts as the run's models see them.
+def held_out(run_dir: Path, recorded: Manifest, tokenizer: PreTrainedTokenizerFast, longest: int) -> HeldOut:
+    """Return up to NUM_ROWS texts as the run's models see them, of at most `longest` tokens.
 
     They are completions that the run's evaluations and shift reports have kept, or, where there are none, texts of
     this module.
     """
+    names = []
+    dialogues: list[Dialogue] = []
     for name, record in recorded.stages.items():
-        if STAGE_TYPES[record.type].makes not in _REPORTS:
-            continue
-        dialogues = list(_sampled(run_dir / record.output.path / "samples.jsonl"))
-        rows = _encoded(tokenizer, dialogues)
-        if rows:
-            return HeldOut(rows, f"held-out prompts of the run, with the completions that {name} has kept")
+        if STAGE_TYPES[record.type].makes in _REPORTS:
+            found = _sampled(run_dir / record.output.path / "samples.jsonl")
+            names += [name] if found else []
+            dialogues += found
+    rows = _encoded(tokenizer, dialogues, longest)[:NUM_ROWS]
+    if rows:
+        kept = f"{' and '.join(names)} {'has' if len(names) == 1 else 'have'} kept"
+        return HeldOut(rows, f"held-out prompts of the run, with the completions that {kept}")
     dialogues = [([{"role": "user", "content": question}], answer, True) for question, answer in _DIALOGUES]
-    rows = [Row(row.text, row.ids, 1) for row in _encoded(tokenizer, dialogues)]  # few texts: prompts count too
+    rows = [
+        Row(row.text, row.ids, 1) for row in _encoded(tokenizer, dialogues, longest)
+    ]  # few texts: prompts count too
     return HeldOut(rows, "texts of the package: the run has kept no held-out completions")
 
 
-def _sampled(file: Path) -> Iterator[tuple[Messages, str, bool]]:
-    """Yield a prompt, a completion and whether it ended for each prompt of a report; policies take turns."""
+def _sampled(file: Path) -> list[Dialogue]:
+    """Return dialogues that a report has kept, at most NUM_ROWS: one of each prompt, then a second one, and so on.
+
+    Policies, or the completions of a prompt, take turns.
+    """
     if not file.is_file():
-        return
+        return []
     with file.open(encoding="utf-8") as lines:
-        for number, line in zip(range(NUM_ROWS), lines, strict=False):
-            row: dict[str, Any] = json.loads(line)
-            prompt = row.pop("prompt")
-            if isinstance(prompt, str):  # a shift report keeps the last message alone
-                completions = row["completions"]
-                yield [{"role": "user", "content": prompt}], completions[number % len(completions)], True
-            else:
-                entry = list(row.values())[number % len(row)]
-                yield prompt, entry["completion"], entry["ended"]
+        prompts = [_dialogues(json.loads(line)) for line in itertools.islice(lines, NUM_ROWS)]
+    turns = range(max(map(len, prompts), default=0))
+    taken = [of_prompt[(number + turn) % len(of_prompt)] for turn in turns for number, of_prompt in enumerate(prompts)]
+    return taken[:NUM_ROWS]
 
 
-def _encoded(tokenizer: PreTrainedTokenizerFast, dialogues: list[tuple[Messages, str, bool]]) -> list[Row]:
+def _dialogues(row: dict[str, Any]) -> list[Dialogue]:
+    """Return the dialogues of a prompt. A shift report keeps the prompt's last message alone, as text."""
+    prompt = row.pop("prompt")
+    if isinstance(prompt, str):
+        return [([{"role": "user", "content": prompt}], completion, True) for completion in row["completions"]]
+    return [(prompt, entry["completion"], entry["ended"]) for entry in row.values()]
+
+
+def _encoded(tokenizer: PreTrainedTokenizerFast, dialogues: list[Dialogue], longest: int) -> list[Row]:
     """Return dialogues as rows; without those that the chat template refuses."""
     prompts = render(tokenizer, [prompt for prompt, _, _ in dialogues], [[] for _ in dialogues], True)
     parts = []
@@ -83,9 +96,9 @@ def _encoded(tokenizer: PreTrainedTokenizerFast, dialogues: list[tuple[Messages,
     after = joints.continuations(tokenizer, parts)
     rows = []
     for (prompt, completion), first, rest in zip(parts, before, after, strict=True):
-        surplus = max(0, len(first) + len(rest) - MAX_TOKENS)
+        surplus = max(0, len(first) + len(rest) - longest)
         first = first[min(surplus, len(first) - 1) :]
-        ids = (first + rest)[:MAX_TOKENS]
+        ids = (first + rest)[:longest]
         if 0 < len(first) < len(ids):
             rows.append(Row(prompt + completion, ids, len(first)))
     return rows

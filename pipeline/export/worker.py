@@ -44,11 +44,14 @@ def write_export(job: Job) -> None:
     """
     tokenizer = _tokenizer_of_run(job)
     loader = weights.loader_of(job, tokenizer)
+    config = weights.config_of(job, loader)
     if job.form == "gguf":
-        gguf_file.check(weights.config_of(job, loader), tokenizer)
+        gguf_file.check(config, tokenizer)
     recorded = manifest.read(job.run_dir)
     assert recorded is not None, "the command has read it"
-    chosen = rows.held_out(job.run_dir, recorded, tokenizer)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)  # some models name 0 or -1
+    longest = min(positions, rows.MAX_TOKENS) if positions and positions > 0 else rows.MAX_TOKENS
+    chosen = rows.held_out(job.run_dir, recorded, tokenizer, longest)
     job.save_rows(chosen.rows)
     if loader.is_rounded:
         _note(job, "in_run", weights.as_in_run(job, loader, job.adapter), chosen.rows, tokenizer)
