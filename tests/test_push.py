@@ -159,7 +159,7 @@ def test_an_export_is_uploaded_as_it_is_and_private(hub, export, push):
     assert hub.repos[REPO]["private"] is True
     assert hub.repos[REPO]["files"] == {path.name: path.read_bytes() for path in export.iterdir()}
     assert hub.tokens == {f"Bearer {TOKEN}"}
-    for words in ("model.safetensors", f"3 files, 0.0 MiB, to {REPO} (new), private", "Upload them?", "Uploaded: "):
+    for words in ("model.safetensors", "2 KiB", f" KiB, to {REPO} (new), private", "Upload them?", "Uploaded: "):
         assert words in done.stdout
     assert TOKEN not in done.stdout
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import httpx
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 from rich.console import Console
 
 from pipeline.export import folder
@@ -41,11 +41,11 @@ def push(export: Path, repo: str, public: bool, confirm: Callable[[str], bool], 
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else None
         mend = f"; {_LOGIN}" if status in (401, 403) else ""
-        raise UserError(f"the hub refuses {repo!r}: {reason_of(error)}{mend}") from None
+        raise UserError(f"the hub refuses {repo!r}: {_reason(error)}{mend}") from None
     except httpx.HTTPError as error:
         raise UserError(f"the hub cannot be reached: {reason_of(error)}") from None
     except (RuntimeError, ValueError) as error:  # of a file that did not arrive, and of answers that make no sense
-        raise UserError(f"the upload to {repo!r} failed: {reason_of(error)}. Give the same command again") from None
+        raise UserError(f"the upload to {repo!r} failed: {_reason(error)}. Give the same command again") from None
 
 
 def _check_base(about: JsonObject) -> None:
@@ -70,16 +70,18 @@ def _push(
         if not is_private and not public:
             raise UserError(f"{repo!r} is public already; say `--public`, or give another name")
     names = [*about["files"], folder.FILE]
-    table = Table(f"{export} -> {api.endpoint}/{repo}", ("file", "MiB"), right=True)
-    for name in sorted(names):
-        table.add(name, f"{(export / name).stat().st_size / 2**20:.2f}")
+    sizes = {name: (export / name).stat().st_size for name in sorted(names)}
+    table = Table(f"{export} -> {api.endpoint}/{repo}", ("file", "size"), right=True)
+    for name, size in sizes.items():
+        table.add(name, _size(size))
     show(table, console)
-    total = sum((export / name).stat().st_size for name in names) / 2**20
     place = "a repository that is there already, where files of these names are replaced" if exists else "new"
     who = "private" if is_private else "PUBLIC: everybody can read it"
-    say(console, f"{len(names)} files, {total:.1f} MiB, to {repo} ({place}), {who}")
+    say(console, f"{len(names)} files, {_size(sum(sizes.values()))}, to {repo} ({place}), {who}")
     if not confirm("Upload them?"):
         raise UserError("nothing was uploaded")
+    if not console.is_terminal:
+        disable_progress_bars()
     if not exists:
         api.create_repo(repo, private=not public)
     commit = api.upload_folder(
@@ -89,3 +91,16 @@ def _push(
         commit_message=f"{about['run']}: {about['stage']} ({about['as']})",
     )
     say(console, f"Uploaded: {commit.commit_url}")
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of a library's error, to stand within a sentence."""
+    return reason_of(error).rstrip(".")
+
+
+def _size(num_bytes: int) -> str:
+    """Show a number of bytes in three digits."""
+    for size, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.3g} {unit}"
+    return f"{num_bytes} B"
