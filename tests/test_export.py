@@ -424,8 +424,8 @@ def test_a_stage_at_work_is_not_exported(run_dir, cli, tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_one_message_and_leaves_nothing(trained, cli, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(errno.EDQUOT, "Disk quota exceeded", str(tmp_path / "exports" / "model.safetensors"))
+    def full(_model, _dtype, folder):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded", str(folder / "model.safetensors"))
 
     monkeypatch.setattr(write, "_write_whole", full)
     message = refused(cli, trained, "sft", "--as", "merged", "--to", tmp_path / "exports" / "it")

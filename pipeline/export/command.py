@@ -37,7 +37,7 @@ def export(
     form = form or ("merged" if found.adapter is None else "adapter")
     _check(found, form, dtype)
     folder.check(target, force)
-    with disk.reported(target, "--to"), source.held(found):
+    with disk.reported(target.parent, "--to"), source.held(found):
         source.verify(found)
         with folder.beside(target) as work:
             job = _job(found, form, dtype or found.dtype, work)
