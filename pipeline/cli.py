@@ -3,7 +3,7 @@
 import contextlib
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -119,6 +119,65 @@ def shift(run_dir: Path, stage: str | None) -> None:
     from pipeline.show import shift
 
     shift.reports(run_dir, stage, _console())
+
+
+@cli.command()
+@click.argument("run_dir", type=click.Path(path_type=Path))
+@click.argument("stage")
+@click.option("--to", "target", metavar="DIR", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option(
+    "--as",
+    "form",
+    type=click.Choice(["adapter", "merged", "gguf"]),
+    help="What to write. By default the adapter, where the stage has one, else whole weights.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Type of merged weights. By default the run's.",
+)
+@click.option("--force", is_flag=True, help="Replace an export that is there already.")
+def export(
+    run_dir: Path,
+    stage: str,
+    target: Path,
+    form: Literal["adapter", "merged", "gguf"] | None,
+    dtype: str | None,
+    force: bool,
+) -> None:
+    """Write the model of a finished STAGE to a folder that loads without this package, with a model card.
+
+    Adapters are merged in float32. What was written is read back in a new process and compared with the stage, on
+    held-out rows of the run. An export that is not the stage's model is deleted.
+    """
+    from pipeline.export import command
+
+    with stopping():
+        command.export(run_dir, stage, target, form, dtype, force, _console())
+
+
+@cli.command()
+@click.argument("export_dir", type=click.Path(path_type=Path))
+@click.argument("repo")
+@click.option("--public", is_flag=True, help="Let everybody read it. By default the repository is private.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def push(export_dir: Path, repo: str, public: bool, yes: bool) -> None:
+    """Upload an export to the repository REPO (`user/name`) of the Hugging Face hub.
+
+    It shows what goes there, and asks first. Nothing else uploads anything.
+    """
+    from pipeline.export import push
+
+    def confirm(question: str) -> bool:
+        if yes:
+            return True
+        try:
+            return click.confirm(question)
+        except click.Abort:
+            return False
+
+    with stopping():
+        push.push(export_dir, repo, public, confirm, _console())
 
 
 def main() -> None:

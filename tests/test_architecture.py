@@ -22,7 +22,7 @@ FLOORS = (
     ("chain", "launch"),
     ("training",),
     ("show",),
-    ("rl",),
+    ("export", "rl"),
     ("stages",),
 )
 DOORS = ("cli", "launcher", "stage", "stage_server", "__main__")

@@ -24,6 +24,7 @@ import pipeline
 from pipeline.config import options, schema, stage_types
 from pipeline.config.load import load
 from pipeline.data import formats, run_tokenizer
+from pipeline.export import limits
 from pipeline.records import manifest
 from pipeline.rl.healthy_ranges import HEALTHY, Range
 from pipeline.shift.advice import RULES
@@ -116,6 +117,7 @@ MARKERS = {
     "healthy",
     "keys by type",
     "notes",
+    "limits",
     "output: quickstart",
     "output: sample",
     "owned",
@@ -208,6 +210,12 @@ def test_the_table_of_healthy_ranges_is_the_code():
 
     shown = [(key_of(row[0]), *row[1:4]) for row in table("healthy")]
     assert shown == [(r.measure, bound(r.low, r), bound(r.high, r), str(r.patience)) for r in HEALTHY]
+
+
+def test_the_table_of_limits_is_the_code():
+    shown = [(key_of(row[0]), *map(float, row[1:])) for row in table("limits")]
+    columns = [limits.LIMITS[dtype] for dtype in ("float32", "float16", "bfloat16")] + [limits.AS_USED]
+    assert shown == [(name, *(getattr(limit, name) for limit in columns)) for name in vars(limits.AS_USED)]
 
 
 def test_every_prompt_baseline_is_explained():

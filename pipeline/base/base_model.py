@@ -42,6 +42,11 @@ def fingerprint(config: RunConfig) -> str:
     folder = Path(location(config))
     if not folder.is_dir():
         return digests.digest([config.model.path, config.model.revision])
+    return fingerprint_of_folder(folder)
+
+
+def fingerprint_of_folder(folder: Path) -> str:
+    """Return the digest of what the files of a base model in a folder hold."""
     files = sorted(file for file in folder.iterdir() if file.suffix in _FILES)
     names = [file.name for file in files]
     with ThreadPoolExecutor() as pool:

@@ -138,10 +138,11 @@ def lora_config(options: Options, task_type: str) -> LoraConfig:
 
 def load_policy(loader: Loader, weights: Weights, trainable: bool = False) -> Model:
     """Load a policy as some stage left it: a PeftModel where it is an adapter, else the plain model."""
-    return _with_adapter(loader.causal(weights.full), weights, trainable)
+    return on_base(loader.causal(weights.full), weights, trainable)
 
 
-def _with_adapter(model: PreTrainedModel, weights: Weights, trainable: bool) -> Model:
+def on_base(model: PreTrainedModel, weights: Weights, trainable: bool = False) -> Model:
+    """Put the adapter of `weights`, if there is one, on its full weights, which are loaded already."""
     if weights.adapter is None:
         return model
     with_adapter = PeftModel.from_pretrained(model, weights.adapter, is_trainable=trainable)
@@ -167,7 +168,7 @@ def continue_policy(loader: Loader, parent: Weights, lora: Options | None, seed:
 
 def load_reward(loader: Loader, weights: Weights, trainable: bool = False) -> Model:
     """Load a trained reward model, head included."""
-    model = _with_adapter(loader.score(weights.full), weights, trainable)
+    model = on_base(loader.score(weights.full), weights, trainable)
     return model if weights.adapter else model.requires_grad_(trainable)
 
 

@@ -1,6 +1,6 @@
 """What people read of a run: the chain so far, the result, how to load an output. Nothing here imports torch."""
 
-import json
+import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +13,7 @@ from pipeline.records import manifest
 from pipeline.records.manifest import Manifest, Record
 from pipeline.shift.estimate import Estimate, EstimateJson, estimate
 from pipeline.show.notes import notes
+from pipeline.show.loading_code import Loading, loading_code
 from pipeline.show.screen import Table, say, show
 from pipeline.show.tables import duration, number
 from pipeline.system.errors import UserError
@@ -26,7 +27,7 @@ def _makes(record: Record) -> Makes:
     return STAGE_TYPES[record.type].makes
 
 
-def _headline(record: Record) -> str:
+def headline(record: Record) -> str:
     """Show the metrics of a stage that people read first."""
     metrics = record.metrics
     if _makes(record) == "evaluation":
@@ -45,7 +46,7 @@ def _figure(figure: EstimateJson | None) -> str:
     return str(estimate(figure) or "-")
 
 
-def _win_rate(values: Sequence[float | None]) -> str:
+def win_rate(values: Sequence[float | None]) -> str:
     """Show a win rate, which the manifest holds as [rate, low, high], with null for NaN."""
     return str(Estimate(*(math.nan if value is None else value for value in values)))
 
@@ -55,7 +56,7 @@ def _wins(summary: JsonObject) -> str:
     measure = "judge" if "judge_win_rate" in summary else "score"
     if f"{measure}_win_rate" not in summary:
         return f"length {number(summary.get('length'), 1)}"
-    return f"win rate {_win_rate(summary[f'{measure}_win_rate'])}"
+    return f"win rate {win_rate(summary[f'{measure}_win_rate'])}"
 
 
 def result_table(finished: Manifest, console: Console) -> None:
@@ -75,7 +76,7 @@ def result_table(finished: Manifest, console: Console) -> None:
             for measure in measures:
                 wins = summary.get(f"{measure}_win_rate")
                 cells.append(number(summary.get(measure)))
-                cells.append("-" if policy == baseline or wins is None else _win_rate(wins))
+                cells.append("-" if policy == baseline or wins is None else win_rate(wins))
             ended = summary.get("ended")
             share = number(None if ended is None else 100 * ended, 0)
             table.add(*cells, number(summary.get("kl"), 2), number(summary.get("length"), 1), f"{share} %")
@@ -111,42 +112,24 @@ def snippet(run_dir: Path, recorded: Manifest, record: Record) -> str:
         if _makes(record) == "shift report":
             figures = "report.json: the figures, *.png: plots"
         return f"# {folder}/samples.jsonl: all completions side by side; {folder}/{figures}"
-    scores = _makes(record) == "reward model"
     model = recorded.model
-    dtype = model.get("dtype", "float32")
-    auto = "AutoModelForCausalLM"
-    padding = ""
-    options = ""
-    if scores:
-        auto = "AutoModelForSequenceClassification"
-        padding = ', padding_side="right"'
-        options = ", num_labels=1"
-    if model.get("trust_remote_code"):
-        options += ", trust_remote_code=True"
-    lines = [f"from transformers import AutoTokenizer, {auto}"]
-    lines.append(f"tokenizer = AutoTokenizer.from_pretrained({_quoted(folder)}{padding})")
+    loading = Loading(
+        folder=str(folder),
+        scores=_makes(record) == "reward model",
+        trust_remote_code=model.get("trust_remote_code", False),
+    )
     if record.output.kind == "full":
-        return "\n".join([*lines, f"model = {auto}.from_pretrained({_quoted(folder)}{options})"])
+        return loading_code(loading)
     full = record.output.full
-    base = model.get("path") if full is None else run_dir / full
-    revision = model.get("commit") or model.get("revision")
-    if full is None and revision:
-        options += f", revision={_quoted(revision)}"
-    if full is None and model.get("quantization"):
-        lines[0] += ", BitsAndBytesConfig"
-        options += f", quantization_config=BitsAndBytesConfig(**{model['quantization']})"
-    lines.insert(1, "from peft import PeftModel")
-    lines.append(f'base = {auto}.from_pretrained({_quoted(base)}, dtype="{dtype}"{options})')
-    if scores:  # a score is read at the last token that is not pad, and the base may have another pad token, or none
-        lines.append("base.config.pad_token_id = tokenizer.pad_token_id")
-    if scores and dtype != "float32":  # as the run computes it
-        lines.append("base.score.float().register_forward_pre_hook(lambda head, hidden: hidden[0].float())")
-    return "\n".join([*lines, f"model = PeftModel.from_pretrained(base, {_quoted(folder)})"])
-
-
-def _quoted(value: str | Path | None) -> str:
-    """Write a path or name as a Python string, whatever characters it has: JSON's strings are Python's too."""
-    return json.dumps(str(value), ensure_ascii=False)
+    on_base = full is None
+    loading = dataclasses.replace(
+        loading,
+        dtype=model.get("dtype", "float32"),
+        base=str(model.get("path") if full is None else run_dir / full),
+        revision=(model.get("commit") or model.get("revision")) if on_base else None,
+        quantization=model.get("quantization") if on_base else None,
+    )
+    return loading_code(loading)
 
 
 def recorded_in(run_dir: Path) -> Manifest:
@@ -169,7 +152,7 @@ def status(run_dir: Path, console: Console) -> None:
     for name, record in recorded.stages.items():
         parents = ", ".join(dict.fromkeys(record.parents.values())) or "-"
         took = duration(record.duration)
-        table.add(name, record.type, parents, took, _headline(record), record.output.path)
+        table.add(name, record.type, parents, took, headline(record), record.output.path)
     show(table, console)
     shift_table(recorded, console)
     result_table(recorded, console)

@@ -11,7 +11,7 @@ from pipeline.system import streams
 from pipeline.system.errors import UserError
 
 _ROOM = "Make room, then give the same command again: what is finished stays"
-_ALLOW = "Allow writing there, or give another `run_dir`, then give the same command again"
+_ALLOW = "Allow writing there, or give another `{}`, then give the same command again"
 _ODD = "Remove it or move it away, then give the same command again"
 _SHORTER = "Give a shorter path or name"
 _REFUSALS = {
@@ -37,8 +37,10 @@ _LITTLE = 64 * 2**20  # bytes; a disk with more is not full
 
 
 @contextlib.contextmanager
-def reported(folder: Path) -> Iterator[None]:
+def reported(folder: Path, option: str = "run_dir") -> Iterator[None]:
     """Turn what the disk refuses in the block into one message; `folder` is where the block writes.
+
+    `option` is what names the folder, as a user knows it.
 
     Raises:
         UserError: in the place of the system's error.
@@ -46,14 +48,14 @@ def reported(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        user_error = refusal(error, folder)
+        user_error = refusal(error, folder, option)
         is_about_stdout = isinstance(error, OSError) and streams.refuses_stdout(error)
         if user_error is None or is_about_stdout or isinstance(error, UserError):
             raise
         raise user_error from error
 
 
-def refusal(error: BaseException, folder: Path) -> UserError | None:
+def refusal(error: BaseException, folder: Path, option: str = "run_dir") -> UserError | None:
     """Return the message for an error that comes from the disk below `folder`; None for other errors, such as bugs."""
     for cause in _chain(error):
         number = _number(cause)
@@ -63,7 +65,7 @@ def refusal(error: BaseException, folder: Path) -> UserError | None:
         fault, mend = _REFUSALS[number]
         if mend == _ROOM:
             fault += f" ({_free(folder) / 2**20:.1f} MiB free)"
-        return UserError(f"{path}: {fault}. {mend}")
+        return UserError(f"{path}: {fault}. {mend.format(option)}")
     return None
 
 

@@ -1,0 +1,66 @@
+"""Say how far an export may be from its stage. Nothing here imports torch."""
+
+from dataclasses import dataclass
+
+from pipeline.system.json_object import JsonObject
+
+NAMES = {
+    "logit": "largest difference of a logit",
+    "log_prob": "largest difference of a log-probability (nats)",
+    "mean_log_prob": "mean difference of log-probabilities (nats)",
+    "same_token": "share of equal likeliest tokens",
+    "score": "largest difference of a score (log-odds)",
+    "mean_score": "mean difference of scores (log-odds)",
+}
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What may differ at most, of a policy (nats, shares of positions) and of a reward model (log-odds).
+
+    `log_prob` and `score` hold for every token and row, `mean_log_prob` and `mean_score` on average.
+    """
+
+    log_prob: float
+    mean_log_prob: float
+    same_token: float  # at least
+    score: float
+    mean_score: float
+
+
+# By the type of the weights that are written, with both sides computed in float32: then only weights can differ.
+# In float32 that is the order of sums. bfloat16 keeps 8 bits of a weight and float16 11.
+LIMITS = {
+    "float32": Limit(log_prob=0.01, mean_log_prob=0.001, same_token=0.99, score=0.01, mean_score=0.001),
+    "float16": Limit(log_prob=0.25, mean_log_prob=0.02, same_token=0.97, score=0.1, mean_score=0.02),
+    "bfloat16": Limit(log_prob=2.0, mean_log_prob=0.1, same_token=0.9, score=0.5, mean_score=0.15),
+}
+# With each side computed in its own precision: activations are rounded too, in both, and the limit only says that it
+# is the same model.
+AS_USED = Limit(log_prob=5.0, mean_log_prob=0.3, same_token=0.8, score=1.5, mean_score=0.5)
+
+# The share of the adapter's own effect on log-probabilities that an export may be away from its stage. Half of it is
+# as near to the stage as to its base: what was trained would be lost, however small it is in nats.
+LOST = 0.5
+NOTICEABLE = 0.2  # from here on it is told
+
+
+def faults(figures: JsonObject, limit: Limit) -> list[str]:
+    """Say which figures are beyond their limit."""
+    beyond = []
+    for name, most in vars(limit).items():
+        if name not in figures:
+            continue
+        is_least = name == "same_token"
+        if (figures[name] < most) if is_least else not figures[name] <= most:
+            bound = "at least" if is_least else "at most"
+            beyond.append(f"{NAMES[name]} is {figures[name]:.4g}, expected {bound} {most:g}")
+    return beyond
+
+
+def lost_share(figures: JsonObject, effect: float | None) -> float:
+    """Return how far an export is from its stage, as a share of what the adapter changes; 0 where that says nothing."""
+    moved = figures.get("mean_log_prob", 0.0)
+    if effect is None or moved <= LIMITS["float32"].mean_log_prob:
+        return 0.0
+    return moved / effect if effect > 0 else 0.0

@@ -1,0 +1,154 @@
+"""Find what an export takes from a run folder: the stage's weights, checked against the record, and held fast."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from pipeline.base import base_model
+from pipeline.config.stage_types import STAGE_TYPES
+from pipeline.config.type_row import POLICIES, REWARD_MODELS
+from pipeline.records import manifest
+from pipeline.records.manifest import Manifest, Record
+from pipeline.records.stage_folder import LOCK
+from pipeline.show.results import recorded_in
+from pipeline.system.errors import UserError, unknown
+
+WAIT = 5  # seconds, for a stage that is at work
+
+
+@dataclass(frozen=True)
+class Source:
+    """A finished stage of a run: its record, and the stage whose full weights its adapter lies on, if any."""
+
+    run_dir: Path
+    recorded: Manifest
+    stage: str
+
+    @property
+    def record(self) -> Record:
+        return self.recorded.stages[self.stage]
+
+    @property
+    def scores(self) -> bool:
+        return STAGE_TYPES[self.record.type].makes in REWARD_MODELS
+
+    @property
+    def below(self) -> str | None:
+        """Name the stage that has put out the full weights below an adapter; None: they are its own or the base."""
+        full = self.record.output.full
+        owner = None if full is None else full.split("/")[0]
+        return None if owner == self.stage else owner
+
+    @property
+    def dtype(self) -> str:
+        return self.recorded.model.get("dtype", "float32")
+
+    @property
+    def full(self) -> str:
+        """Return the full weights: the stage's own, those below its adapter, or the base model's folder or hub id."""
+        output = self.record.output
+        if output.kind == "full":
+            return str(self.run_dir / output.path)
+        return str(self.recorded.model["path"]) if output.full is None else str(self.run_dir / output.full)
+
+    @property
+    def adapter(self) -> str | None:
+        output = self.record.output
+        return str(self.run_dir / output.path) if output.kind == "adapter" else None
+
+    @property
+    def needs_base(self) -> bool:
+        """Tell whether the stage's weights are an adapter on the base model."""
+        return self.adapter is not None and self.record.output.full is None
+
+    def loader_options(self) -> dict[str, Any]:
+        """Return the fields of the run's `Loader`, without the token ids.
+
+        The attention implementation is left to the machine: flash attention needs a GPU, and an export uses none.
+        """
+        model = self.recorded.model
+        return {
+            "base": model.get("path") or "",
+            "dtype": self.dtype,
+            "revision": model.get("commit") or model.get("revision"),
+            "trust_remote_code": model.get("trust_remote_code", False),
+            "quantization": model.get("quantization"),
+        }
+
+
+def find(run_dir: Path, stage: str) -> Source:
+    """Find a stage in a run folder.
+
+    Raises:
+        UserError: if it is not there, not finished, or puts out no model.
+    """
+    run_dir = run_dir.expanduser().resolve()
+    recorded = recorded_in(run_dir)
+    models = []
+    for name, record in recorded.stages.items():
+        if STAGE_TYPES[record.type].makes in (*POLICIES, *REWARD_MODELS):
+            models.append(name)
+    if stage not in recorded.stages:
+        why = unknown("finished stage", stage, models)
+        raise UserError(f"{run_dir}: {why}")
+    if stage not in models:
+        makes = STAGE_TYPES[recorded.stages[stage].type].makes
+        has = f"models are put out by {', '.join(models)}" if models else "no stage of it has put out a model"
+        raise UserError(f"{run_dir}: stage {stage!r} puts out no model (it makes: {makes}); {has}")
+    return Source(run_dir, recorded, stage)
+
+
+@contextlib.contextmanager
+def held(source: Source) -> Iterator[None]:
+    """Keep other processes from running the stages again whose files are read.
+
+    A run folder that may not be written to cannot be locked, and no stage can run in it.
+
+    Raises:
+        UserError: if one of them is at work.
+    """
+    with contextlib.ExitStack() as locks:
+        for stage in filter(None, (source.stage, source.below)):
+            folder = source.run_dir / stage
+            if not os.access(folder, os.W_OK):
+                continue
+            try:
+                locks.enter_context(FileLock(folder / LOCK).acquire(timeout=WAIT))
+            except Timeout:
+                raise UserError(f"stage {stage!r} is being run by another process; export it afterwards") from None
+        yield
+
+
+def verify(source: Source) -> None:
+    """Compare everything that is exported with the checksums and the fingerprint on record.
+
+    Raises:
+        UserError: naming the first file that is gone or changed, or the base model, if it is another one.
+    """
+    now = recorded_in(source.run_dir)
+    if now.stages.get(source.stage) != source.record:
+        raise UserError(f"stage {source.stage!r} has been run again by another process; give the same command again")
+    manifest.verify(source.run_dir, source.stage, source.record)
+    if source.below is not None:
+        record = source.recorded.stages.get(source.below)
+        if record is None:
+            fault = f"its adapter lies on the weights of {source.below!r}, which has no record"
+            raise UserError(f"stage {source.stage!r}: {fault}. Run both again")
+        manifest.verify(source.run_dir, source.below, record)
+    if source.needs_base and Path(source.full).is_absolute():
+        _verify_base(Path(source.full), source.record)
+
+
+def _verify_base(folder: Path, record: Record) -> None:
+    """Compare a base model in a folder with the one that the stage was trained on."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: the base model is gone, and the stage is an adapter on it. Restore it")
+    expected = record.inputs.get("base model")
+    if expected is not None and base_model.fingerprint_of_folder(folder) != expected:
+        fault = "has changed since the stage was trained on it"
+        raise UserError(f"{folder}: the base model {fault}, so its adapter belongs to other weights. Restore it")
