@@ -3,3 +3,5 @@
 LOCK = ".lock"  # in every stage folder that a run has made, as long as dotfiles are copied with it
 LOG = "log.txt"  # the launcher's; it only ever grows
 CHECKPOINTS = "checkpoints"
+GATE = "gate.json"  # the verdicts on what the stage builds on
+HISTORY = "log_history.json"  # all that the trainer has logged, of a finished stage

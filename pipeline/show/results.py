@@ -25,7 +25,7 @@ def _makes(record: Record) -> Makes:
     return STAGE_TYPES[record.type].makes
 
 
-def _headline(record: Record) -> str:
+def headline(record: Record) -> str:
     """Show the metrics of a stage that people read first."""
     metrics = record.metrics
     if _makes(record) == "evaluation":
@@ -44,7 +44,7 @@ def _figure(figure: EstimateJson | None) -> str:
     return str(estimate(figure) or "-")
 
 
-def _win_rate(values: Sequence[float | None]) -> str:
+def win_rate(values: Sequence[float | None]) -> str:
     """Show a win rate, which the manifest holds as [rate, low, high], with null for NaN."""
     return str(Estimate(*(math.nan if value is None else value for value in values)))
 
@@ -54,31 +54,35 @@ def _wins(summary: JsonObject) -> str:
     measure = "judge" if "judge_win_rate" in summary else "score"
     if f"{measure}_win_rate" not in summary:
         return f"length {number(summary.get('length'), 1)}"
-    return f"win rate {_win_rate(summary[f'{measure}_win_rate'])}"
+    return f"win rate {win_rate(summary[f'{measure}_win_rate'])}"
 
 
 def result_table(finished: Manifest, console: Console) -> None:
     """Show the policies side by side, from the run's evaluate stages."""
     for name, record in finished.stages.items():
-        if _makes(record) != "evaluation":
-            continue
-        baseline = record.metrics["baseline"]
-        policies = record.metrics["policies"]
-        measures = {measure: label for measure, label in MEASURES.items() if measure in policies[baseline]}
-        prompts = f"{policies[baseline]['prompts']} held-out prompts"
-        title = f"{finished.name}: {name} on {prompts}, win rates against {baseline} with 95 % intervals"
-        scores = [column for label in measures.values() for column in (label, f"win rate ({label})")]
-        table = Table(title, ["policy", *scores, "KL (nats)", "length", "ended"], right=True)
-        for policy, summary in policies.items():
-            cells = [policy]
-            for measure in measures:
-                wins = summary.get(f"{measure}_win_rate")
-                cells.append(number(summary.get(measure)))
-                cells.append("-" if policy == baseline or wins is None else _win_rate(wins))
-            ended = summary.get("ended")
-            share = number(None if ended is None else 100 * ended, 0)
-            table.add(*cells, number(summary.get("kl"), 2), number(summary.get("length"), 1), f"{share} %")
-        show(table, console)
+        if _makes(record) == "evaluation":
+            show(policies(f"{finished.name}: {name}", record), console)
+
+
+def policies(name: str, record: Record) -> Table:
+    """Put the policies of an evaluation side by side; `name` begins the title."""
+    baseline = record.metrics["baseline"]
+    summaries = record.metrics["policies"]
+    measures = {measure: label for measure, label in MEASURES.items() if measure in summaries[baseline]}
+    prompts = f"{summaries[baseline]['prompts']} held-out prompts"
+    title = f"{name} on {prompts}, win rates against {baseline} with 95 % intervals"
+    scores = [column for label in measures.values() for column in (label, f"win rate ({label})")]
+    table = Table(title, ["policy", *scores, "KL (nats)", "length", "ended"], right=True)
+    for policy, summary in summaries.items():
+        cells = [policy]
+        for measure in measures:
+            wins = summary.get(f"{measure}_win_rate")
+            cells.append(number(summary.get(measure)))
+            cells.append("-" if policy == baseline or wins is None else win_rate(wins))
+        ended = summary.get("ended")
+        share = number(None if ended is None else 100 * ended, 0)
+        table.add(*cells, number(summary.get("kl"), 2), number(summary.get("length"), 1), f"{share} %")
+    return table
 
 
 def shift_table(finished: Manifest, console: Console) -> None:
@@ -166,7 +170,7 @@ def status(run_dir: Path, console: Console) -> None:
     for name, record in recorded.stages.items():
         parents = ", ".join(dict.fromkeys(record.parents.values())) or "-"
         took = duration(record.duration)
-        table.add(name, record.type, parents, took, _headline(record), record.output.path)
+        table.add(name, record.type, parents, took, headline(record), record.output.path)
     show(table, console)
     shift_table(recorded, console)
     result_table(recorded, console)
