@@ -17,7 +17,8 @@ def unfinished(run: Run) -> Iterator[Found]:
     """Yield the stages that ended with an error of their own; of those that the gate held, others are to mend."""
     for stage in run.stages.values():
         if stage.state == "failed":
-            yield stage.name, f"It failed: {stage.why} Its log is {run.path / stage.name / 'log.txt'}."
+            last = f" The last line of its log: {stage.log[-1].strip()}" if stage.log else ""
+            yield stage.name, f"It failed: {stage.why}.{last}"
 
 
 def gate(run: Run) -> Iterator[Found]:
@@ -37,6 +38,7 @@ def gate(run: Run) -> Iterator[Found]:
 
 
 def alarms(run: Run) -> Iterator[Found]:
+    """Yield the stages whose watchdog raised an alarm, with the remedy of the table of healthy ranges."""
     remedies = {healthy.measure: healthy.remedy for healthy in HEALTHY}
     for stage in run.finished("aligned policy"):
         for alarm in stage.metrics.get("alarms", []):
@@ -81,6 +83,7 @@ def _apart(lower: Estimate, higher: Estimate) -> bool:
 
 
 def no_better(run: Run) -> Iterator[Found]:
+    """Yield the policies that do not win against the baseline, by the judge or else by the reward model."""
     for stage, policy, figures in judged(run):
         measure = "judge" if win_rate(figures, "judge") is not None else "score"
         rate = win_rate(figures, measure)
@@ -101,6 +104,7 @@ def no_better(run: Run) -> Iterator[Found]:
 
 
 def unended(run: Run) -> Iterator[Found]:
+    """Yield the policies, the baseline among them, whose completions are mostly cut off."""
     for stage in run.finished("evaluation"):
         for policy, figures in stage.metrics["policies"].items():
             ended = figures.get("ended")
@@ -110,8 +114,9 @@ def unended(run: Run) -> Iterator[Found]:
 
 
 def far(run: Run) -> Iterator[Found]:
+    """Yield the policies that are far from the baseline."""
     for _, policy, figures in judged(run):
         kl = figures.get("kl")
         if policy in run.stages and kl is not None and kl > FAR:
-            text = f"It is {kl:.0f} nats from its baseline. Raise `kl_coef` or `beta`, or lower the learning rate, and read"
-            yield policy, f"{text} its completions."
+            text = f"It is {kl:.0f} nats from its baseline. Raise `kl_coef` or `beta`, or lower the learning rate,"
+            yield policy, f"{text} and read its completions."

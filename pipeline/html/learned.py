@@ -1,8 +1,7 @@
-"""What can be wrong with data, policies that learned from rows, and reward models: the findings of the rules on them."""
+"""What can be wrong with data, with policies that learned from rows, and with reward models."""
 
 from collections.abc import Iterator, Sequence
 
-from pipeline.config.schema import GateLimits
 from pipeline.config.type_row import POLICIES, REWARD_MODELS
 from pipeline.data.faults import DROPPED, NOTICED
 from pipeline.html.curves import logged
@@ -17,15 +16,18 @@ MANY_NOTICED = 0.05
 # Rows that are left out on purpose: none of them is a fault of the data.
 INTENDED = ("blank", "label_false", "held_out", "same_prompt", "weight")
 WORTH_A_LOOK = ("contradictory", "special_tokens", "eos", "other_tokens", "truncated")
+MOST_EMPTY = 0.5  # share of prompts whose likeliest first token is special, as the gate has it
 RISE = 0.05  # of a held-out loss over its least value, as a share of it
 LEARNED_BY_HEART = 0.15  # accuracy on rows that were trained on, above that on held-out ones
 
 
 def rows_left_out(run: Run) -> Iterator[Found]:
+    """Yield the datasets of which many rows do not fit; those that are left out on purpose do not count."""
     return _rows(run, "dropped", "read", [kind for kind in DROPPED if kind not in INTENDED], MANY_LEFT_OUT, DROPPED)
 
 
 def rows_to_look_at(run: Run) -> Iterator[Found]:
+    """Yield the datasets of which many rows are used and yet are not what they should be."""
     return _rows(run, "noticed", "rows", WORTH_A_LOOK, MANY_NOTICED, NOTICED)
 
 
@@ -48,6 +50,7 @@ def _rows(run: Run, key: str, of: str, kinds: Sequence[str], limit: float, words
 
 
 def learned_nothing(run: Run) -> Iterator[Found]:
+    """Yield the policies whose held-out loss is no lower than before their training."""
     for stage in run.finished(*POLICIES):
         before = stage.metrics.get("initial_eval_loss")
         after = stage.metrics.get("eval_loss")
@@ -61,10 +64,10 @@ def learned_nothing(run: Run) -> Iterator[Found]:
 
 
 def empty(run: Run) -> Iterator[Found]:
-    limit = GateLimits().first_token
+    """Yield the policies that would end at once."""
     for stage in run.finished(*POLICIES):
         first = stage.metrics.get("first_token")
-        if first is None or limit is None or first["special"] <= limit:
+        if first is None or first["special"] <= MOST_EMPTY:
             continue
         if not run.fails_gate(stage.name, "first token"):
             text = f"{first['special']:.0%} of its prompts have a special token as likeliest first token."
@@ -72,6 +75,7 @@ def empty(run: Run) -> Iterator[Found]:
 
 
 def overfitted(run: Run) -> Iterator[Found]:
+    """Yield the stages whose held-out loss rose again."""
     for stage in run.finished(*POLICIES, *REWARD_MODELS):
         points = logged(stage.history, "eval_loss")
         if len(points) < 3:  # before and after training only
@@ -84,6 +88,7 @@ def overfitted(run: Run) -> Iterator[Found]:
 
 
 def chance(run: Run) -> Iterator[Found]:
+    """Yield the reward models that cannot be told from a coin."""
     for stage in run.finished(*REWARD_MODELS):
         accuracy = _accuracy(stage)
         if accuracy is None or accuracy.low is None or accuracy.low > advice.CHANCE:
@@ -98,6 +103,7 @@ def chance(run: Run) -> Iterator[Found]:
 
 
 def unmeasured(run: Run) -> Iterator[Found]:
+    """Yield the reward models without held-out comparisons."""
     for stage in run.finished(*REWARD_MODELS):
         if _accuracy(stage) is None:
             yield (
@@ -107,6 +113,7 @@ def unmeasured(run: Run) -> Iterator[Found]:
 
 
 def by_heart(run: Run) -> Iterator[Found]:
+    """Yield the reward models that are right on rows that they trained on, and much less on others."""
     for stage in run.finished(*REWARD_MODELS):
         accuracy = _accuracy(stage)
         trained = stage.metrics.get("accuracy")

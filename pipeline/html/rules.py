@@ -31,10 +31,10 @@ class Rule:
 
 @dataclass(frozen=True)
 class Finding:
-    """A rule that holds: the stage to mend, and what to do in plain words."""
+    """A rule that holds: its name, what to mend (a stage, or its data), and what to do in plain words."""
 
     rule: str
-    stage: str
+    what: str
     text: str
 
 
@@ -65,5 +65,6 @@ def findings(run: Run) -> list[Finding]:
     for number, rule in enumerate(RULES):
         for stage, text in rule.find(run):
             place = DATA if rule.is_data else _PLACES.get(run.stages[stage].makes, EVALUATION)
-            found.append((place, order.index(stage), number, Finding(rule.name, stage, text)))
+            what = f"the data of {stage}" if rule.is_data else stage
+            found.append((place, order.index(stage), number, Finding(rule.name, what, text)))
     return [finding for *_, finding in sorted(found, key=lambda one: one[:3])]

@@ -34,7 +34,7 @@ def judge(standing: Standing) -> tuple[State, str, str]:
     if has_failed and attempt is not None and not _is_later(standing.record, attempt.at):
         if standing.is_held:
             return "held", "the gate did not let it start", attempt.message
-        return "failed", attempt.message.partition("\n")[0], attempt.message
+        return "failed", _first_words(attempt.message), attempt.message
     reason = _must_run_again(standing)
     if standing.record is not None:
         return ("finished", "", "") if reason is None else ("stale", reason, "")
@@ -43,6 +43,11 @@ def judge(standing: Standing) -> tuple[State, str, str]:
     if standing.waits_for:
         return "waiting", f"for {', '.join(dict.fromkeys(standing.waits_for))}", ""
     return "not begun", "", ""
+
+
+def _first_words(message: str) -> str:
+    """Return what a message begins with; the last lines of the log are shown elsewhere."""
+    return message.partition("\n")[0].partition(". The last lines of ")[0]
 
 
 def _is_later(record: Record | None, time: str) -> bool:
