@@ -13,7 +13,7 @@ from pipeline.chain.staleness import Decision
 from pipeline.config import graph
 from pipeline.config.graph import parents, waits_for
 from pipeline.config.schema import Reinforced, RunConfig
-from pipeline.html import page
+from pipeline.html import place
 from pipeline.launch import process, sharding
 from pipeline.launch.stage_server import StageServer
 from pipeline.records import last_run, manifest
@@ -96,14 +96,20 @@ def run(
             with last_run.attempt(config.run_path, planned, name):
                 process.run_stage(config, name, overrides, launch_files[name], reason, name in redo, console, server)
     except StageFailed:
-        page.at_end(config.run_path, console)
+        _report(config.run_path, console)
         raise
     recorded = run_folder.open_run(config)
-    if pending or not page.is_current(config.run_path):
-        page.at_end(config.run_path, console)
+    if pending or not place.is_current(config.run_path):
+        _report(config.run_path, console)
     results.shift_table(recorded, console)
     results.result_table(recorded, console)
     say(console, f"Everything is in {config.run_path}; `rlhf status {config.run_path}` shows how to load it.")
+
+
+def _report(run_dir: Path, console: Console) -> None:
+    from pipeline.html import page  # takes time, which an unchanged run does not need
+
+    page.at_end(run_dir, console)
 
 
 def _planned(

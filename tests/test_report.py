@@ -95,7 +95,9 @@ def test_a_crashed_stage_shows_the_last_lines_of_its_log(tmp_path):
     (folder / "reward").mkdir()
     lines = [f"line {number}" for number in range(5000)] + ["<b>CUDA</b> out of memory"]
     (folder / "reward" / "log.txt").write_text("\n".join(lines))
-    assert reading.read(folder).stages["reward"].log == lines[-20:]
+    stage = reading.read(folder).stages["reward"]
+    assert stage.log == lines[-20:]
+    assert (stage.why, stage.error) == ("stage 'reward' ended with exit code 1", "")
     html = page.render([reading.read(folder)])
     assert "&lt;b&gt;CUDA&lt;/b&gt; out of memory" in html and "line 4979" not in html and "line 4982" in html
 

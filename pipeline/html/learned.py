@@ -1,6 +1,7 @@
 """What can be wrong with data, with policies that learned from rows, and with reward models."""
 
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 from pipeline.config.type_row import POLICIES, REWARD_MODELS
 from pipeline.data.faults import DROPPED, NOTICED
@@ -136,7 +137,7 @@ def shift(run: Run) -> Iterator[Found]:
     serious = ["no_signal", "longer", "shorter", "overconfident", *(["large_shift"] if plain else [])]
     same = {"no_signal": "within-prompt SD", "longer": "score and length", "shorter": "score and length"}
     for stage in run.finished("shift report"):
-        report: Report = stage.metrics  # type: ignore[assignment]  # the manifest has checked its fields
+        report = cast(Report, stage.metrics)
         reward = stage.parents.get("reward", stage.name)
         for name, text in advice.sentences(report).items():
             if name in serious and reward in run.stages and not run.fails_gate(reward, same.get(name, "")):

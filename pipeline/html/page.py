@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 from markupsafe import Markup, escape
@@ -19,14 +19,14 @@ from rich.console import Console
 
 from pipeline import __version__
 from pipeline.html import curves, drawing, reading, tables, words
+from pipeline.html.place import FILE
 from pipeline.html.values import Run, Stage
-from pipeline.records import manifest
+from pipeline.shift.report import Report
 from pipeline.show import results, shift
 from pipeline.show.screen import say
 from pipeline.show.tables import duration, number
 from pipeline.system.errors import UserError
 
-FILE = "report.html"
 GENERATOR = "rlhf report"  # in the page's head: a file without it was made by somebody else
 _HEAD = 2000  # bytes of a file that are looked at for it
 
@@ -52,13 +52,6 @@ def at_end(run_dir: Path, console: Console) -> None:
         make([run_dir], None, console)
     except Exception as error:  # of any kind: a report is never worth a run
         say(console, f"No report was made: {error or type(error).__name__}")
-
-
-def is_current(run_dir: Path) -> bool:
-    """Tell whether the report is there and no stage has been recorded since it was made."""
-    with contextlib.suppress(OSError):
-        return (run_dir / FILE).stat().st_mtime_ns >= (run_dir / manifest.FILE).stat().st_mtime_ns
-    return False
 
 
 def write(path: Path, html: str) -> None:
@@ -154,7 +147,7 @@ def _stage(run: Run, stage: Stage) -> dict[str, Any]:
         "alarms": stage.metrics.get("alarms", []),
         "tables": [table for table in (tables.facts(stage), tables.metrics(stage), tables.settings(stage)) if table],
         "code": code,
-        "again": _command(run, stage.name),
+        "again": _command(run, stage.name if stage.state == "finished" else None),  # others go on from a checkpoint
     }
 
 
@@ -202,7 +195,7 @@ def _completion(entry: dict[str, Any]) -> list[Any]:
 
 def _shift(stage: Stage) -> dict[str, Any]:
     """Return the figures, the advice, the extreme prompts and the plots of a shift report."""
-    report: Any = stage.metrics  # the manifest has checked its fields
+    report = cast(Report, stage.metrics)
     return {
         "name": stage.name,
         "reward": stage.parents.get("reward", ""),
@@ -211,7 +204,7 @@ def _shift(stage: Stage) -> dict[str, Any]:
         "extremes": [
             (one["prompt"], f"{one['offset']:+.2f}", number(one["within_sd"], 2)) for one in shift.extremes(report)
         ],
-        "advice": report["advice"],
+        "advice": report.get("advice", ""),
         "plots": {name: base64.b64encode(content).decode() for name, content in stage.plots.items()},
     }
 

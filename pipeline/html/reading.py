@@ -1,9 +1,10 @@
 """Read a run folder, also one that is at work, failed, or was made by an earlier version."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from filelock import FileLock, Timeout
 
@@ -127,8 +128,11 @@ def _json(path: Path, empty: Any) -> Any:
 def _verdicts(kept: JsonObject) -> list[Verdict]:
     """Return the verdicts of the gate, as far as they are what the gate writes."""
     values = kept.get("verdicts")
-    keys = set(Verdict.__annotations__)
-    return [one for one in values if isinstance(one, dict) and one.keys() == keys] if isinstance(values, list) else []
+    if not isinstance(values, list):
+        return []
+    return [
+        cast(Verdict, one) for one in values if isinstance(one, dict) and one.keys() == Verdict.__annotations__.keys()
+    ]
 
 
 def _history(folder: Path) -> list[Entry]:
@@ -166,7 +170,7 @@ def _with_samples(path: Path, stages: dict[str, Stage], most_bytes: int) -> dict
         assert record is not None, "an evaluation without a record was left out above"
         file = path / record.output.path / "samples.jsonl"
         samples = _samples(file, list(record.metrics["policies"]), most_bytes // len(evaluations))
-        complete[name] = Stage(**{**vars(stages[name]), "samples": samples})
+        complete[name] = dataclasses.replace(stages[name], samples=samples)
     return complete
 
 

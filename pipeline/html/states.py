@@ -34,7 +34,8 @@ def judge(standing: Standing) -> tuple[State, str, str]:
     if has_failed and attempt is not None and not _is_later(standing.record, attempt.at):
         if standing.is_held:
             return "held", "the gate did not let it start", attempt.message
-        return "failed", _first_words(attempt.message), attempt.message
+        # Of a crash the message goes on with the last lines of the log, which are shown anyway.
+        return "failed", _first_words(attempt.message), attempt.message if attempt.state == "refused" else ""
     reason = _must_run_again(standing)
     if standing.record is not None:
         return ("finished", "", "") if reason is None else ("stale", reason, "")
@@ -46,7 +47,7 @@ def judge(standing: Standing) -> tuple[State, str, str]:
 
 
 def _first_words(message: str) -> str:
-    """Return what a message begins with; the last lines of the log are shown elsewhere."""
+    """Return what a message begins with, up to the lines of the log."""
     return message.partition("\n")[0].partition(". The last lines of ")[0]
 
 

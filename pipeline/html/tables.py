@@ -153,18 +153,24 @@ def results_compared(runs: Sequence[Run], labels: Sequence[str]) -> list[Table]:
         for run in runs
     )
     for evaluation in evaluations:
-        summaries = [
-            run.stages[evaluation].metrics.get("policies", {}) if evaluation in run.stages else {} for run in runs
-        ]
+        stages = [run.stages.get(evaluation) for run in runs]
+        policies = _union(stage.metrics.get("policies", {}) for stage in stages if stage is not None)
         for key, label in shown.items():
             table = Table(f"{evaluation}: {label}", ("policy", *labels), right=True)
-            for policy in _union(summaries):
-                values = [summary.get(policy, {}).get(key) for summary in summaries]
+            for policy in policies:
+                values = [_figure(stage, policy, key) for stage in stages]
                 if any(value is not None for value in values):
                     table.add(policy, *map(_measure, values))
             if table.rows:
                 tables.append(table)
     return tables
+
+
+def _figure(stage: Stage | None, policy: str, key: str) -> Any:
+    """Return a figure of a policy; None where there is none, as the win rate of a baseline against itself."""
+    if stage is None or (key.endswith("win_rate") and policy == stage.metrics.get("baseline")):
+        return None
+    return stage.metrics.get("policies", {}).get(policy, {}).get(key)
 
 
 def _measure(value: Any) -> str:

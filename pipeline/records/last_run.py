@@ -13,6 +13,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from pipeline.config.values import Name
 from pipeline.system.errors import StageFailed
 
 FILE = "last_run.json"
@@ -52,8 +53,8 @@ class LastRun(_Frozen):
     command: list[str]
     folder: str
     config: str
-    stages: dict[str, Planned]
-    attempts: dict[str, Attempt] = {}
+    stages: dict[Name, Planned]
+    attempts: dict[Name, Attempt] = {}
 
 
 def now() -> str:
