@@ -96,20 +96,22 @@ def run(
             with last_run.attempt(config.run_path, planned, name):
                 process.run_stage(config, name, overrides, launch_files[name], reason, name in redo, console, server)
     except StageFailed:
-        _report(config.run_path, console)
+        _report(config, console)
         raise
     recorded = run_folder.open_run(config)
-    if pending or not place.is_current(config.run_path):
-        _report(config.run_path, console)
+    _report(config, console, only_if_outdated=not pending)
     results.shift_table(recorded, console)
     results.result_table(recorded, console)
     say(console, f"Everything is in {config.run_path}; `rlhf status {config.run_path}` shows how to load it.")
 
 
-def _report(run_dir: Path, console: Console) -> None:
+def _report(config: RunConfig, console: Console, only_if_outdated: bool = False) -> None:
+    """Make the report of a run that ends."""
+    if only_if_outdated and place.is_current(config.run_path):
+        return
     from pipeline.html import page  # takes time, which an unchanged run does not need
 
-    page.at_end(run_dir, console)
+    page.at_end(config.run_path, console)
 
 
 def _planned(

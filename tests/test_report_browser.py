@@ -79,7 +79,7 @@ def opened(browser, report):
 
 
 def headings(driver):
-    return [node.text for node in driver.find_elements(By.CSS_SELECTOR, ".rows h5")]
+    return [node.text for node in driver.find_elements(By.CSS_SELECTOR, ".rows .prompt")]
 
 
 def choose(driver, name, value):

@@ -18,7 +18,7 @@ from markupsafe import Markup, escape
 from rich.console import Console
 
 from pipeline import __version__
-from pipeline.html import curves, drawing, reading, tables, words
+from pipeline.html import compared, curves, drawing, reading, tables, words
 from pipeline.html.place import FILE
 from pipeline.html.values import Run, Stage
 from pipeline.shift.report import Report
@@ -106,9 +106,9 @@ def _labels(runs: Sequence[Run]) -> list[str]:
 
 def _compared(runs: Sequence[Run], labels: Sequence[str]) -> dict[str, Any]:
     return {
-        "chains": tables.chains_compared(runs, labels),
-        "results": tables.results_compared(runs, labels),
-        "settings": tables.settings_compared(runs, labels),
+        "chains": compared.chains(runs, labels),
+        "results": compared.evaluations(runs, labels),
+        "settings": compared.settings(runs, labels),
     }
 
 

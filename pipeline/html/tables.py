@@ -1,6 +1,6 @@
 """The tables of a report, as columns and rows of text."""
 
-from collections.abc import Iterable, Sequence
+import json
 from typing import Any
 
 from pipeline.data.faults import DROPPED, NOTICED
@@ -18,7 +18,7 @@ def chain(run: Run) -> Table:
     table = Table("The stages of the chain", ("stage", "type", "state", "from", "took", "figures"))
     for stage in run.stages.values():
         took = NOTHING if stage.record is None else duration(stage.record.duration)
-        table.add(stage.name, stage.type or "not known", state(stage), _lineage(stage), took, _figures(stage))
+        table.add(stage.name, stage.type or "not known", state(stage), _lineage(stage), took, headline(stage))
     return table
 
 
@@ -33,7 +33,8 @@ def _lineage(stage: Stage) -> str:
     return "\n".join(f"{role.partition('.')[0]}: {parent}" for role, parent in stage.parents.items()) or NOTHING
 
 
-def _figures(stage: Stage) -> str:
+def headline(stage: Stage) -> str:
+    """Return the figures of a stage that people read first."""
     return NOTHING if stage.record is None else results.headline(stage.record) or NOTHING
 
 
@@ -86,7 +87,7 @@ def settings(stage: Stage) -> Table | None:
         return None
     table = Table(f"Settings of {stage.name}", ("key", "value"))
     for key, value in record.config.items():
-        table.add(key, _text(value))
+        table.add(key, text(value))
     return table
 
 
@@ -124,75 +125,8 @@ def metrics(stage: Stage) -> Table | None:
     return table
 
 
-def _text(value: object) -> str:
-    return value if isinstance(value, str) else "null" if value is None else str(value)
-
-
-# Several runs side by side
-
-
-def chains_compared(runs: Sequence[Run], labels: Sequence[str]) -> Table:
-    """Put the chains of several runs side by side, a column for each."""
-    table = Table("The chains side by side", ("stage", *labels))
-    for name in _union(run.stages for run in runs):
-        cells = []
-        for run in runs:
-            stage = run.stages.get(name)
-            cells.append(NOTHING if stage is None else f"{state(stage)}\n{_figures(stage)}")
-        table.add(name, *cells)
-    return table
-
-
-def results_compared(runs: Sequence[Run], labels: Sequence[str]) -> list[Table]:
-    """Put the policies of each evaluation side by side, a table for each measure and a column for each run."""
-    shown = {"judge_win_rate": "win rate (judge)", "score_win_rate": "win rate (reward model)"}
-    shown |= {"judge": "judge", "score": "reward model", "kl": "KL (nats)", "length": "length"}
-    tables: list[Table] = []
-    evaluations = _union(
-        {name: stage for name, stage in run.stages.items() if stage.makes == "evaluation" and stage.record}
-        for run in runs
-    )
-    for evaluation in evaluations:
-        stages = [run.stages.get(evaluation) for run in runs]
-        policies = _union(stage.metrics.get("policies", {}) for stage in stages if stage is not None)
-        for key, label in shown.items():
-            table = Table(f"{evaluation}: {label}", ("policy", *labels), right=True)
-            for policy in policies:
-                values = [_figure(stage, policy, key) for stage in stages]
-                if any(value is not None for value in values):
-                    table.add(policy, *map(_measure, values))
-            if table.rows:
-                tables.append(table)
-    return tables
-
-
-def _figure(stage: Stage | None, policy: str, key: str) -> Any:
-    """Return a figure of a policy; None where there is none, as the win rate of a baseline against itself."""
-    if stage is None or (key.endswith("win_rate") and policy == stage.metrics.get("baseline")):
-        return None
-    return stage.metrics.get("policies", {}).get(policy, {}).get(key)
-
-
-def _measure(value: Any) -> str:
-    """Show a number or a win rate."""
+def text(value: object) -> str:
+    """Show a value of a config as YAML has it."""
     if value is None:
-        return NOTHING
-    return results.win_rate(value) if isinstance(value, list) else number(value)
-
-
-def settings_compared(runs: Sequence[Run], labels: Sequence[str]) -> Table | None:
-    """Show the settings in which stages of the same name differ; None if there is no difference."""
-    table = Table("Settings that differ", ("stage and key", *labels))
-    for name in _union(run.stages for run in runs):
-        records = [run.stages[name].record if name in run.stages else None for run in runs]
-        configs = [record.config for record in records if record is not None]
-        for key in _union(configs):
-            values = [NOTHING if record is None else _text(record.config.get(key, "unset")) for record in records]
-            if len({value for value, record in zip(values, records, strict=True) if record is not None}) > 1:
-                table.add(f"{name}: {key}", *values)
-    return table if table.rows else None
-
-
-def _union(mappings: Iterable[dict[str, Any]]) -> list[str]:
-    """Return the keys of several mappings, each once, in the order in which they come."""
-    return list(dict.fromkeys(key for mapping in mappings for key in mapping))
+        return "null"
+    return value if isinstance(value, str) else json.dumps(value)

@@ -28,9 +28,9 @@ function figure(list, name, value, digits) {
   list.append(pair);
 }
 
-function answer(policy, ours, theirs, isBaseline) {
+function answer(level, policy, ours, theirs, isBaseline) {
   const node = element("div", "answer");
-  node.append(element("h6", "", policy), prose(ours[TEXT]));
+  node.append(element(`h${level}`, "policy", policy), prose(ours[TEXT]));
   const list = element("dl", "figures");
   figure(list, "score", ours[SCORE], 2);
   if (!isBaseline) figure(list, "margin", difference(ours[SCORE], theirs[SCORE]), 2);
@@ -42,10 +42,10 @@ function answer(policy, ours, theirs, isBaseline) {
   return node;
 }
 
-function rowNode(data, number) {
+function rowNode(data, number, level) {
   const [messages, answers] = data.rows[number];
   const node = element("li");
-  const heading = element("h5", "", `Prompt ${number + 1}`);
+  const heading = element(`h${level}`, "prompt", `Prompt ${number + 1}`);
   heading.tabIndex = -1;
   node.append(heading);
   for (const [role, text] of messages) {
@@ -54,7 +54,9 @@ function rowNode(data, number) {
   }
   const grid = element("div", "answers");
   const baseline = data.policies.indexOf(data.baseline);
-  data.policies.forEach((policy, i) => grid.append(answer(policy, answers[i], answers[baseline], i === baseline)));
+  data.policies.forEach((policy, i) => {
+    grid.append(answer(level + 1, policy, answers[i], answers[baseline], i === baseline));
+  });
   node.append(grid);
   return node;
 }
@@ -101,10 +103,11 @@ function start(root) {
   const texts = data.rows.map(([messages, answers]) =>
     [...messages.map((message) => message[1]), ...answers.map((one) => one[TEXT])].join("\n").toLowerCase());
   const [form, status, list, more] = ["form", ".status", ".rows", ".more"].map((name) => root.querySelector(name));
+  const level = Number(root.dataset.level); // of the headings of prompts
   let numbers = [];
   const show = (count) => {
     const first = list.childElementCount;
-    list.append(...numbers.slice(first, first + count).map((number) => rowNode(data, number)));
+    list.append(...numbers.slice(first, first + count).map((number) => rowNode(data, number, level)));
     const left = numbers.length - list.childElementCount;
     more.hidden = left === 0;
     more.textContent = `Show ${Math.min(left, PAGE)} more`;
@@ -118,7 +121,7 @@ function start(root) {
   };
   form.addEventListener("input", update);
   form.addEventListener("submit", (event) => event.preventDefault());
-  more.addEventListener("click", () => show(PAGE)?.querySelector("h5").focus());
+  more.addEventListener("click", () => show(PAGE)?.querySelector(".prompt").focus());
   update();
 }
 
