@@ -34,13 +34,11 @@ def states(folder):
 
 def test_the_gate_keeps_its_verdicts(tmp_path, write_config):
     """Of a stage that it stops, and of one that it lets through; without the gate there are none."""
-    records = {
-        name: record(name) for name in ("pretrain", "sft", "reward", "reward-shift") if name in report_runs.PARENTS
-    }
+    records = {name: record(name) for name in ("sft", "reward", "reward-shift")}
     coin = {"held_out": report_runs.calibration([1.0, -1.0] * 10)}
     records["reward"] = record("reward", metrics=coin)
     recorded = manifest.Manifest(name="tiny", stages=records)
-    config = load(write_config(tmp_path, gate="stop"))
+    config = load(write_config(tmp_path, gate="stop", run_dir=str(tmp_path / "run")))
     folder = config.run_path / "ppo"
     folder.mkdir(parents=True)
     with pytest.raises(UserError, match="ppo does not start"):
@@ -90,6 +88,7 @@ def test_how_a_stage_ended_stays_until_its_next_start(chain):
     config, _ = chain({"sft": None, "dpo": StageFailed("stage 'dpo' was ended by signal 9", 1)}, "stages.dpo.seed=7")
     assert states(config.run_path) == {"sft": "finished", "dpo": "failed"}
     assert "stages.dpo.seed=7" in last_run.read(config.run_path).command
+    (config.run_path / manifest.FILE).unlink()
     config, _ = chain({"sft": KeyboardInterrupt(), "dpo": None})
     kept = last_run.read(config.run_path)
     assert {name: attempt.state for name, attempt in kept.attempts.items()} == {"sft": "stopped", "dpo": "failed"}
@@ -143,7 +142,7 @@ def test_a_run_of_an_earlier_version(cli, tmp_path):
     assert (exit_code, err) == (0, "")
     html = (tmp_path / "runs" / "before" / "report.html").read_text()
     assert "All stages are finished." in html and "The command is not on record" in html
-    assert "type&#34;" not in html and html.count('<details class="stage"') == 9
+    assert html.count('<details class="stage"') == 9
 
 
 BAD = {
