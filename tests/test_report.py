@@ -262,7 +262,7 @@ def test_curves_are_in_the_order_of_steps_with_the_last_value_of_each(tmp_path):
     (chart,) = curves.charts(stage)
     assert chart.curves[0].points == [(1.0, 4.0), (2.0, 2.0), (5.0, 1.0)]
     drawn = drawing.draw(chart, "sft")
-    assert drawn.lines[0].points == "52.0,10.0 116.0,88.7 308.0,128.0"
+    assert drawn.lines[0].points == "62.0,10.0 123.5,88.7 308.0,128.0"
     assert drawn.words == (
         "loss of sft by step. training: 4 at step 1, 1 at step 5; least 1 at step 5, greatest 4 at step 1."
     )

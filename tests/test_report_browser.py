@@ -129,6 +129,7 @@ def test_completions_are_filtered_by_opinions(opened):
 
 def test_more_are_shown_by_the_keyboard(opened):
     """The focus goes to the first of the new ones."""
+    opened.find_element(By.NAME, "search").send_keys("thing")  # leaving the field must not take them away again
     more = opened.find_element(By.CSS_SELECTOR, ".more")
     more.send_keys(Keys.ENTER)
     assert len(headings(opened)) == 40 and opened.switch_to.active_element.text == "Prompt 21"

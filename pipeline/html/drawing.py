@@ -8,7 +8,7 @@ from pipeline.html.values import Run, State
 
 WIDTH = 320  # of a chart, in units of its drawing
 HEIGHT = 150
-LEFT = 52  # room for the numbers beside the axis
+LEFT = 62  # room for the numbers beside the axis
 RIGHT = 12
 TOP = 10
 BOTTOM = 22
@@ -39,7 +39,7 @@ class Label:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A chart with its lines and labels in place, and what it says in words."""
+    """A chart with its lines and labels in place, its frame, and what it says in words."""
 
     title: str
     unit: str
@@ -48,6 +48,12 @@ class Drawing:
     x_labels: list[Label]
     y_labels: list[Label]
     marks: list[float]
+    width: int = WIDTH
+    height: int = HEIGHT
+    left: int = LEFT
+    right: int = WIDTH - RIGHT
+    top: int = TOP
+    bottom: int = HEIGHT - BOTTOM
 
 
 def draw(chart: Chart, stage: str) -> Drawing:
@@ -116,6 +122,8 @@ class Box:
     state: State
     x: float
     y: float
+    width: int = BOX_WIDTH
+    height: int = BOX_HEIGHT
 
 
 @dataclass(frozen=True)

@@ -79,8 +79,7 @@ const FILTERS = {
   cut: (ours) => ours[ENDED] === false,
 };
 
-function select(data, texts, form) {
-  const chosen = Object.fromEntries(new FormData(form));
+function select(data, texts, chosen) {
   const policy = data.policies.indexOf(chosen.policy);
   const baseline = data.policies.indexOf(data.baseline);
   const words = chosen.search.toLowerCase().split(/\s+/).filter(Boolean);
@@ -105,6 +104,7 @@ function start(root) {
   const [form, status, list, more] = ["form", ".status", ".rows", ".more"].map((name) => root.querySelector(name));
   const level = Number(root.dataset.level); // of the headings of prompts
   let numbers = [];
+  let before = "";
   const show = (count) => {
     const first = list.childElementCount;
     list.append(...numbers.slice(first, first + count).map((number) => rowNode(data, number, level)));
@@ -115,11 +115,15 @@ function start(root) {
     return list.children[first];
   };
   const update = () => {
-    numbers = select(data, texts, form);
+    const chosen = Object.fromEntries(new FormData(form));
+    if (JSON.stringify(chosen) === before) return; // two events tell of one choice; what is shown stays
+    before = JSON.stringify(chosen);
+    numbers = select(data, texts, chosen);
     list.replaceChildren();
     show(PAGE);
   };
   form.addEventListener("input", update);
+  form.addEventListener("change", update); // not all that sets a choice for a user sends both
   form.addEventListener("submit", (event) => event.preventDefault());
   more.addEventListener("click", () => show(PAGE)?.querySelector(".prompt").focus());
   update();
