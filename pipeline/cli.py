@@ -180,6 +180,20 @@ def push(export_dir: Path, repo: str, public: bool, yes: bool) -> None:
         push.push(export_dir, repo, public, confirm, _console())
 
 
+@cli.command()
+@click.argument("run_dirs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN_DIR...")
+@click.option("--to", metavar="FILE", type=click.Path(path_type=Path), help="Write the page there.")
+def report(run_dirs: tuple[Path, ...], to: Path | None) -> None:
+    """Make one HTML page of a run: which stage to mend first, curves, results, all completions side by side.
+
+    It is written to RUN_DIR/report.html, which `rlhf run` does at its end too. Several run folders are compared, in
+    report.html of the working directory.
+    """
+    from pipeline.html import page
+
+    page.make(run_dirs, to, _console())
+
+
 def main() -> None:
     """Run the command; a user's error is one message and exit code 2, a bug keeps its traceback."""
     streams.prepare()

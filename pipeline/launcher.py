@@ -12,16 +12,18 @@ from pipeline.chain import run_folder, staleness
 from pipeline.chain.staleness import Decision
 from pipeline.config import graph
 from pipeline.config.graph import parents, waits_for
-from pipeline.config.schema import RunConfig
+from pipeline.config.schema import Reinforced, RunConfig
+from pipeline.html import place
 from pipeline.launch import devices, process, sharding
 from pipeline.launch.stage_server import StageServer
-from pipeline.records import manifest
+from pipeline.records import last_run, manifest
+from pipeline.records.last_run import LastRun, Planned
 from pipeline.records.manifest import Manifest
 from pipeline.records.stage_folder import CHECKPOINTS, LOCK
 from pipeline.show import plan, results
 from pipeline.show.facts import NOTHING, look
 from pipeline.show.screen import say, show
-from pipeline.system.errors import UserError, all_of, unknown
+from pipeline.system.errors import StageFailed, UserError, all_of, unknown
 
 
 def select(config: RunConfig, until: str | None, only: str | None, redo: tuple[str, ...]) -> list[str]:
@@ -91,14 +93,54 @@ def run(
     _tidy(config, [one.stage for one in decisions if not one.run])
     if forgotten:
         manifest.drop(config.run_path, forgotten)
-    for number, (name, reason) in enumerate(pending.items(), 1):
-        console.print(Rule(_title(config, name, number, len(pending)), align="left", style="bold cyan"))
-        run_folder.open_run(config)  # before anything is written: other files may have come since
-        process.run_stage(config, name, overrides, launch_files[name], reason, name in redo, console, server)
+    planned = _planned(config, decisions, overrides, accelerate_config)
+    try:
+        for number, (name, reason) in enumerate(pending.items(), 1):
+            console.print(Rule(_title(config, name, number, len(pending)), align="left", style="bold cyan"))
+            run_folder.open_run(config)  # before anything is written: other files may have come since
+            with last_run.attempt(config.run_path, planned, name):
+                process.run_stage(config, name, overrides, launch_files[name], reason, name in redo, console, server)
+    except StageFailed:
+        _report(config, console)
+        raise
     recorded = run_folder.open_run(config)
+    _report(config, console, only_if_outdated=not pending)
     results.shift_table(recorded, console)
     results.result_table(recorded, console)
     say(console, f"Everything is in {config.run_path}; `rlhf status {config.run_path}` shows how to load it.")
+
+
+def _report(config: RunConfig, console: Console, only_if_outdated: bool = False) -> None:
+    """Make the report of a run that ends."""
+    if only_if_outdated and place.is_current(config.run_path):
+        return
+    from pipeline.html import page  # takes time, which an unchanged run does not need
+
+    page.at_end(config.run_path, console)
+
+
+def _planned(
+    config: RunConfig, decisions: list[Decision], overrides: tuple[str, ...], accelerate_config: str | None
+) -> LastRun:
+    """Say what this command sets out to do, for the report."""
+    command = ["rlhf", "run", str(config.source), *overrides]
+    if accelerate_config is not None:
+        command += ["--accelerate-config", accelerate_config]
+    stages: dict[str, Planned] = {}
+    for decision in decisions:
+        stage = config.stages[decision.stage]
+        roles = parents(stage)
+        if isinstance(stage, Reinforced) and stage.shift is not None:
+            roles["shift"] = stage.shift  # its gate reads it
+        reason = decision.reason if decision.run else None
+        stages[decision.stage] = Planned(type=stage.type, parents=roles, reason=reason)
+    return LastRun(
+        started=last_run.now(),
+        command=command,
+        folder=str(Path.cwd()),
+        config=config.source.read_text(encoding="utf-8", errors="replace"),
+        stages=stages,
+    )
 
 
 def _title(config: RunConfig, name: str, number: int, total: int) -> str:

@@ -25,6 +25,7 @@ from pipeline.config import options, schema, stage_types
 from pipeline.config.load import load
 from pipeline.data import formats, run_tokenizer
 from pipeline.export import limits
+from pipeline.html import rules as report_rules
 from pipeline.records import manifest
 from pipeline.rl.healthy_ranges import HEALTHY, Range
 from pipeline.shift.advice import RULES
@@ -124,6 +125,7 @@ MARKERS = {
     "precision",
     "private names",
     "record",
+    "report rules",
     "rows",
     "rules",
     "tree",
@@ -202,6 +204,10 @@ def test_the_table_of_rules_is_the_code():
 
 def test_the_table_of_notes_is_the_code():
     assert [key_of(row[0]) for row in table("notes")] == [rule.name for rule in notes.RULES]
+
+
+def test_the_table_of_the_report_s_rules_is_the_code():
+    assert [key_of(row[0]) for row in table("report rules")] == [rule.name for rule in report_rules.RULES]
 
 
 def test_the_table_of_healthy_ranges_is_the_code():

@@ -1,10 +1,14 @@
 """Decide before an aligned policy is trained whether the stages that it builds on are good enough, by their records."""
 
+import dataclasses
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 from pipeline.config.schema import GateLimits, Reinforced, RunConfig, TrainingStage
 from pipeline.config.stage_types import makes
 from pipeline.records.manifest import Manifest, Record
+from pipeline.records.stage_folder import GATE
 from pipeline.shift.estimate import Estimate, estimate
 from pipeline.system.errors import UserError
 from pipeline.system.json_object import JsonObject
@@ -47,17 +51,30 @@ def verdicts(config: RunConfig, name: str, recorded: Manifest) -> list[Verdict]:
 
 
 def check(config: RunConfig, name: str, recorded: Manifest) -> list[Verdict]:
-    """Return the verdicts on what stage `name` builds on.
+    """Return the verdicts on what stage `name` builds on, and keep them in its folder if it has one.
 
     Raises:
         UserError: if one failed and the config's `gate` is `stop`.
     """
     judged = [] if config.gate == "off" else verdicts(config, name, recorded)
     failed = [str(verdict) for verdict in judged if verdict.passed is False]
-    if failed and config.gate == "stop":
+    stops = bool(failed) and config.gate == "stop"
+    _keep(config.run_path / name, judged, stops)
+    if stops:
         how = "Limits are in `gate_limits`; `gate: warn` goes on all the same"
         raise UserError("\n  ".join([f"{name} does not start, the gate failed:", *failed, how]))
     return judged
+
+
+def _keep(folder: Path, judged: list[Verdict], stops: bool) -> None:
+    """Write the verdicts for the report: a stage that is stopped has no record that could hold them."""
+    if not folder.is_dir():
+        return
+    if not judged:
+        (folder / GATE).unlink(missing_ok=True)
+        return
+    value = {"stops": stops, "verdicts": [dataclasses.asdict(verdict) for verdict in judged]}
+    (folder / GATE).write_text(json.dumps(value, indent=1) + "\n", encoding="ascii")
 
 
 def _policy(name: str, record: Record, limits: GateLimits) -> list[Verdict]:

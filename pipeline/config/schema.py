@@ -14,6 +14,8 @@ RESERVED = (
     "cache",
     "tokenizer",
     "manifest.json",
+    "last_run.json",
+    "report.html",
 )  # names in the run folder or in the config that no stage may have
 Options = dict[str, Any]
 Format = Literal[

@@ -3,29 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pipeline.data.faults import FAULTS
+from pipeline.data.faults import DROPPED, NOTICED
 from pipeline.data.places import Part
 from pipeline.data.rows import ROWS
 from pipeline.data.sources import locate
 from pipeline.system.json_object import JsonObject
 
 QUANTILES = (0.0, 0.5, 0.9, 0.99, 1.0)
-# Beside the faults of single rows: why else rows are left out, and what is worth a look.
-DROPPED = FAULTS | {
-    "held_out": "have a prompt that another dataset is evaluated on",
-    "too_long": "are longer than {limit}",
-    "same_prompt": "have the prompt of an earlier row",
-    "weight": "are left out by the weights of their sources",
-}
-NOTICED = {
-    "duplicate": "repeat an earlier row",
-    "contradictory": "are a pair that occurs with both labels",
-    "special_tokens": "hold special tokens in their text",
-    "eos": "hold eos within a completion",
-    "no_bos": "do not begin with the BOS that the tokenizer puts before every text",
-    "other_tokens": "have other tokens in an earlier turn than prompts that policies are sampled from",
-    "truncated": "lose the start of their prompt to {limit}",
-}
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from datasets import IterableDataset, concatenate_datasets, interleave_datasets
 
 from pipeline.config import graph
 from pipeline.data import heldout, sources
-from pipeline.data.audit import DROPPED, Audit, Finding
+from pipeline.data.audit import Audit, Finding
 from pipeline.data.encode import encode_texts
-from pipeline.data.faults import Row, RowFault
+from pipeline.data.faults import DROPPED, Row, RowFault
 from pipeline.data.media import MEDIA
 from pipeline.data.places import Part
 from pipeline.data.prepare import Datasets, check_serves, shape_of

@@ -5,3 +5,5 @@ LOG = "log.txt"  # the launcher's; it only ever grows
 CHECKPOINTS = "checkpoints"
 COMPLETIONS = "completions"  # what a trainer has kept of them, in the checkpoints while it trains
 TRACKING = "tracking.json"
+GATE = "gate.json"  # the verdicts on what the stage builds on
+HISTORY = "log_history.json"  # all that the trainer has logged, of a finished stage

@@ -170,6 +170,11 @@ RULES = (
 
 def advice(report: Report) -> str:
     """Return one paragraph on a report of `pipeline.shift.measure`: the texts of the RULES that hold, in order."""
+    return " ".join(sentences(report).values())
+
+
+def sentences(report: Report) -> dict[str, str]:
+    """Return the texts of the RULES that hold of a report, in order, by the names of the rules."""
     figures: dict[str, float | None] = {"flat_below": report["flat_below"]}
     estimates = {
         "icc": report["icc"],
@@ -183,10 +188,10 @@ def advice(report: Report) -> str:
     if comparisons:
         figures["accuracy"] = comparisons["accuracy"]["value"]
         figures["ece"] = comparisons["ece"]
-    sentences = []
+    texts: dict[str, str] = {}
     for rule in RULES:
         if rule.when(report):
-            sentences.append(rule.text.format(**figures))
+            texts[rule.name] = rule.text.format(**figures)
             if rule.last:
                 break
-    return " ".join(sentences)
+    return texts

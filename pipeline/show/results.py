@@ -12,8 +12,8 @@ from pipeline.config.type_row import Makes
 from pipeline.records import manifest
 from pipeline.records.manifest import Manifest, Record
 from pipeline.shift.estimate import Estimate, EstimateJson, estimate
-from pipeline.show.notes import notes
 from pipeline.show.loading_code import Loading, loading_code
+from pipeline.show.notes import notes
 from pipeline.show.screen import Table, say, show
 from pipeline.show.tables import duration, number
 from pipeline.system.errors import UserError
@@ -62,27 +62,42 @@ def _wins(summary: JsonObject) -> str:
 def result_table(finished: Manifest, console: Console) -> None:
     """Show the policies side by side, from the run's evaluate stages."""
     for name, record in finished.stages.items():
-        if _makes(record) != "evaluation":
-            continue
-        baseline = record.metrics["baseline"]
-        policies = record.metrics["policies"]
-        measures = {measure: label for measure, label in MEASURES.items() if measure in policies[baseline]}
-        prompts = f"{policies[baseline]['prompts']} held-out prompts"
-        title = f"{finished.name}: {name} on {prompts}, win rates against {baseline} with 95 % intervals"
-        scores = [column for label in measures.values() for column in (label, f"win rate ({label})")]
-        table = Table(title, ["policy", *scores, "KL (nats)", "length", "ended"], right=True)
-        for policy, summary in policies.items():
-            cells = [policy]
-            for measure in measures:
-                wins = summary.get(f"{measure}_win_rate")
-                cells.append(number(summary.get(measure)))
-                cells.append("-" if policy == baseline or wins is None else win_rate(wins))
-            ended = summary.get("ended")
-            share = number(None if ended is None else 100 * ended, 0)
-            table.add(*cells, number(summary.get("kl"), 2), number(summary.get("length"), 1), f"{share} %")
-        show(table, console)
-        for note in notes(baseline, policies, list(measures.items())):
-            say(console, f"- {note}")
+        if _makes(record) == "evaluation":
+            show(policies(f"{finished.name}: {name}", record), console)
+            for note in notes_of(record):
+                say(console, f"- {note}")
+
+
+def policies(name: str, record: Record) -> Table:
+    """Put the policies of an evaluation side by side; `name` begins the title."""
+    baseline = record.metrics["baseline"]
+    summaries = record.metrics["policies"]
+    measures = _measures(record)
+    prompts = f"{summaries[baseline]['prompts']} held-out prompts"
+    title = f"{name} on {prompts}, win rates against {baseline} with 95 % intervals"
+    scores = [column for label in measures.values() for column in (label, f"win rate ({label})")]
+    table = Table(title, ["policy", *scores, "KL (nats)", "length", "ended"], right=True)
+    for policy, summary in summaries.items():
+        cells = [policy]
+        for measure in measures:
+            wins = summary.get(f"{measure}_win_rate")
+            cells.append(number(summary.get(measure)))
+            cells.append("-" if policy == baseline or wins is None else win_rate(wins))
+        ended = summary.get("ended")
+        share = number(None if ended is None else 100 * ended, 0)
+        table.add(*cells, number(summary.get("kl"), 2), number(summary.get("length"), 1), f"{share} %")
+    return table
+
+
+def notes_of(record: Record) -> list[str]:
+    """Return what is to say below the table of an evaluation."""
+    return list(notes(record.metrics["baseline"], record.metrics["policies"], list(_measures(record).items())))
+
+
+def _measures(record: Record) -> dict[str, str]:
+    """Return the scores that an evaluation has, with their labels."""
+    scored = record.metrics["policies"][record.metrics["baseline"]]
+    return {measure: label for measure, label in MEASURES.items() if measure in scored}
 
 
 def shift_table(finished: Manifest, console: Console) -> None:

@@ -28,7 +28,8 @@ def _share(figure: EstimateJson | None) -> str:
     return "-" if share is None else share.percent()
 
 
-def _rows(report: Report) -> list[Row]:
+def figures(report: Report) -> list[Row]:
+    """Return the figures of a report with their intervals and meanings."""
     quantiles = report["score_quantiles"]
     score = Estimate(quantiles["0.5"], low=quantiles["0.05"], high=quantiles["0.95"])
     return [
@@ -60,12 +61,12 @@ def _comparisons(report: Report) -> list[Row]:
 def table(report: Report, console: Console, title: str) -> None:
     """Show a report of `pipeline.shift.measure`: figures with 95 % intervals, extreme prompts, and the advice."""
     sizes = f"{report['prompts']} held-out prompts, {report['completions']} completions, 95 % intervals"
-    figures = Table(f"{title}: {sizes}", ("figure", "value", "meaning"))
-    for row in _rows(report):
-        figures.add(*row)
-    show(figures, console)
+    rows = Table(f"{title}: {sizes}", ("figure", "value", "meaning"))
+    for row in figures(report):
+        rows.add(*row)
+    show(rows, console)
     offsets = Table("Largest and smallest offsets, log-odds", ("prompt", "offset", "within-prompt SD"), right=True)
-    for extreme in _extremes(report):
+    for extreme in extremes(report):
         spread = extreme["within_sd"]
         text = _short(extreme["prompt"], console)
         offsets.add(text, f"{extreme['offset']:+.2f}", "-" if spread is None else f"{spread:.2f}")
@@ -73,7 +74,7 @@ def table(report: Report, console: Console, title: str) -> None:
     say(console, advice(report))
 
 
-def _extremes(report: Report) -> list[Extreme]:
+def extremes(report: Report) -> list[Extreme]:
     """Return the extreme prompts from the largest offset to the smallest, each once."""
     extremes = list(report["largest"])
     if report["prompts"] >= len(report["largest"]) + len(report["smallest"]):  # else both name the same prompts

@@ -13,7 +13,7 @@ from pipeline.config.schema import TrainingStage
 from pipeline.config.stage_types import makes
 from pipeline.config.type_row import POLICIES
 from pipeline.models.loading import num_parameters
-from pipeline.records.stage_folder import CHECKPOINTS
+from pipeline.records.stage_folder import CHECKPOINTS, HISTORY
 from pipeline.system.json_object import JsonObject
 from pipeline.training import assertions, checkpoints, kept_completions
 from pipeline.training.context import Result, StageContext, write_json
@@ -152,7 +152,7 @@ def save_policy(ctx: StageContext[TrainingStage], model: PeftModel | PreTrainedM
 def save_log(ctx: StageContext[TrainingStage], trainer: Trainer) -> None:
     """Keep all that the trainer has logged."""
     if PartialState().is_main_process:
-        write_json(ctx.folder / "log_history.json", trainer.state.log_history)
+        write_json(ctx.folder / HISTORY, trainer.state.log_history)
 
 
 def save_adapter(ctx: StageContext[TrainingStage], model: PeftModel, state: JsonObject | None = None) -> None:

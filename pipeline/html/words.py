@@ -1,0 +1,60 @@
+"""The first paragraph of a report: how the run stands, and which stage to mend first."""
+
+from dataclasses import dataclass
+
+from pipeline.html import aligned, rules
+from pipeline.html.rules import Finding
+from pipeline.html.values import Run, Stage
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Hold the first paragraph in parts, and what else was found, in the order in which it is to be mended."""
+
+    state: str
+    first: Finding | None
+    result: str
+    others: list[Finding]
+
+
+def summarise(run: Run) -> Summary:
+    """Say how a run stands, what to mend first, and what came out."""
+    found = rules.findings(run)
+    return Summary(_state(run), found[0] if found else None, _result(run), found[1:])
+
+
+def _state(run: Run) -> str:
+    """Say how far a run is. A stage that merely waits, or has not begun, is not named."""
+    finished = sum(stage.state == "finished" for stage in run.stages.values())
+    total = len(run.stages)
+    parts = ["All stages are finished." if finished == total else f"{finished} of {total} stages are finished."]
+    return " ".join([*parts, *filter(None, map(_standing, run.stages.values()))])
+
+
+def _standing(stage: Stage) -> str:
+    if stage.state == "running":
+        return f"{stage.name} is running."
+    if stage.state == "failed":
+        return f"{stage.name} failed."
+    if stage.state == "held":
+        return f"The gate does not let {stage.name} start."
+    if stage.state == "interrupted":
+        return f"{stage.name} was interrupted; {stage.why}."
+    if stage.state == "stale":
+        return f"{stage.name} is out of date and must run again: {stage.why}."
+    return ""
+
+
+def _result(run: Run) -> str:
+    """Name the policy that wins most often; empty without an evaluation that compares any."""
+    best: tuple[float, str] | None = None
+    for stage, policy, figures in aligned.judged(run):
+        for measure, by in (("judge", "the judge"), ("score", "the reward model")):
+            rate = aligned.win_rate(figures, measure)
+            if rate is None:
+                continue
+            against = f"of {figures['prompts']} prompts against {stage.metrics['baseline']}"
+            text = f"In {stage.name}, {policy} wins most often by {by}: {rate} {against}."
+            best = max(best or (rate.value, text), (rate.value, text))
+            break  # the judge's opinion counts where there is one
+    return "" if best is None else best[1]
