@@ -54,7 +54,7 @@ def run(
     from pipeline.system import disk
 
     console = _console()
-    with stopping(), StageServer(environment(console)) as server:
+    with stopping(), StageServer(environment()) as server:
         if recall(config, overrides) is None and accelerate_config is None:
             server.warm_up()  # meanwhile this process checks the config
         loaded = load(config, overrides)

@@ -18,9 +18,11 @@ from pipeline.launch.stage_server import StageServer
 from pipeline.records import manifest
 from pipeline.records.manifest import Manifest
 from pipeline.records.stage_folder import CHECKPOINTS, LOCK
+from pipeline.records.states import Chain, State, this_process
 from pipeline.show import plan, results
 from pipeline.show.facts import NOTHING, look
 from pipeline.show.screen import say, show
+from pipeline.show.watch import Screen
 from pipeline.system.errors import UserError, all_of, unknown
 
 
@@ -86,14 +88,26 @@ def run(
     _tidy(config, [one.stage for one in decisions if not one.run])
     if forgotten:
         manifest.drop(config.run_path, forgotten)
-    for number, (name, reason) in enumerate(pending.items(), 1):
-        console.print(Rule(_title(config, name, number, len(pending)), align="left", style="bold cyan"))
-        run_folder.open_run(config)  # before anything is written: other files may have come since
-        process.run_stage(config, name, overrides, launch_files[name], reason, name in redo, console, server)
+    with _screen(config, decisions, selected, console) if pending else contextlib.nullcontext() as screen:
+        for number, (name, reason) in enumerate(pending.items(), 1):
+            assert screen is not None, "there is a stage to show"
+            console.print(Rule(_title(config, name, number, len(pending)), align="left", style="bold cyan"))
+            run_folder.open_run(config)  # before anything is written: other files may have come since
+            with screen.at_work(name) as watch:
+                file = launch_files[name]
+                process.run_stage(config, name, overrides, file, reason, name in redo, console, server, watch)
     recorded = run_folder.open_run(config)
     results.shift_table(recorded, console)
     results.result_table(recorded, console)
     say(console, f"Everything is in {config.run_path}; `rlhf status {config.run_path}` shows how to load it.")
+
+
+def _screen(config: RunConfig, decisions: list[Decision], selected: list[str], console: Console) -> Screen:
+    """Return what shows the run; its states are those of all stages, also of those that the command is not about."""
+    found: dict[str, State] = {one.stage: "waiting" if one.run else "finished" for one in decisions}
+    types = {name: stage.type for name, stage in config.stages.items()}
+    chain = Chain(name=config.name, types=types, states=found, launcher=this_process())
+    return Screen(console, chain, config.run_path, selected)
 
 
 def _title(config: RunConfig, name: str, number: int, total: int) -> str:

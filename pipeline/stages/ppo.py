@@ -33,6 +33,7 @@ from pipeline.system.json_object import JsonObject
 from pipeline.training import assertions, checkpoints
 from pipeline.training.context import Result, StageContext
 from pipeline.training.fit import first_and_last, newest_checkpoint, save_log, save_policy, should_train
+from pipeline.training.progress import Report
 from pipeline.training.trainers import ppo_trainer_class
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def run(ctx: StageContext[Ppo]) -> Result:
         watch.hold_out(eval_rows["prompt_ids"][:], sampling(ctx, args), start.models.policy, start.models.reward)
     checkpoint = newest_checkpoint(ctx)
     keep_checkpoints(trainer, watch.best, checkpoint)
+    trainer.add_callback(Report(ctx.progress))
     metrics: JsonObject = {"initial_kl": train_checked(ctx, start.models, start.first_prompts, trainer.train)}
     metrics |= watch.finish() | {"episodes": trainer.state.episode}
     return hand_over(ctx, trainer, start, Result(metrics, {}, datasets, resumed_from(checkpoint)))

@@ -12,6 +12,7 @@ from pipeline.system.json_object import JsonObject
 from pipeline.training import checkpoints
 from pipeline.training.context import Result, StageContext
 from pipeline.training.fit import load_only, newest_checkpoint
+from pipeline.training.progress import Report
 
 
 def run(ctx: StageContext[Ppo]) -> Result:
@@ -27,6 +28,7 @@ def run(ctx: StageContext[Ppo]) -> Result:
     checkpoint = newest_checkpoint(ctx)
     keep_best(trainer, watch.best, checkpoint)
     trainer.add_callback(checkpoints.MarkComplete())
+    trainer.add_callback(Report(ctx.progress))
     if checkpoint is not None and checkpoints.is_last(checkpoint):
         load_only(args)
     train = functools.partial(trainer.train, resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -22,6 +22,7 @@ from pipeline.data.prepare import Datasets
 from pipeline.models.loading import Loader, Weights, merge
 from pipeline.records import manifest
 from pipeline.records.manifest import Record
+from pipeline.records.progress import Progress
 from pipeline.records.stage_folder import CHECKPOINTS
 from pipeline.system.errors import UserError
 from pipeline.system.json_object import JsonObject
@@ -53,6 +54,7 @@ class StageContext(Generic[S]):
     tokenizer_key: str
     loader: Loader
     identity: str  # the digest of the stage's identity: what its checkpoints belong to
+    progress: Progress = field(default_factory=Progress)  # writes in the main process alone
 
     @property
     def stage(self) -> S:
@@ -82,9 +84,9 @@ class StageContext(Generic[S]):
         return recorded.stages[stage]
 
     def say(self, message: str) -> None:
-        """Print a line, in one process."""
+        """Print a message, in one process, and leave it to whoever watches."""
         if PartialState().is_main_process:
-            print(message, flush=True)
+            self.progress.say(message)
 
     def weights(self, place: Place) -> Weights:
         """Return where weights lie, as absolute paths or a hub id."""
