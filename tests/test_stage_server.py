@@ -251,7 +251,7 @@ def test_a_killed_process_leaves_none(tmp_path, target):
     text = (tmp_path / "out.txt").read_text()
     words = {
         "stage": (1, "error: stage 'sft' was ended by signal 9 (Killed). The last lines of"),
-        "launcher": (-signal.SIGKILL, "'loss'"),
+        "launcher": (-signal.SIGKILL, "/100000: loss "),
         "server": (1, "error: stage 'sft' ended, and nobody saw how: the process that starts the stages was killed"),
         "group": (130, "Stopped in sft. The same command goes on from the last checkpoint of sft"),
     }

@@ -143,7 +143,7 @@ class Screen:
     def _lines(self) -> list[Text]:
         width = width_of(self._console)
         chain = {name: self._chain.states[name] for name in self._shown}
-        lines = chain_lines(chain, width, self._console.encoding)
+        lines = [Text(), *chain_lines(chain, width, self._console.encoding)]
         if self._reader is not None:
             lines += place_lines(self._name, self._place, time.time(), width, self._console.encoding)
         return lines

@@ -1,9 +1,11 @@
 """Report to the progress file what a trainer does."""
 
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping
 from numbers import Real
+from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import has_length
 
 from pipeline.records.progress import FINISHING, HELD_OUT, TRAINING, Logs, Progress
 
@@ -46,11 +48,11 @@ class Report(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        eval_dataloader: object = None,
+        eval_dataloader: Any = None,
         **_: object,
     ) -> None:
         if self._batches == 0:
-            self._progress.begin(HELD_OUT, len(eval_dataloader) if isinstance(eval_dataloader, Sized) else None)
+            self._progress.begin(HELD_OUT, len(eval_dataloader) if has_length(eval_dataloader) else None)
         self._batches += 1
         self._progress.step(self._batches)
 
