@@ -313,6 +313,18 @@ def test_lines_are_drawn_anew_below_the_messages(watched, tmp_path):
     assert not terminal.screen.cursor.hidden
 
 
+def test_two_launchers_in_one_run_folder(watched, tmp_path):
+    chain_of(pretrain="finished", sft="failed", dpo="failed").write(tmp_path)  # of an earlier run
+    _, first, _ = watched(Terminal(80), 80)
+    _, second, _ = watched(Terminal(80), 80)
+    with first.at_work("sft"):
+        assert states.read(tmp_path).states == {"pretrain": "finished", "sft": "at work", "dpo": "waiting"}
+        with second.at_work("dpo"):
+            pass
+        assert states.read(tmp_path).states["dpo"] == "finished"
+    assert states.read(tmp_path).states == dict.fromkeys(("pretrain", "sft", "dpo"), "finished")
+
+
 @pytest.mark.parametrize(
     ("error", "state", "left"),
     [(StageFailed("x", 1), "failed", ["✗ sft  · dpo"]), (KeyboardInterrupt(), "stopped", [])],

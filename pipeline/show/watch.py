@@ -17,6 +17,7 @@ from rich.segment import ControlType
 from rich.text import Text
 
 from pipeline.launch.log import Watch
+from pipeline.records import states
 from pipeline.records.progress import Reader
 from pipeline.records.states import Chain, State
 from pipeline.show.progress import Place, chain_lines, names_of, place_lines, plain_line, width_of
@@ -43,6 +44,7 @@ class Screen:
         self._chain = chain
         self._run_dir = run_dir
         self._shown = shown
+        self._is_written = False  # what an earlier run has left does not count
         self._name = ""
         self._place = Place()
         self._reader: Reader | None = None
@@ -82,6 +84,7 @@ class Screen:
         self._place = Place(names_of(self._chain.types[name]))
         self._last_line = time.time()
         self._set("at work")
+        self._draw()
         try:
             yield self._follow
         except BaseException as error:
@@ -92,10 +95,16 @@ class Screen:
                 self._reader.close()
                 self._reader = None
         self._set("finished")
+        self._draw()
 
     def _set(self, state: State) -> None:
+        """Change the state of the stage at work, and leave those that another `rlhf run` has changed meanwhile."""
+        stored = states.read(self._run_dir) if self._is_written else None
+        if stored is not None and stored.types == self._chain.types:
+            self._chain.states = stored.states
         self._chain.states[self._name] = state
         self._chain.write(self._run_dir)
+        self._is_written = True
 
     def _follow(self, file: Path, token: str) -> Callable[[], None]:
         self._reader = Reader(file, token)
