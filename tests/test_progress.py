@@ -151,7 +151,15 @@ def test_a_resumed_training_has_the_first_figures_of_its_beginning():
 
 @pytest.mark.parametrize(
     ("value", "shown"),
-    [(0.5, "0.500"), (-0.0123456, "-0.0123"), (27.04, "27.0"), (123.4, "123"), (12345.6, "12,346"), (1e-7, "1.00e-07")],
+    [
+        (0.5, "0.500"),
+        (-0.0123456, "-0.0123"),
+        (27.04, "27.0"),
+        (123.4, "123"),
+        (12345.6, "12,346"),
+        (5.29e-7, "5e-07"),
+        (0.0, "0.00"),
+    ],
 )
 def test_three_digits(value, shown):
     assert figure(value) == shown
@@ -242,6 +250,29 @@ def test_states_that_cannot_be_read_are_none(tmp_path):
     chain_of(sft="waiting").write(tmp_path / "sft" / "no" / "folder")
     (tmp_path / "file").touch()
     chain_of(sft="waiting").write(tmp_path / "file" / "below")  # the disk refuses it
+
+
+def test_status_shows_what_is_at_work_with_its_alarms(tmp_path):
+    chain_of(sft="finished", ppo="at work", dpo="waiting").write(tmp_path)
+    (tmp_path / "ppo").mkdir()
+    with Progress(tmp_path / "ppo" / "progress.jsonl") as writer:
+        writer.note("ppo: four views of one backbone")
+        writer.note("ppo: watchdog: kl is high\n  causes: many")
+        writer.begin("training", 8, 2)
+        writer.step(3, {"loss": 0.5})
+    alarm = ["", "ppo: watchdog: kl is high", "  causes: many"]
+    pipe = Console(file=io.StringIO(), width=160)
+    assert progress.show_unfinished(tmp_path, ["sft"], pipe)
+    *first, states_line, place_line = pipe.file.getvalue().splitlines()
+    assert (first, states_line) == (alarm, "finished: sft; at work: ppo; waiting: dpo")
+    assert re.fullmatch(r"ppo: step 3/8, \ds left: loss 0\.500", place_line)
+    terminal = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
+    assert progress.show_unfinished(tmp_path, ["sft"], terminal)
+    *first, states_line, place_line, figures = terminal.file.getvalue().splitlines()
+    assert (first, states_line, figures) == (alarm, "✓ sft  ● ppo  · dpo", "loss 0.500")
+    assert re.fullmatch(r"ppo ━{15}─{25} step 3/8, \ds left", place_line)
+    chain_of(sft="finished").write(tmp_path)
+    assert not progress.show_unfinished(tmp_path, ["sft"], pipe)
 
 
 # A terminal.

@@ -177,7 +177,7 @@ def test_a_run_on_a_terminal(tmp_path, columns):
         assert sum("● reward" in line for line in lines) == 1  # none is left of what was drawn before
         block = [line for line in lines[start:] if line]
         assert 1 <= len(block) <= 5
-        assert all(len(line) < columns for line in block)
+        assert all(len(line) < columns for line in block), "\n".join(lines)
         assert len(block) == 1 or re.match(r"reward(: [a-z]+| ━*─* ?step \d/4)", block[1])
     assert any(re.search(r"accuracy \d.*margin", " ".join(lines)) for lines in at_work)
 
@@ -193,9 +193,9 @@ def test_ctrl_c_and_status_from_another_terminal(tmp_path, cli):
     os.write(terminal.terminal, b"\x03")
     assert terminal.wait() == 130
     text = "\n".join(terminal.screen.display)
-    assert "Stopped in sft." in text and "●" not in text and "step" not in text
+    assert "Stopped in sft." in text and "●" not in text and " left" not in text, text
     assert not terminal.screen.cursor.hidden
-    assert "\nstopped: sft; waiting: dpo\n" in cli("status", "run")[1]
+    assert "\nwaiting: dpo; stopped: sft\n" in cli("status", "run")[1]
     assert manifest.read(tmp_path / "run").stages == {}
 
 
@@ -203,4 +203,4 @@ def test_status_of_a_run_that_has_no_manifest_yet(cli, tmp_path):
     types = {"sft": "sft", "dpo": "dpo"}
     found = {"sft": "stopped", "dpo": "waiting"}
     Chain(name="tiny", types=types, states=found, launcher=states.this_process()).write(tmp_path / "run")
-    assert cli("status", "run") == (0, "\nstopped: sft; waiting: dpo\n", "")
+    assert cli("status", "run") == (0, "\nwaiting: dpo; stopped: sft\n", "")

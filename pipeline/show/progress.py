@@ -22,7 +22,7 @@ from pipeline.system.streams import either
 MAX_WIDTH = 80
 MAX_CHAIN = 3  # lines; a longer chain is counted
 BAR = (8, 40)  # columns of a bar, at least and at most
-NUM_SAID = 5  # messages of a stage at work that `rlhf status` shows
+ALARMS = ("watchdog: ", ": FAILED: ")  # in a message that must not be overlooked
 STYLES: Mapping[State, str] = {
     "finished": "green",
     "at work": "bold cyan",
@@ -152,7 +152,9 @@ def _parts(name: str, place: Place, now: float) -> tuple[str, str, str]:
 
 
 def figure(value: float) -> str:
-    """Show a figure in three digits."""
+    """Show a figure in three digits, or in one where it is almost 0."""
+    if 0 < abs(value) < 1e-3:
+        return f"{value:.0e}"
     if abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:#.3g}".rstrip(".")
@@ -162,6 +164,11 @@ def _bar(share: float, width: int, encoding: str) -> Text:
     done = round(min(max(share, 0), 1) * width)
     full, empty = either("━─", "#-", encoding)
     return Text.assemble((full * done, "cyan"), (empty * (width - done), "dim"))
+
+
+def is_alarm(message: str) -> bool:
+    """Tell whether a message of a stage must not be overlooked."""
+    return any(word in message for word in ALARMS)
 
 
 def _joined(parts: Iterable[Text], width: int) -> list[Text]:
@@ -182,7 +189,10 @@ def width_of(console: Console) -> int:
 
 
 def show_unfinished(run_dir: Path, finished: Iterable[str], console: Console) -> bool:
-    """Show the chain of a run that is not finished, and where the stages at work are; False: there is none."""
+    """Show the chain of a run that is not finished, where the stages at work are, and their alarms.
+
+    Returns False if nothing is known of such a run.
+    """
     chain = states.read(run_dir)
     if chain is None:
         return False
@@ -190,20 +200,20 @@ def show_unfinished(run_dir: Path, finished: Iterable[str], console: Console) ->
     if all(state == "finished" for state in now.values()):
         return False
     width = width_of(console)
+    at_work = {name: place_of(run_dir / name, chain.types[name]) for name, state in now.items() if state == "at work"}
     console.print()
+    for message in [message for place in at_work.values() for message in place.said if is_alarm(message)]:
+        say(console, message, "bold yellow")
     if console.is_terminal:
         for line in chain_lines(now, width, console.encoding):
             console.print(line, soft_wrap=True)
     else:
         words = [(state, [name for name, own in now.items() if own == state]) for state in STYLES]
         say(console, "; ".join(f"{state}: {', '.join(names)}" for state, names in words if names))
-    for name in [name for name, state in now.items() if state == "at work"]:
-        place = place_of(run_dir / name, chain.types[name])
+    for name, place in at_work.items():
         if console.is_terminal:
             for line in place_lines(name, place, time.time(), width, console.encoding):
                 console.print(line, soft_wrap=True)
         else:
             say(console, plain_line(name, place, place.last, time.time()))
-        for message in place.said[-NUM_SAID:]:
-            say(console, message)
     return True

@@ -20,12 +20,11 @@ from pipeline.launch.log import Watch
 from pipeline.records import states
 from pipeline.records.progress import Reader
 from pipeline.records.states import Chain, State
-from pipeline.show.progress import Place, chain_lines, names_of, place_lines, plain_line, width_of
+from pipeline.show.progress import Place, chain_lines, is_alarm, names_of, place_lines, plain_line, width_of
 from pipeline.show.screen import say
 from pipeline.system.errors import StageFailed
 
 QUIET_SECONDS = 60.0  # without a terminal: after these a line says how far a stage is that has logged nothing
-ALARMS = ("watchdog: ", ": FAILED: ")  # in a message that must not be overlooked
 
 
 def can_redraw(console: Console) -> bool:
@@ -117,8 +116,7 @@ class Screen:
             for entry in entries:
                 figures = self._place.take(entry)
                 if entry.said is not None:
-                    is_alarm = any(word in entry.said for word in ALARMS)
-                    say(self._console, entry.said, "bold yellow" if is_alarm else "")
+                    say(self._console, entry.said, "bold yellow" if is_alarm(entry.said) else "")
                 elif self._live is None:
                     self._print(figures)
             self._draw()
@@ -151,7 +149,7 @@ class Screen:
 
     def _lines(self) -> list[Text]:
         width = width_of(self._console)
-        chain = {name: self._chain.states[name] for name in self._shown}
+        chain: dict[str, State] = {name: self._chain.states[name] for name in self._shown}
         lines = [Text(), *chain_lines(chain, width, self._console.encoding)]
         if self._reader is not None:
             lines += place_lines(self._name, self._place, time.time(), width, self._console.encoding)
