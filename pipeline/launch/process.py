@@ -44,12 +44,10 @@ def run_stage(
     reason: str,
     redo: bool,
     console: Console,
-    server: StageServer | None = None,
+    server: StageServer | None = None,  # starts it without its imports, where it is one process
     watch: Watch = nobody,
 ) -> None:
     """Run a stage's process until it ends, and log its output; `watch` looks at it. `reason`: for its record.
-
-    `server`: what starts it without its imports, where it is one process.
 
     Raises:
         StageFailed: if it ended with an error or without a record.
