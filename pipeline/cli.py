@@ -54,7 +54,7 @@ def run(
     from pipeline.system import disk
 
     console = _console()
-    with stopping(), StageServer(environment(console)) as server:
+    with stopping(), StageServer(environment()) as server:
         if recall(config, overrides) is None and accelerate_config is None:
             server.warm_up()  # meanwhile this process checks the config
         loaded = load(config, overrides)
@@ -102,7 +102,7 @@ def check_data(config: str, overrides: tuple[str, ...], stages: tuple[str, ...],
 @cli.command()
 @click.argument("run_dir", type=click.Path(path_type=Path))
 def status(run_dir: Path) -> None:
-    """Show the chain of a run folder so far, and how to load its outputs."""
+    """Show the chain of a run folder, also while it runs, and how to load its outputs."""
     from pipeline.show import results
 
     results.status(run_dir, _console())

@@ -20,9 +20,11 @@ from pipeline.records import last_run, manifest
 from pipeline.records.last_run import LastRun, Planned
 from pipeline.records.manifest import Manifest
 from pipeline.records.stage_folder import CHECKPOINTS, LOCK
+from pipeline.records.states import Chain, State, this_process
 from pipeline.show import plan, results
 from pipeline.show.facts import NOTHING, look
 from pipeline.show.screen import say, show
+from pipeline.show.watch import Screen
 from pipeline.system.errors import StageFailed, UserError, all_of, unknown
 
 
@@ -95,11 +97,14 @@ def run(
         manifest.drop(config.run_path, forgotten)
     planned = _planned(config, decisions, overrides, accelerate_config)
     try:
-        for number, (name, reason) in enumerate(pending.items(), 1):
-            console.print(Rule(_title(config, name, number, len(pending)), align="left", style="bold cyan"))
-            run_folder.open_run(config)  # before anything is written: other files may have come since
-            with last_run.attempt(config.run_path, planned, name):
-                process.run_stage(config, name, overrides, launch_files[name], reason, name in redo, console, server)
+        with _screen(config, decisions, selected, console) if pending else contextlib.nullcontext() as screen:
+            for number, (name, reason) in enumerate(pending.items(), 1):
+                assert screen is not None, "there is a stage to show"
+                console.print(Rule(_title(config, name, number, len(pending)), align="left", style="bold cyan"))
+                run_folder.open_run(config)  # before anything is written: other files may have come since
+                with last_run.attempt(config.run_path, planned, name), screen.at_work(name) as watch:
+                    file = launch_files[name]
+                    process.run_stage(config, name, overrides, file, reason, name in redo, console, server, watch)
     except StageFailed:
         _report(config, console)
         raise
@@ -141,6 +146,14 @@ def _planned(
         config=config.source.read_text(encoding="utf-8", errors="replace"),
         stages=stages,
     )
+
+
+def _screen(config: RunConfig, decisions: list[Decision], selected: list[str], console: Console) -> Screen:
+    """Return what shows the run; its states are those of all stages, also of those that the command is not about."""
+    found: dict[str, State] = {one.stage: "waiting" if one.run else "finished" for one in decisions}
+    types = {name: stage.type for name, stage in config.stages.items()}
+    chain = Chain(name=config.name, types=types, states=found, launcher=this_process())
+    return Screen(console, chain, config.run_path, selected)
 
 
 def _title(config: RunConfig, name: str, number: int, total: int) -> str:

@@ -39,7 +39,8 @@ from pipeline.models.loading import Loader
 from pipeline.records import manifest
 from pipeline.records.figures import figures_of_record
 from pipeline.records.manifest import Output, Record
-from pipeline.records.stage_folder import CHECKPOINTS, LOCK, TRACKING
+from pipeline.records.progress import Progress
+from pipeline.records.stage_folder import CHECKPOINTS, LOCK, PROGRESS, TRACKING
 from pipeline.system import digests, disk, streams, versions
 from pipeline.system.errors import UserError
 from pipeline.system.processes import same_everywhere
@@ -86,20 +87,23 @@ def run(config: RunConfig, name: str, launch: Launch = BY_HAND) -> None:
         raise UserError(f"stages.{name}: {fault}")
     state = join_processes(getattr(config.stages[name], "training", config.training))
     ignored = forget_options(config.stages[name])
-    if state.is_main_process:
-        for message in ignored:
-            print(f"{name}: {message}", flush=True)
-    with _locked(config, name) if state.is_main_process else contextlib.nullcontext():
-        decision = same_everywhere(lambda: _prepare(config, name, launch))
+    with contextlib.ExitStack() as held:
+        progress = Progress()
+        if state.is_main_process:
+            held.enter_context(_locked(config, name))
+            progress = held.enter_context(Progress(config.run_path / name / PROGRESS, launch.token))
+            for message in ignored:
+                progress.say(f"{name}: {message}")
+        decision = same_everywhere(lambda: _prepare(config, name, launch, progress))
         if decision.run:
-            _execute(config, name, decision, state)
+            _execute(config, name, decision, state, progress)
         elif state.is_main_process:
             # It may have been killed at its end.
             shutil.rmtree(config.run_path / name / CHECKPOINTS, ignore_errors=True)
-            print(f"{name}: finished already, and nothing changed", flush=True)
+            progress.say(f"{name}: finished already, and nothing changed")
 
 
-def _prepare(config: RunConfig, name: str, launch: Launch) -> Decision:
+def _prepare(config: RunConfig, name: str, launch: Launch, progress: Progress) -> Decision:
     """Decide whether a stage runs, from its record and those of the stages that it builds on.
 
     Raises:
@@ -118,7 +122,7 @@ def _prepare(config: RunConfig, name: str, launch: Launch) -> Decision:
             raise UserError(f"stage {name!r} needs {parent!r} ({role}), {why}. Run it first")
         manifest.verify(config.run_path, parent, recorded.stages[parent])
     for verdict in gate.check(config, name, recorded):
-        print(f"{name}: gate: {verdict}", flush=True)
+        progress.say(f"{name}: gate: {verdict}")
     identity = decision.identity or staleness.identify(config, name, recorded)  # it may not be readable
     folder = config.run_path / name / CHECKPOINTS
     if launch.redo:
@@ -130,14 +134,15 @@ def _prepare(config: RunConfig, name: str, launch: Launch) -> Decision:
     return dataclasses.replace(decision, identity=identity, reason=reason)
 
 
-def _execute(config: RunConfig, name: str, decision: Decision, state: PartialState) -> None:
+def _execute(config: RunConfig, name: str, decision: Decision, state: PartialState, progress: Progress) -> None:
     """Run the stage's module, and put its output and its record in the run folder."""
     assert decision.identity is not None, "a stage that may start has one"
     started = time.time()
     tokenizer = run_tokenizer.open_saved(config.run_path / "tokenizer", config.model.trust_remote_code)
     fingerprint = run_tokenizer.fingerprint(tokenizer)
     _same_tokenizer(config, name, fingerprint)
-    ctx = StageContext(config, name, tokenizer, fingerprint, _loader(config, tokenizer), decision.identity.digest())
+    identity = decision.identity.digest()
+    ctx = StageContext(config, name, tokenizer, fingerprint, _loader(config, tokenizer), identity, progress)
     _say_device(ctx)
     quieten_transformers()
     ctx.rows()  # refused before the record is dropped, where the launcher has not looked at them

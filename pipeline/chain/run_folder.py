@@ -8,7 +8,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.data import fingerprints
 from pipeline.records import manifest
 from pipeline.records.manifest import Manifest, TokenizerRecord
-from pipeline.records.stage_folder import CHECKPOINTS, GATE, HISTORY, LOCK, LOG, TRACKING
+from pipeline.records.stage_folder import CHECKPOINTS, GATE, HISTORY, LOCK, LOG, PROGRESS, TRACKING
 from pipeline.system import digests
 from pipeline.system.digests import digest
 from pipeline.system.errors import UserError
@@ -65,7 +65,7 @@ def _is_foreign(folder: Path) -> bool:
 
 def _holds_files(folder: Path) -> bool:
     """Tell whether a folder holds other files than those that a run makes before it does anything else."""
-    return folder.is_dir() and any(path.name not in (LOCK, LOG, GATE) for path in folder.iterdir())
+    return folder.is_dir() and any(path.name not in (LOCK, LOG, GATE, PROGRESS) for path in folder.iterdir())
 
 
 def open_run(config: RunConfig) -> Manifest:

@@ -10,8 +10,10 @@ import pkgutil
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from pipeline.config import logged_figures
 from pipeline.config.batch_sizes import fault_of_ppo
 from pipeline.config.grpo_options import NOT_OF_PPO
+from pipeline.config.logged_figures import LENGTH
 from pipeline.config.ranges import NOT_NEGATIVE, POSITIVE
 from pipeline.config.schema import BASE, Evaluate, Offline, Online, Ppo, RunConfig, Shift, Stage
 from pipeline.config.type_row import POLICIES, REWARD_MODELS, ZERO_2, ZERO_3, Makes, Reference, StageType
@@ -24,12 +26,11 @@ _START_FROM_SFT = Reference(
 )
 _SAME_POLICIES = "policy and reference, and old and new policy, can be compared without it only"
 _SFT_WORDS = {"packing_strategy": "bfd bfd_split wrapped", "loss_type": "nll dft chunked_nll"}
-_LENGTH = "completions/mean_length"
 _PPO_LOGS = {
     "objective/kl": ("kl", 0),
     "objective/entropy": ("entropy", -1),
     "policy/clipfrac_avg": ("clip_fraction", 0),
-    _LENGTH: ("length", 0),
+    LENGTH: ("length", 0),
     "completions/missing_eos": ("missing_eos", 0),
     "value/explained_variance": ("explained_variance", 0),
 }
@@ -37,7 +38,7 @@ _RLOO_LOGS = {
     "kl": ("kl", 1),
     "entropy": ("entropy", 0),
     "clip_ratio/region_mean": ("clip_fraction", 0),
-    _LENGTH: ("length", 0),
+    LENGTH: ("length", 0),
     "completions/clipped_ratio": ("missing_eos", 0),
     "frac_reward_zero_std": ("frac_reward_zero_std", 0),
 }
@@ -58,6 +59,7 @@ _GROUPS = functools.partial(
     defaults={"logging_steps": 1, "disable_dropout": True},
     bounds={"beta": NOT_NEGATIVE},
     headline=("initial_kl", "kl", "first_reward", "reward"),
+    shown=logged_figures.OF_GROUPS,
 )
 
 
@@ -112,6 +114,7 @@ STAGE_TYPES: Mapping[str, StageType] = {
         length_option="training.max_length",
         sharded=(ZERO_2,),
         headline=("loss", "accuracy", "eval_accuracy", "margin"),
+        shown=logged_figures.OF_REWARD,
     ),
     "ppo": StageType(
         section=Ppo,
@@ -143,6 +146,7 @@ STAGE_TYPES: Mapping[str, StageType] = {
         check_options=fault_of_ppo,
         headline=("initial_kl", "kl", "first_score", "score"),
         watched=_PPO_LOGS,
+        shown=logged_figures.OF_PPO,
     ),
     "rloo": _GROUPS(
         trl_config="trl:RLOOConfig",
@@ -186,6 +190,7 @@ STAGE_TYPES: Mapping[str, StageType] = {
         },
         bounds={"beta": POSITIVE},
         headline=("initial_loss", "loss", "rewards/accuracies", "rewards/margins"),
+        shown=logged_figures.OF_DPO,
     ),
     "kto": StageType(
         section=Offline,
@@ -207,6 +212,7 @@ STAGE_TYPES: Mapping[str, StageType] = {
         bounds={"beta": POSITIVE, "desirable_weight": NOT_NEGATIVE, "undesirable_weight": NOT_NEGATIVE},
         check_options=_fault_of_kto,
         headline=("initial_loss", "loss", "kl", "rewards/margins"),
+        shown=logged_figures.OF_KTO,
     ),
     "evaluate": StageType(
         section=Evaluate,

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from pipeline.config.logged_figures import LOSSES, Ours
 from pipeline.config.ranges import Range
 from pipeline.config.schema import Stage
 
@@ -58,7 +59,8 @@ class StageType:
     bounds: Mapping[str, Range] = field(default_factory=dict)  # option -> its numbers, where other types have others
     check_options: Callable[[Any], str | None] | None = None  # says what is wrong with an instance of `trl_config`
     headline: tuple[str, ...] = ()  # the metrics that people read first
-    watched: Mapping[str, tuple[str, int]] = field(default_factory=dict)  # see `rl/healthy_ranges.py`
+    watched: Mapping[str, Ours] = field(default_factory=dict)  # see `rl/healthy_ranges.py`
+    shown: Mapping[str, Ours] = field(default_factory=lambda: LOSSES)  # of what its trainer logs, while it trains
 
     @property
     def reads_raw_text(self) -> bool:

@@ -31,11 +31,13 @@ class Launch:
     `launcher`: the number of the launcher's process, with which the stage ends.
     `reason`: why the stage runs, for its record.
     `redo`: whether the stage begins anew, whatever checkpoints it has.
+    `token`: tells the progress file of this launch from that of an earlier one.
     """
 
     launcher: int | None = None
     reason: str | None = None
     redo: bool = False
+    token: str | None = None
 
 
 @contextlib.contextmanager

@@ -1,14 +1,27 @@
-"""Show what a stage's process prints, and keep it in the stage's log."""
+"""Keep what a stage's process prints in the stage's log, and let somebody watch meanwhile."""
 
 import collections
 import os
+import select
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, TypeAlias
 
 from rich.console import Console
 
 NUM_KEPT_LINES = 1000
+SECONDS = 0.5  # between two looks at a stage
+
+
+# Takes the progress file of a stage that is about to start, and the token of its launch; returns what shows its news.
+Watch: TypeAlias = Callable[[Path, str], Callable[[], None]]
+
+
+def nobody(file: Path, token: str) -> Callable[[], None]:
+    """Watch nothing."""
+    return lambda: None
 
 
 class StageLog:
@@ -43,17 +56,29 @@ class StageLog:
             say_last(self._console, f"{self.path}: cannot be written any more ({error.strerror}); the stage goes on")
 
 
-def relay(stream: IO[bytes], log: StageLog, console: Console) -> None:
-    """Show a stage's output as it comes, progress bars redrawn in place on a terminal; log its finished lines."""
+def relay(stream: IO[bytes], log: StageLog, look: Callable[[], None]) -> None:
+    """Log the finished lines of a stage's output until it ends, and `look` meanwhile; of a bar that is the last state.
+
+    What a stage prints is not shown: it leaves its messages in its progress file.
+    """
     pending = b""
-    while chunk := os.read(stream.fileno(), 65536):
+    looked = -SECONDS
+    while True:
+        is_ready, _, _ = select.select([stream], [], [], SECONDS)
+        if time.monotonic() - looked >= SECONDS:
+            look()
+            looked = time.monotonic()
+        if not is_ready:
+            continue
+        chunk = os.read(stream.fileno(), 65536)
+        if not chunk:
+            break
         *lines, pending = (pending + chunk).split(b"\n")
         finished = "".join(line.decode(errors="replace").rstrip("\r").split("\r")[-1] + "\n" for line in lines)
         log.write(finished)
-        console.file.write(chunk.decode(errors="replace") if console.is_terminal else finished)
-        console.file.flush()
     if pending:
         log.write(pending.decode(errors="replace").split("\r")[-1] + "\n")
+    look()
 
 
 def say_last(console: Console, text: str) -> None:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 from typing import TypeAlias
 
@@ -13,11 +14,11 @@ from rich.console import Console
 
 from pipeline.config.schema import RunConfig
 from pipeline.launch import channel, sharding
-from pipeline.launch.log import StageLog, relay, say_last
+from pipeline.launch.log import StageLog, Watch, nobody, relay, say_last
 from pipeline.launch.stage_server import MODULE, UNKNOWN, Forked, StageServer
 from pipeline.records import manifest
 from pipeline.records.manifest import Record
-from pipeline.records.stage_folder import LOG
+from pipeline.records.stage_folder import LOG, PROGRESS
 from pipeline.system.errors import StageFailed
 
 StageProcess: TypeAlias = "subprocess.Popen[bytes] | Forked"
@@ -43,11 +44,10 @@ def run_stage(
     reason: str,
     redo: bool,
     console: Console,
-    server: StageServer | None = None,
+    server: StageServer | None = None,  # starts it without its imports, where it is one process
+    watch: Watch = nobody,
 ) -> None:
-    """Run a stage's process until it ends, show and log its output. `reason`: why it runs, for its record.
-
-    `server`: what starts it without its imports, where it is one process.
+    """Run a stage's process until it ends, and log its output; `watch` looks at it. `reason`: for its record.
 
     Raises:
         StageFailed: if it ended with an error or without a record.
@@ -56,16 +56,16 @@ def run_stage(
     path = config.run_path / name / LOG
     path.parent.mkdir(parents=True, exist_ok=True)
     argv = command(config, name, overrides, accelerate_file)
-    launch = channel.Launch(os.getpid(), reason, redo)
+    launch = channel.Launch(os.getpid(), reason, redo, token := uuid.uuid4().hex)
     with channel.opened(launch, config.run_path) as answers:  # a stage's folder may hold nothing else before its lock
-        said = environment(console, accelerate_file) | {channel.FOLDER: answers}
+        said = environment(accelerate_file) | {channel.FOLDER: answers}
         process = None
         try:
             with StageLog(path, console) as log:
                 log.write(f"$ {' '.join(argv)}\n")
                 process = _started(argv, said, server if accelerate_file is None else None)
                 assert process.stdout is not None, "it is a pipe"
-                relay(process.stdout, log, console)
+                relay(process.stdout, log, watch(path.with_name(PROGRESS), token))
             exit_code = process.wait()
         except KeyboardInterrupt:
             if process is not None:
@@ -106,15 +106,13 @@ def _started(command: list[str], environment: dict[str, str], server: StageServe
     )
 
 
-def environment(console: Console, accelerate_file: str | None = None) -> dict[str, str]:
+def environment(accelerate_file: str | None = None) -> dict[str, str]:
     """Return the environment of a stage's process, but for the folder of its channel."""
     variables = os.environ | {
         "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONIOENCODING": "utf-8:backslashreplace",  # what `relay` reads, in any locale
+        "PYTHONIOENCODING": "utf-8:backslashreplace",  # as the log is written, in any locale
         "PYTHONSAFEPATH": "1",  # or `-m` would look for this package in the working directory first
     }
-    if not console.encoding.startswith("utf"):
-        variables["TQDM_ASCII"] = " 123456789#"  # bars of blocks would be shown as escapes
     if accelerate_file is None:
         # One process on several GPUs would fall into torch's DataParallel, which no trainer here supports.
         variables["CUDA_VISIBLE_DEVICES"] = _first_gpu()

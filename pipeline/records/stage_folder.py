@@ -2,6 +2,7 @@
 
 LOCK = ".lock"  # in every stage folder that a run has made, as long as dotfiles are copied with it
 LOG = "log.txt"  # the launcher's; it only ever grows
+PROGRESS = "progress.jsonl"  # of the latest attempt
 CHECKPOINTS = "checkpoints"
 COMPLETIONS = "completions"  # what a trainer has kept of them, in the checkpoints while it trains
 TRACKING = "tracking.json"

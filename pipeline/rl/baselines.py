@@ -150,6 +150,7 @@ def offline_scores(
     lacking = [prompt for prompt in answers if keys[prompt] not in scores_by_key]
     if lacking:
         ctx.say(f"{ctx.name}: scoring completions of {len(lacking)} prompts for the baseline")
+        ctx.progress.begin("scoring for the baseline")
         own_share = share_of(lacking)
         sequences = [[*prompt, *ids] for prompt in own_share for ids in answers[prompt]]
         scores = iter(scoring.score(reward, sequences, cast(int, ctx.tokenizer.pad_token_id), batch_size))

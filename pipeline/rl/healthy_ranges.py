@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from pipeline.config.logged_figures import in_our_words
 from pipeline.config.stage_types import STAGE_TYPES
 
 
@@ -147,28 +148,17 @@ NOT_FINITE = (
 # Nothing can be sampled with such weights, so they are looked at after every update, before anything is logged.
 WEIGHTS = Range("weights", -math.inf, math.inf, 1, *NOT_FINITE)
 
-LENGTH = "completions/mean_length"
-
 
 def measures_of(stage_type: str, logs: Mapping[str, float | None]) -> dict[str, float]:
     """Return the watched measures among a trainer's logs, in the units of `HEALTHY`.
 
     The column `watched` of the stage types gives each name of a trainer the measure, and the power of the mean length
-    (tokens) that converts its unit. A measure that needs an absent length is left out.
+    (tokens) that converts its unit.
 
     PPOTrainer's own `policy/entropy_avg` is not used: it counts the padding behind each completion too. Its
     `objective/entropy` is summed over the completion. RLOO and GRPO log the KL per token: RLOO's is the mean log ratio,
     GRPO's the estimator k3, which cannot be negative; they log no KL when `beta` is 0. A clip fraction is of tokens for
     PPO and GRPO, of completions for RLOO. RLOO looks for equal rewards after the KL penalty: with `beta` above 0 it
-    hardly finds any. RLOO and GRPO log None for a value that was NaN throughout, so None is read as NaN.
+    hardly finds any.
     """
-    logged = {name: math.nan if value is None else value for name, value in logs.items()}
-    measures: dict[str, float] = {}
-    for name, (measure, power) in STAGE_TYPES[stage_type].watched.items():
-        if name not in logged:
-            continue
-        if power == 0:
-            measures[measure] = logged[name]
-        elif LENGTH in logged:
-            measures[measure] = logged[name] * max(logged[LENGTH], 1.0) ** power
-    return measures
+    return in_our_words(STAGE_TYPES[stage_type].watched, logs)

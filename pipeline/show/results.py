@@ -14,6 +14,7 @@ from pipeline.records.manifest import Manifest, Record
 from pipeline.shift.estimate import Estimate, EstimateJson, estimate
 from pipeline.show.loading_code import Loading, loading_code
 from pipeline.show.notes import notes
+from pipeline.show.progress import show_unfinished
 from pipeline.show.screen import Table, say, show
 from pipeline.show.tables import duration, number
 from pipeline.system.errors import UserError
@@ -161,7 +162,10 @@ def recorded_in(run_dir: Path) -> Manifest:
 
 
 def status(run_dir: Path, console: Console) -> None:
-    """Show the chain so far: stage, parents, duration, headline metrics, output, and how to load it."""
+    """Show the chain so far: stage, parents, duration, headline metrics, output, how to load it; then what is left."""
+    recorded = manifest.read(run_dir)
+    if recorded is None and show_unfinished(run_dir, (), console):
+        return
     recorded = recorded_in(run_dir)
     table = Table(f"{recorded.name}: {run_dir}", ("stage", "type", "from", "took", "metrics", "output"))
     for name, record in recorded.stages.items():
@@ -177,3 +181,4 @@ def status(run_dir: Path, console: Console) -> None:
             say(console, f"why it ran: {record.reason}")
         code = printable(snippet(run_dir, recorded, record), console.encoding)
         console.print(code, highlight=False, markup=False, emoji=False, soft_wrap=True)  # to be copied: never wrapped
+    show_unfinished(run_dir, recorded.stages, console)

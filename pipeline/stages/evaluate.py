@@ -105,6 +105,7 @@ def _sample(ctx: StageContext[Evaluate], policy: str, baseline: Model, rows: Dat
     mine = share_of(range(len(rows)))
     prompts = [prompts[i] for i in mine]
     answers = [drawn[i][0] for i in mine]
+    ctx.progress.begin(f"measuring the KL of {policy}")
     distances = divergence.kl_of_completions(model, baseline, prompts, answers, stage.temperature)
     assertions.finite_values(policy, f"KL to {stage.baseline}", distances)
     return [Sample(ids, kl) for ids, kl in zip(answers, distances, strict=True)]
@@ -120,6 +121,7 @@ def _entries(ctx: StageContext[Evaluate], rows: Dataset, sampled: dict[str, list
         sequences = []
         for samples in sampled.values():
             sequences += [prompt + sample.ids for prompt, sample in zip(prompts, samples, strict=True)]
+        ctx.progress.begin(f"scoring with {stage.reward}")
         scores = _scores(ctx, stage.reward, sequences)
     judge = None
     if stage.judge:
@@ -127,7 +129,8 @@ def _entries(ctx: StageContext[Evaluate], rows: Dataset, sampled: dict[str, list
     table: dict[str, list[Entry]] = {}
     for policy, samples in sampled.items():
         table[policy] = []
-        for i, sample in zip(mine, samples, strict=True):
+        pairs = list(zip(mine, samples, strict=True))
+        for i, sample in ctx.progress.each(pairs, f"judging {policy}") if judge else pairs:
             row = rows[i]
             text = str(ctx.tokenizer.decode(sample.ids, skip_special_tokens=True))
             judged = None

@@ -34,6 +34,7 @@ from pipeline.training import assertions, checkpoints
 from pipeline.training.context import Result, StageContext
 from pipeline.training.curves import report
 from pipeline.training.fit import first_and_last, newest_checkpoint, save_log, save_policy, should_train
+from pipeline.training.progress import Report
 from pipeline.training.trainers import ppo_trainer_class
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def run(ctx: StageContext[Ppo]) -> Result:
     checkpoint = newest_checkpoint(ctx)
     keep_checkpoints(trainer, watch.best, checkpoint)
     report(trainer, ctx.trackers)
+    trainer.add_callback(Report(ctx.progress))
     metrics: JsonObject = {"initial_kl": train_checked(ctx, start.models, start.first_prompts, trainer.train)}
     metrics |= watch.finish() | {"episodes": trainer.state.episode}
     return hand_over(ctx, trainer, start, Result(metrics, {}, datasets, resumed_from(checkpoint)))

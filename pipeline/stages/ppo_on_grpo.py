@@ -13,6 +13,7 @@ from pipeline.training import checkpoints
 from pipeline.training.context import Result, StageContext
 from pipeline.training.curves import report
 from pipeline.training.fit import load_only, newest_checkpoint
+from pipeline.training.progress import Report
 
 
 def run(ctx: StageContext[Ppo]) -> Result:
@@ -29,6 +30,7 @@ def run(ctx: StageContext[Ppo]) -> Result:
     keep_best(trainer, watch.best, checkpoint)
     report(trainer, ctx.trackers)
     trainer.add_callback(checkpoints.MarkComplete())
+    trainer.add_callback(Report(ctx.progress))
     if checkpoint is not None and checkpoints.is_last(checkpoint):
         load_only(args)
     train = functools.partial(trainer.train, resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -46,6 +46,7 @@ def run(ctx: StageContext[Shift]) -> Result:
         write_samples(ctx.new_output, ({**p, "completions": t} for p, t in zip(prompts, texts, strict=True)))
         title = f"{stage.reward}: scores of {stage.policy}'s completions"
         shift.table(report, open_console(width=120), title)
+        ctx.progress.note(f"{ctx.name}: {report['advice']}")
     datasets["data"]["used"] = len(rows)
     return Result(dict(report), datasets=datasets)
 
@@ -53,6 +54,7 @@ def run(ctx: StageContext[Shift]) -> Result:
 def _scores(ctx: StageContext[Shift], reward: str, prompts: list[Ids], drawn: list[list[Ids]]) -> list[list[float]]:
     """Score the completions of each prompt; the result is the same in all processes."""
     model = to_device(load_reward(ctx.loader, ctx.weights_of(reward)))
+    ctx.progress.begin(f"scoring with {reward}")
     mine = share_of(range(len(prompts)))
     sequences = [prompts[i] + ids for i in mine for ids in drawn[i]]
     scores = scoring.score(model, sequences, pad_id(ctx.tokenizer), ctx.stage.batch_size)

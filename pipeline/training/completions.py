@@ -62,7 +62,7 @@ def completions(
         if model is None:
             model = to_device(load_policy(ctx.loader, weights_of(ctx, policy)))
         sampled = {}
-        for key in share_of(lacking):
+        for key in ctx.progress.each(share_of(lacking), f"sampling from {policy}"):
             draw, batch = wanted[key]
             sampled[key] = generate(model, batch, sampling, ctx.tokenizer, draw)
         del model

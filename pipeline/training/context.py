@@ -23,6 +23,7 @@ from pipeline.data.prepare import Datasets
 from pipeline.models.loading import Loader, Weights, merge
 from pipeline.records import manifest
 from pipeline.records.manifest import Record
+from pipeline.records.progress import Progress
 from pipeline.records.stage_folder import CHECKPOINTS
 from pipeline.system.device import Device, of_torch
 from pipeline.system.errors import UserError
@@ -57,6 +58,7 @@ class StageContext(Generic[S]):
     loader: Loader
     identity: str  # the digest of the stage's identity: what its checkpoints belong to
     trackers: Trackers = field(default_factory=Trackers)  # without any but in the main process, while the stage runs
+    progress: Progress = field(default_factory=Progress)  # writes in the main process alone
 
     @property
     def stage(self) -> S:
@@ -86,9 +88,9 @@ class StageContext(Generic[S]):
         return recorded.stages[stage]
 
     def say(self, message: str) -> None:
-        """Print a line, in one process."""
+        """Print a message, in one process, and leave it to whoever watches."""
         if PartialState().is_main_process:
-            print(message, flush=True)
+            self.progress.say(message)
 
     def weights(self, place: Place) -> Weights:
         """Return where weights lie, as absolute paths or a hub id."""

@@ -554,7 +554,7 @@ def contents(folder: Path) -> dict[str, Any]:
             continue
         if path.is_dir():
             found[f"{name}/"] = None
-        elif name.startswith("cache/") or path.name == "log.txt":
+        elif name.startswith("cache/") or path.name in ("log.txt", "progress.jsonl", "chain.json"):
             found[name] = None
         elif path.name == "manifest.json":
             found[name] = _without(json.loads(path.read_text()), lambda key: key in TIMES)

@@ -319,6 +319,12 @@ TABLE: tuple[tuple[str, tuple[str, ...], tuple[Change, ...]], ...] = (
             ("equal rewards, high", "-math.inf,\n        0.9,\n        5", "-math.inf,\n        0.89,\n        5"),
             ("bounds are not scaled", "first if self.of_first else 1.0", "1.0"),
             ("both bounds must be broken", "max(high, self.fine_below)", "min(high, self.fine_below)"),
+        ),
+    ),
+    (
+        "config/logged_figures.py",
+        WATCHDOG,
+        (
             ("lengths below 1", "max(logged[LENGTH], 1.0)", "logged[LENGTH]"),
         ),
     ),

@@ -1,0 +1,86 @@
+"""Report to the progress file what a trainer does."""
+
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import has_length
+
+from pipeline.records.progress import FINISHING, HELD_OUT, TRAINING, Logs, Progress
+
+
+class Report(TrainerCallback):
+    """Write steps, held-out batches and logs of a trainer to a `Progress`, which writes in the main process alone.
+
+    Add it after the callback that loads a checkpoint, if the trainer needs one: a resumed training begins at its step.
+    """
+
+    def __init__(self, progress: Progress):
+        self._progress = progress
+        self._batches = 0  # done in the evaluation that is at work
+        self._is_trained = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        first: dict[str, float | None] = {}  # of a resumed training
+        for logs in state.log_history:
+            first = _figures(logs) | first
+        self._train(state, first)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        self._progress.step(state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, object] | None = None,
+        **_: object,
+    ) -> None:
+        self._close_evaluation(state)  # it is logged before `on_evaluate`
+        self._progress.step(state.global_step, _figures(logs or {}))
+
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **_: object,
+    ) -> None:
+        if self._batches == 0:
+            self._progress.begin(HELD_OUT, len(eval_dataloader) if has_length(eval_dataloader) else None)
+        self._batches += 1
+        self._progress.step(self._batches)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        self._close_evaluation(state)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        self._is_trained = True
+        self._progress.begin(FINISHING)
+
+    def _close_evaluation(self, state: TrainerState) -> None:
+        if self._batches == 0:
+            return
+        self._batches = 0
+        if self._is_trained:
+            self._progress.begin(FINISHING)
+        else:
+            self._train(state)
+
+    def _train(self, state: TrainerState, first: Logs | None = None) -> None:
+        # A checkpoint after the last step is only loaded: then fewer steps are to come than were made.
+        self._progress.begin(TRAINING, max(state.max_steps, state.global_step), state.global_step, first)
+
+
+def _figures(logs: Mapping[str, object]) -> dict[str, float | None]:
+    """Return the numbers of a log. Trainers log None for a value that was NaN throughout."""
+    figures: dict[str, float | None] = {}
+    for name, value in logs.items():
+        if value is None or isinstance(value, Real):
+            figures[name] = None if value is None else float(value)
+    return figures
