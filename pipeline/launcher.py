@@ -2,6 +2,7 @@
 
 import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -95,24 +96,30 @@ def run(
     _tidy(config, [one.stage for one in decisions if not one.run])
     if forgotten:
         manifest.drop(config.run_path, forgotten)
-    planned = _planned(config, decisions, overrides, accelerate_config)
-    try:
-        with _screen(config, decisions, selected, console) if pending else contextlib.nullcontext() as screen:
+    if pending:
+        planned = _planned(config, decisions, overrides, accelerate_config)
+        with _reported_if_failed(config, console), _screen(config, decisions, selected, console) as screen:
             for number, (name, reason) in enumerate(pending.items(), 1):
-                assert screen is not None, "there is a stage to show"
                 console.print(Rule(_title(config, name, number, len(pending)), align="left", style="bold cyan"))
                 run_folder.open_run(config)  # before anything is written: other files may have come since
                 with last_run.attempt(config.run_path, planned, name), screen.at_work(name) as watch:
                     file = launch_files[name]
                     process.run_stage(config, name, overrides, file, reason, name in redo, console, server, watch)
-    except StageFailed:
-        _report(config, console)
-        raise
     recorded = run_folder.open_run(config)
     _report(config, console, only_if_outdated=not pending)
     results.shift_table(recorded, console)
     results.result_table(recorded, console)
     say(console, f"Everything is in {config.run_path}; `rlhf status {config.run_path}` shows how to load it.")
+
+
+@contextlib.contextmanager
+def _reported_if_failed(config: RunConfig, console: Console) -> Iterator[None]:
+    """Make the report of a run that a stage ends; of one that ends well it comes later."""
+    try:
+        yield
+    except StageFailed:
+        _report(config, console)
+        raise
 
 
 def _report(config: RunConfig, console: Console, only_if_outdated: bool = False) -> None:
