@@ -23,9 +23,10 @@ from pipeline.records.manifest import Manifest
 from pipeline.records.stage_folder import CHECKPOINTS, LOCK
 from pipeline.records.states import Chain, State, this_process
 from pipeline.show import plan, results
-from pipeline.show.facts import NOTHING, look
+from pipeline.show.facts import NOTHING, Known, look
 from pipeline.show.screen import say, show
 from pipeline.show.watch import Screen
+from pipeline.system.device import Device
 from pipeline.system.errors import StageFailed, UserError, all_of, unknown
 
 
@@ -58,8 +59,7 @@ def show_plan(config: RunConfig, console: Console, accelerate_config: str | None
     pending = {one.stage: launch_files[one.stage] for one in decisions if one.run}
     chosen = devices.of_stages(config, pending)
     known = look(config, recorded, list(config.stages))
-    plan.plan_table(config, decisions, known.stages, chosen, console)
-    plan.say_warnings(known.warnings, console)
+    _show(config, decisions, known, chosen, console)
     for table in known.tables:
         show(table, console)
 
@@ -91,8 +91,7 @@ def run(
     chosen = devices.of_stages(config, launch_files)
     # Forgotten before the tokenizer is looked at: if no finished stage is left, it may change.
     known = look(config, recorded.without(forgotten), list(pending)) if pending else NOTHING
-    plan.plan_table(config, [one for one in decisions if one.stage in selected], known.stages, chosen, console)
-    plan.say_warnings(known.warnings, console)
+    _show(config, [one for one in decisions if one.stage in selected], known, chosen, console)
     _tidy(config, [one.stage for one in decisions if not one.run])
     if forgotten:
         manifest.drop(config.run_path, forgotten)
@@ -110,6 +109,13 @@ def run(
     results.shift_table(recorded, console)
     results.result_table(recorded, console)
     say(console, f"Everything is in {config.run_path}; `rlhf status {config.run_path}` shows how to load it.")
+
+
+def _show(
+    config: RunConfig, decisions: list[Decision], known: Known, chosen: dict[str, Device], console: Console
+) -> None:
+    plan.plan_table(config, decisions, known.stages, chosen, console)
+    plan.say_warnings(known.warnings, console)
 
 
 @contextlib.contextmanager
