@@ -189,6 +189,8 @@ def test_no_shipped_config_asks_for_what_a_cpu_lacks(no_gpu, config):
 
 def test_what_torch_says_of_a_gpu(path, monkeypatch):
     """A GPU of today, one that emulates bf16, one that cannot: as transformers asks before it builds its options."""
+    config = load(path)
+    on_cpu = load(path, ("training.use_cpu=true",))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
@@ -205,9 +207,8 @@ def test_what_torch_says_of_a_gpu(path, monkeypatch):
         assert device.of_torch() == Device("cuda", "Some GPU", "a GPU is visible", ability, tf32=major >= 8)
     monkeypatch.setenv(device.USE_CPU, "True")  # as `accelerate launch` writes it
     assert device.of_torch().why == "ACCELERATE_USE_CPU is set"
-    config = load(path, ("training.use_cpu=true",))
-    assert precision.device_of(config, "sft", NEW).why == "`use_cpu: true`"
-    assert precision.device_of(load(path), "sft", NEW) == NEW
+    assert precision.device_of(on_cpu, "sft", NEW).why == "`use_cpu: true`"
+    assert precision.device_of(config, "sft", NEW) == NEW
 
 
 def test_a_launch_file_may_ask_for_the_cpu(path, tmp_path, monkeypatch):
@@ -234,6 +235,7 @@ def test_the_launcher_imports_no_torch_to_see_that_there_is_no_gpu():
 
 def test_a_gpu_is_looked_at_once_and_a_missing_one_again(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    monkeypatch.setenv(device.USE_CPU, "")
     monkeypatch.setattr(device, "_drivers", lambda: ["nvidia0"])
     monkeypatch.setattr(device, "_key", lambda: "this boot of this machine")
     answers = [SLOW, NEW, OLD]

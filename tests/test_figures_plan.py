@@ -163,7 +163,7 @@ def test_tied_embeddings_count_once_and_the_plan_says_the_parts(tmp_path, cli):
     tokenizer = run_tokenizer.build(config)
     names = ["pretrain", "sft", "reward"]
     facts = preflight.check(config, names, tokenizer, run_tokenizer.fingerprint(tokenizer))
-    base = from_scratch(tiny.ARCHITECTURE, tokenizer, "float32", seed=0)
+    base = from_scratch(dict(tiny.ARCHITECTURE), tokenizer, "float32", seed=0)
     assert base.lm_head.weight is base.model.embed_tokens.weight
     size = sum(parameter.numel() for parameter in base.parameters())  # what is tied comes once
     adapted = get_peft_model(base, LoraConfig(**tiny.LORA, task_type="CAUSAL_LM"))
