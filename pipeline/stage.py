@@ -142,7 +142,8 @@ def _execute(config: RunConfig, name: str, decision: Decision, state: PartialSta
     fingerprint = run_tokenizer.fingerprint(tokenizer)
     _same_tokenizer(config, name, fingerprint)
     identity = decision.identity.digest()
-    ctx = StageContext(config, name, tokenizer, fingerprint, _loader(config, tokenizer), identity, progress)
+    loader = _loader(config, tokenizer)
+    ctx = StageContext(config, name, tokenizer, fingerprint, loader, identity, progress=progress)
     _say_device(ctx)
     quieten_transformers()
     ctx.rows()  # refused before the record is dropped, where the launcher has not looked at them
