@@ -92,8 +92,11 @@ def _keep(run_dir: Path, planned: LastRun, stage: str, last: Attempt) -> None:
     attempts = {} if before is None else before.attempts
     value = planned.model_copy(update={"attempts": attempts | {stage: last}})
     temporary = run_dir / f"{FILE}.tmp"
-    with contextlib.suppress(OSError):
+    try:
         run_dir.mkdir(parents=True, exist_ok=True)
         # In ASCII: a path or message may hold what is no UTF-8.
         temporary.write_text(json.dumps(value.model_dump(), indent=1) + "\n", encoding="ascii")
         temporary.replace(run_dir / FILE)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
