@@ -131,6 +131,14 @@ def test_commands_are_quoted_for_a_shell(tmp_path):
     ]
 
 
+def test_a_name_that_is_no_unicode_is_escaped(tmp_path):
+    """As of a file that was named in another encoding, in a command and in a message."""
+    failed = Attempt(state="failed", at=LATE, message="b\udcff.jsonl: row 3 is bad")
+    run = reading.read(report_runs.write(tmp_path, {}, {"sft": failed}, overrides=("data.rows.path=\udcff",)))
+    assert run.stages["sft"].why == "b\\udcff.jsonl: row 3 is bad"
+    assert run.last.command[-1] == "data.rows.path=\\udcff"
+
+
 # The page
 
 
