@@ -14,7 +14,7 @@ from filelock import FileLock
 from report_runs import LATE, record
 from rich.console import Console
 
-from pipeline.html import curves, drawing, page, reading, words
+from pipeline.html import curves, drawing, page, reading, tables, words
 from pipeline.records import last_run, manifest
 from pipeline.records.last_run import Attempt
 
@@ -129,6 +129,30 @@ def test_commands_are_quoted_for_a_shell(tmp_path):
         *("cd", "/somewhere/a b", "&&"),
         *("rlhf", "run", "my config.yaml", *odd, "--redo", "re ward"),
     ]
+
+
+def test_rows_are_told_as_they_are_on_record(tmp_path):
+    """A stream has none to count; an evaluation may use fewer than there are."""
+    plain = {"dataset": "demos", "split": "train", "read": 1200, "rows": 1100, "tokens": 9000}
+    plain |= {"dropped": {"too_long": 90, "blank": 10}, "noticed": {"longer_wins": 7}}
+    used = {"dataset": "prompts", "split": "held-out", "read": 50, "rows": 50, "tokens": 500, "used": 20}
+    stream = {"dataset": "texts", "split": "train", "streamed": True, "read": 4000, "dropped": {}}
+    records = {"sft": record("sft", datasets={"data": plain, "eval_data": used, "corpus": stream})}
+    shown = tables.data(reading.read(report_runs.write(tmp_path, records)).stages["sft"])
+    left_out = "90 are longer than the limit of tokens\n10 are blank texts"
+    assert shown.rows == [
+        ("data", "demos", "train", "1,200", "1,100", "9,000", left_out, "7 longer wins"),
+        ("eval_data", "prompts", "held-out", "50", "20", "500", "none", "none"),
+        ("corpus", "texts", "train", "4,000", "streamed, not counted", "-", "none", "none"),
+    ]
+
+
+def test_a_name_that_is_no_unicode_is_escaped(tmp_path):
+    """As of a file that was named in another encoding, in a command and in a message."""
+    failed = Attempt(state="failed", at=LATE, message="b\udcff.jsonl: row 3 is bad")
+    run = reading.read(report_runs.write(tmp_path, {}, {"sft": failed}, overrides=("data.rows.path=\udcff",)))
+    assert run.stages["sft"].why == "b\\udcff.jsonl: row 3 is bad"
+    assert run.last.command[-1] == "data.rows.path=\\udcff"
 
 
 # The page

@@ -9,15 +9,23 @@ import datetime
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from pipeline.config.values import Name
 from pipeline.system.errors import StageFailed
 
 FILE = "last_run.json"
 _REFUSED = 2  # the exit code of what a user can mend
+
+
+def _printable(value: object) -> object:
+    """Escape what is no Unicode, as in the name of a file in another encoding; other values are left to be refused."""
+    return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
+
+
+Words = Annotated[str, BeforeValidator(_printable)]
 
 
 class _Frozen(BaseModel):
@@ -29,7 +37,7 @@ class Planned(_Frozen):
 
     type: str
     parents: dict[str, str]
-    reason: str | None = None
+    reason: Words | None = None
 
 
 class Attempt(_Frozen):
@@ -40,7 +48,7 @@ class Attempt(_Frozen):
 
     state: Literal["started", "finished", "failed", "refused", "stopped"]
     at: str
-    message: str = ""
+    message: Words = ""
 
 
 class LastRun(_Frozen):
@@ -50,9 +58,9 @@ class LastRun(_Frozen):
     """
 
     started: str
-    command: list[str]
-    folder: str
-    config: str
+    command: list[Words]
+    folder: Words
+    config: Words
     stages: dict[Name, Planned]
     attempts: dict[Name, Attempt] = {}
 
@@ -92,8 +100,11 @@ def _keep(run_dir: Path, planned: LastRun, stage: str, last: Attempt) -> None:
     attempts = {} if before is None else before.attempts
     value = planned.model_copy(update={"attempts": attempts | {stage: last}})
     temporary = run_dir / f"{FILE}.tmp"
-    with contextlib.suppress(OSError):
+    try:
         run_dir.mkdir(parents=True, exist_ok=True)
         # In ASCII: a path or message may hold what is no UTF-8.
         temporary.write_text(json.dumps(value.model_dump(), indent=1) + "\n", encoding="ascii")
         temporary.replace(run_dir / FILE)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
