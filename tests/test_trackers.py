@@ -252,7 +252,7 @@ def test_stages_that_are_copies_of_one_process_report(tmp_path, rlhf):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "wandb" not in done.stdout + done.stderr and "trackio" not in (done.stdout + done.stderr).lower()
     folder = load(path).run_path / "evaluate"
-    assert len(list(folder.glob("wandb/*/files/media/table/*.json"))) == 2
+    assert len(list(folder.glob("wandb/offline-run-*/files/media/table/*.json"))) == 2
     assert len([row for _, _, _, row in TrackioDatabase(folder).rows if "policies" in row]) == 1
 
 
