@@ -174,6 +174,7 @@ def test_a_line_for_a_pipe():
     assert plain_line("evaluate", place, {}, 130) == "evaluate: sampling from sft 2/3"
     place.take(Entry(time=130, phase="finishing"))
     assert plain_line("sft", place, {}, 133) == "sft: finishing for 3s"
+    assert plain_line("sft", place, {"held-out loss": 0.61}, 133) == "sft: finishing: held-out loss 0.610"
     assert plain_line("sft", Place(), {}, 133) == "sft: loading"
 
 

@@ -132,6 +132,8 @@ def place_lines(name: str, place: Place, now: float, width: int, encoding: str) 
 def plain_line(name: str, place: Place, figures: Mapping[str, float], now: float) -> str:
     """Return how far a stage is in one line: `sft: step 20/60, 12s left: loss 0.512`."""
     head, count, left = _parts(name, place, now)
+    if figures and not count:  # of an evaluation after the training
+        left = ""
     where = f"{head}{' ' if ':' in head else ': '}{', '.join(filter(None, (count, left)))}".rstrip(": ")
     values = ", ".join(f"{label} {figure(value)}" for label, value in figures.items())
     return f"{where}: {values}" if values else where
