@@ -199,7 +199,12 @@ def in_readme(precision: str, weights: str, found: dict[str, str]) -> str:
 def test_every_stage_in_every_precision(tmp_path, monkeypatch, kept, precision, weights):
     contexts: list[context.StageContext] = []
     init = context.StageContext.__init__
-    monkeypatch.setattr(context.StageContext, "__init__", lambda self, *a: (init(self, *a), contexts.append(self))[0])
+
+    def made(self, *values, **named):
+        init(self, *values, **named)
+        contexts.append(self)
+
+    monkeypatch.setattr(context.StageContext, "__init__", made)
     path = make_run(tmp_path, weights, PRECISIONS[precision])
     try:
         found = run_all(path, kept, contexts)
