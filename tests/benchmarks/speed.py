@@ -72,7 +72,7 @@ def options_of(stage: str, steps: int) -> dict[str, Any]:
         sizes = {"total_episodes": PPO_BATCH * steps, "gradient_accumulation_steps": PPO_BATCH // BATCH}
         lengths = {"response_length": RESPONSE_LENGTH, "local_rollout_forward_batch_size": PPO_BATCH}
         return common | sizes | lengths | {"gradient_checkpointing": False}
-    common["max_steps"] = steps
+    common |= {"max_steps": steps, "bf16": True}  # TRL's default; by itself the pipeline leaves it off on some devices
     if stage in ("rloo", "grpo"):
         return common | {"max_completion_length": 32, "num_generations": 4, "beta": 0.04}
     return common | {"max_length": 256 if stage == "pretrain" else 1024}
