@@ -152,7 +152,8 @@ class OnTerminal:
                     return
                 self.raw += chunk
                 self._stream.feed(chunk)
-                self.seen.append([line.rstrip() for line in self.screen.display])
+                if not select.select([self.terminal], [], [], 0.02)[0]:  # else it is in the middle of a drawing
+                    self.seen.append([line.rstrip() for line in self.screen.display])
 
     def wait(self):
         self.read_until(lambda: False)
