@@ -621,8 +621,8 @@ def test_an_alarm_ends_it_with_the_best_policy(parents, monkeypatch, capsys, met
     monkeypatch.setattr(watchdog, "HEALTHY", (IMPOSSIBLE,))
     look, states = best_policy.BestPolicy._look, {}
 
-    def look_and_keep(self, update):
-        look(self, update)
+    def look_and_keep(self, update, **reported):
+        look(self, update, **reported)
         states[update] = {name: p.detach().clone() for name, p in self.parameters.items()}
 
     monkeypatch.setattr(best_policy.BestPolicy, "_look", look_and_keep)
