@@ -29,8 +29,8 @@ class Limit:
 
 
 # By the type of the weights that are written, with both sides computed in float32: then only weights can differ.
-# About 100 times what was measured of SmolLM2 in float32, where only the order of sums differs, and 4 to 7 times in
-# bfloat16, which keeps 8 bits of a weight. float16 keeps 11, so that its limits are an eighth of those.
+# A hundred to 600 times what was measured of SmolLM2 in float32, where only the order of sums differs, and 4 to 7 times
+# in bfloat16, which keeps 8 bits of a weight. float16 keeps 11: its limits are about an eighth of those.
 LIMITS = {
     "float32": Limit(log_prob=0.003, mean_log_prob=0.0003, same_token=0.995, score=0.003, mean_score=0.0005),
     "float16": Limit(log_prob=0.125, mean_log_prob=0.0075, same_token=0.99, score=0.0625, mean_score=0.02),
