@@ -3,7 +3,9 @@
 The steps of an export run in this process, except where a test says so: each process of its own takes seconds to start.
 """
 
+import contextlib
 import errno
+import io
 import json
 import shutil
 from pathlib import Path
@@ -25,25 +27,27 @@ from pipeline.export import card, command, gguf_file, limits, rows, snippets, so
 from pipeline.export.job import Job
 from pipeline.records import manifest
 from pipeline.show import results
+from pipeline.system import quiet
 from pipeline.system.errors import UserError
 
 QUANTISED = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "float32"}
 OTHER_SHAPE = tiny.LORA | {"r": 2}
 STAGES = {
     "sft": tiny.SFT,
-    "reward": tiny.REWARD,
-    "dpo": tiny.DPO,
+    "reward": tiny.REWARD | {"init": "sft"},
+    "dpo": tiny.DPO | {"init": "sft"},
     "whole": tiny.SFT | {"type": "sft", "init": "base", "lora": None},
     "above": tiny.DPO | {"type": "dpo", "init": "whole"},  # an adapter on another stage's weights
     "reshaped": tiny.DPO | {"type": "dpo", "init": "sft", "lora": OTHER_SHAPE},  # on the merged weights of its parent
     "evaluate": {
-        "data": "comparisons",
+        "data": "prompts",
         "policies": ["dpo"],
         "baseline": "sft",
         "max_new_tokens": 8,
         "reward": "reward",
     },
 }
+DATA = {name: {"path": f"{name}.jsonl"} for name in ("comparisons", "demonstrations", "prompts")}
 TEXT = "<user>Tell me about tea.<assistant>I like tea because"
 
 
@@ -56,7 +60,9 @@ def train(folder: Path, stages: dict, *names: str, **top) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("export"), STAGES)
+    folder = tmp_path_factory.mktemp("export")
+    tiny.write_rows(folder / "prompts.jsonl", tiny.chain_rows()["prompts"])
+    return train(folder, STAGES, data=DATA)
 
 
 @pytest.fixture
@@ -67,11 +73,12 @@ def run_dir(trained, tmp_path):
 
 @pytest.fixture(autouse=True)
 def _here(monkeypatch):
-    """Do the steps in this process, with the messages that they leave for the command."""
+    """Do the steps in this process, with the messages that they leave for the command. What they print is dropped."""
 
     def process(step: str, job: Job) -> None:
         try:
-            worker.STEPS[step](Job.read(job.work))
+            with quiet.libraries(), contextlib.redirect_stderr(io.StringIO()):
+                worker.STEPS[step](Job.read(job.work))
         except UserError as error:
             raise UserError(f"the export of {job.stage!r} stopped: {error}. Nothing is left of it") from None
 
@@ -84,9 +91,10 @@ def export(cli, tmp_path):
 
     def call(run_dir, name, *options):
         target = tmp_path / "exports" / name
+        before = set(target.parent.iterdir()) if target.parent.exists() else set()
         exit_code, shown, message = cli("export", run_dir, name, "--to", target, *options)
         assert (exit_code, message) == (0, ""), message
-        assert [path.name for path in target.parent.iterdir()] == [name], "nothing else is left beside it"
+        assert set(target.parent.iterdir()) <= before | {target}, "nothing else is left beside it"
         return target, shown
 
     return call
@@ -320,7 +328,7 @@ def no_numbers(job: Job) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "damage", "words"),
     [
-        ("sft", ("--as", "merged"), not_merged, "largest difference of a log-probability (nats) is "),
+        ("sft", ("--as", "merged"), not_merged, "mean difference of log-probabilities (nats) is "),
         ("sft", ("--as", "merged", "--dtype", "bfloat16"), no_adapter, "of what the adapter changes, expected 0.5"),
         ("sft", (), another_scale, "largest difference of a log-probability (nats) is "),
         ("reward", ("--as", "merged"), another_head, "difference of scores (log-odds) is "),

@@ -3,9 +3,14 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import httpx
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage]  # its library's: httpx, from version 2 on httpx2
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+)
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 from rich.console import Console
 
@@ -42,7 +47,7 @@ def push(export: Path, repo: str, public: bool, confirm: Callable[[str], bool], 
         status = error.response.status_code if error.response is not None else None
         mend = f"; {_LOGIN}" if status in (401, 403) else ""
         raise UserError(f"the hub refuses {repo!r}: {_reason(error)}{mend}") from None
-    except httpx.HTTPError as error:
+    except HTTPError as error:
         raise UserError(f"the hub cannot be reached: {reason_of(error)}") from None
     except (RuntimeError, ValueError) as error:  # of a file that did not arrive, and of answers that make no sense
         raise UserError(f"the upload to {repo!r} failed: {_reason(error)}. Give the same command again") from None
