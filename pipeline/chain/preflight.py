@@ -194,14 +194,16 @@ def _parameters(config: RunConfig, stage: TrainingStage, tokenizer: PreTrainedTo
         model = _model(config, tokenizer)
         if makes(stage, "reward model"):
             _has_score_head(config, model)
-        model.tie_weights()
-        try:
-            if stage.lora is not None:
-                model = get_peft_model(model, lora_config(stage.lora, "CAUSAL_LM"))
-                _only_linear(model)
-        except _ERRORS as error:
-            raise UserError(f"lora: {reason_of(error)}") from None
-    return num_parameters(model)
+    model.tie_weights()  # in the block above each of the two would become a parameter of its own, and count
+    if stage.lora is None:
+        return num_parameters(model)
+    try:
+        with init_empty_weights(include_buffers=False):
+            adapted = get_peft_model(model, lora_config(stage.lora, "CAUSAL_LM"))
+        _only_linear(adapted)
+    except _ERRORS as error:
+        raise UserError(f"lora: {reason_of(error)}") from None
+    return num_parameters(adapted)
 
 
 def _model(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:

@@ -545,6 +545,9 @@ def _without(value: Any, keys: Callable[[str], bool]) -> Any:
     return [_without(item, keys) for item in value] if isinstance(value, list) else value
 
 
+OF_ATTEMPTS = ("log.txt", "progress.jsonl", "chain.json", "last_run.json", "report.html")  # they tell of each attempt
+
+
 def contents(folder: Path) -> dict[str, Any]:
     """What is compared of every file of a run folder and its data cache, by path."""
     found: dict[str, Any] = {}
@@ -554,7 +557,7 @@ def contents(folder: Path) -> dict[str, Any]:
             continue
         if path.is_dir():
             found[f"{name}/"] = None
-        elif name.startswith("cache/") or path.name in ("log.txt", "progress.jsonl", "chain.json"):
+        elif name.startswith("cache/") or path.name in OF_ATTEMPTS:
             found[name] = None
         elif path.name == "manifest.json":
             found[name] = _without(json.loads(path.read_text()), lambda key: key in TIMES)
