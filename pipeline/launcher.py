@@ -95,8 +95,8 @@ def run(
     _tidy(config, [one.stage for one in decisions if not one.run])
     if forgotten:
         manifest.drop(config.run_path, forgotten)
+    planned = _planned(config, decisions, overrides, accelerate_config)
     if pending:
-        planned = _planned(config, decisions, overrides, accelerate_config)
         with _reported_if_failed(config, console), _screen(config, decisions, selected, console) as screen:
             for number, (name, reason) in enumerate(pending.items(), 1):
                 console.print(Rule(_title(config, name, number, len(pending)), align="left", style="bold cyan"))
@@ -105,7 +105,8 @@ def run(
                     file = launch_files[name]
                     process.run_stage(config, name, overrides, file, reason, name in redo, console, server, watch)
     recorded = run_folder.open_run(config)
-    _report(config, console, only_if_outdated=not pending)
+    has_changed = bool(pending) or _settle(config, decisions, planned)
+    _report(config, console, only_if_outdated=not has_changed)
     results.shift_table(recorded, console)
     results.result_table(recorded, console)
     say(console, f"Everything is in {config.run_path}; `rlhf status {config.run_path}` shows how to load it.")
@@ -162,11 +163,22 @@ def _planned(
 
 
 def _screen(config: RunConfig, decisions: list[Decision], selected: list[str], console: Console) -> Screen:
-    """Return what shows the run; its states are those of all stages, also of those that the command is not about."""
+    return Screen(console, _chain(config, decisions), config.run_path, selected)
+
+
+def _settle(config: RunConfig, decisions: list[Decision], planned: LastRun) -> bool:
+    """Put right what commands that were taken back have left of stages that are current; tell whether there was any."""
+    has_changed = last_run.settle(config.run_path, planned)
+    if has_changed:
+        _chain(config, decisions).write(config.run_path)
+    return has_changed
+
+
+def _chain(config: RunConfig, decisions: list[Decision]) -> Chain:
+    """Return the states of all stages, also of those that the command is not about."""
     found: dict[str, State] = {one.stage: "waiting" if one.run else "finished" for one in decisions}
     types = {name: stage.type for name, stage in config.stages.items()}
-    chain = Chain(name=config.name, types=types, states=found, launcher=this_process())
-    return Screen(console, chain, config.run_path, selected)
+    return Chain(name=config.name, types=types, states=found, launcher=this_process())
 
 
 def _title(config: RunConfig, name: str, number: int, total: int) -> str:

@@ -42,7 +42,7 @@ from pipeline.records.manifest import Output, Record
 from pipeline.records.progress import Progress
 from pipeline.records.stage_folder import CHECKPOINTS, LOCK, PROGRESS, TRACKING
 from pipeline.system import digests, disk, streams, versions
-from pipeline.system.errors import UserError
+from pipeline.system.errors import UserError, reason_of
 from pipeline.system.processes import same_everywhere
 from pipeline.training import checkpoints
 from pipeline.training.context import Result, StageContext
@@ -199,8 +199,12 @@ def _finish(ctx: StageContext[Stage], decision: Decision, result: Result, starte
         git_revision=versions.git_revision(ctx.config.folder),
         reason=decision.reason,
     )
+    ctx.trackers.finish()
     manifest.commit(run_dir, ctx.name, record)
-    ctx.trackers.summarise(figures_of_record(record.type, record.metrics))
+    try:
+        ctx.trackers.summarise(figures_of_record(record.type, record.metrics))
+    except Exception as error:  # whatever a tracker raises: the stage is finished
+        ctx.say(f"{ctx.name}: a tracker did not take the final figures: {reason_of(error)}")
     shutil.rmtree(ctx.folder / CHECKPOINTS, ignore_errors=True)
     ctx.say(f"{ctx.name}: finished in {record.duration:.0f} s, output in {run_dir / record.output.path}")
 

@@ -23,7 +23,7 @@ from transformers import GPT2Config, LlamaConfig, Qwen2Config
 from pipeline import stage
 from pipeline.config.load import load
 from pipeline.data import run_tokenizer
-from pipeline.export import card, command, gguf_file, limits, rows, snippets, source, worker, write
+from pipeline.export import card, command, folder, gguf_file, limits, rows, snippets, source, worker, write
 from pipeline.export.job import Job
 from pipeline.records import manifest
 from pipeline.show import results
@@ -410,6 +410,46 @@ def test_targets_that_must_stay(trained, cli, export, tmp_path):
     exit_code, _, _ = cli("export", trained, "dpo", "--to", target, "--force")
     assert exit_code == 0
     assert json.loads((target / "rlhf_export.json").read_text())["stage"] == "dpo"
+
+
+def test_what_came_meanwhile_stays(tmp_path):
+    """The export takes minutes, and its target was looked at before."""
+    target = tmp_path / "out"
+    with folder.beside(target) as work:
+        (work / "output").mkdir()
+        target.mkdir()
+        (target / "notes.txt").write_text("mine")
+        with pytest.raises(UserError, match="holds files that are no export"):
+            folder.put(work / "output", target, work, force=False)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "notes.txt"]
+
+
+def test_an_export_that_is_interrupted_while_it_replaces_another_leaves_it(tmp_path, monkeypatch):
+    target = tmp_path / "out"
+    target.mkdir()
+    folder.seal(target, {})
+    rename = Path.rename
+
+    def interrupted(self, other):
+        if self.name == "output":
+            raise KeyboardInterrupt
+        return rename(self, other)
+
+    with folder.beside(target) as work, monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        (work / "output").mkdir()
+        patch.setattr(Path, "rename", interrupted)
+        folder.put(work / "output", target, work, force=True)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", folder.FILE]
+
+
+def test_what_a_process_of_this_number_has_left_is_in_nobodys_way(tmp_path):
+    """In a container the number may come again."""
+    with folder.beside(tmp_path / "out") as work:
+        left = work.with_name(work.name + ".kept")
+        work.rename(left)
+    left.rename(work)
+    with folder.beside(tmp_path / "out") as again:
+        assert again == work and not any(again.iterdir())
 
 
 def test_what_has_no_model_or_no_such_form(trained, cli, tmp_path):

@@ -230,6 +230,8 @@ def test_the_states_that_a_killed_launcher_has_left(tmp_path):
     assert states.now(chain, tmp_path, finished) == {"a": "finished"} | dead
     with FileLock(tmp_path / "b" / ".lock"):  # somebody runs it by hand
         assert states.now(chain, tmp_path, finished)["b"] == "at work"
+    with FileLock(tmp_path / "a" / ".lock"):  # an export reads it
+        assert states.now(chain, tmp_path, finished)["a"] == "finished"
     assert sorted(path.name for path in tmp_path.rglob("*")) == [".lock", ".lock", "a", "b"]
 
 

@@ -11,7 +11,7 @@ import shutil
 import pytest
 import report_runs
 from filelock import FileLock
-from report_runs import LATE, record
+from report_runs import EARLY, LATE, record
 from rich.console import Console
 
 from pipeline.html import curves, drawing, page, reading, tables, words
@@ -59,6 +59,38 @@ def test_a_first_run_that_failed_before_there_was_a_manifest(tmp_path):
     expected = {"sft": "failed"} | dict.fromkeys(["reward", "reward-shift", "ppo", "dpo", "evaluate"], "waiting")
     assert states(folder) == expected
     assert "Mend sft first." in page.render([reading.read(folder)])
+
+
+def test_a_stage_that_another_command_finished_meanwhile(tmp_path):
+    """It began before the last command, which was told that it is not finished, and ended after it."""
+    long = record("dpo", started=EARLY, duration=90_000.0)
+    records = {name: record(name) for name in report_runs.PARENTS} | {"dpo": long}
+    folder = report_runs.write(tmp_path, records, reasons={"dpo": "not finished yet"})
+    assert states(folder)["dpo"] == "finished"
+    (folder / "dpo").mkdir()
+    with FileLock(folder / "dpo" / ".lock"):
+        assert states(folder)["dpo"] == "running"
+        report_runs.write(tmp_path, records, {"dpo": Attempt(state="finished", at=LATE)})
+        assert states(folder)["dpo"] == "finished"  # an export reads it
+
+
+def test_what_was_taken_back_is_forgotten(tmp_path):
+    """A changed stage was refused, and kept its record; without the change it is current."""
+    failed = {"ppo": Attempt(state="refused", at=LATE, message="the gate"), "dpo": Attempt(state="finished", at=LATE)}
+    folder = report_runs.write(tmp_path, attempts=failed, reasons={"ppo": "config changed: lora.r (4 -> 8)"})
+    assert states(folder)["ppo"] == "failed"
+    asked = last_run.read(folder)
+    assert not last_run.settle(folder, asked)  # it is still to run
+    stages = asked.stages | {"ppo": asked.stages["ppo"].model_copy(update={"reason": None})}
+    current = asked.model_copy(update={"stages": stages})
+    assert last_run.settle(folder, current) and states(folder)["ppo"] == "finished"
+    assert last_run.read(folder).attempts.keys() == {"dpo"}
+    assert not last_run.settle(folder, current)
+
+
+def test_notes_stand_below_the_results(tmp_path):
+    folder = report_runs.write(tmp_path)
+    assert "4 prompts are few" in page.render([reading.read(folder)])
 
 
 def test_a_stage_that_may_start_has_not_begun(tmp_path):
@@ -308,6 +340,14 @@ def test_rl_is_drawn_in_the_units_of_the_watchdog(tmp_path):
     assert charts["KL"].unit == "nats per completion"
 
 
+def test_an_alarm_behind_the_last_number_lies_within_the_picture(tmp_path):
+    """A loss that became NaN has no point there."""
+    points = [(float(step), 1.0) for step in range(1, 21)]
+    chart = curves.Chart("loss", "nats", [curves.Curve("", points)], marks=[21.0])
+    (mark,) = drawing.draw(chart, "ppo").marks
+    assert drawing.LEFT < mark <= drawing.WIDTH - drawing.RIGHT
+
+
 def test_an_unfinished_stage_shows_the_curves_of_its_newest_checkpoint(tmp_path):
     folder = report_runs.write(tmp_path, {"sft": record("sft")})
     for step, ending in ((1, "}"), (2, "}"), (3, "")):
@@ -318,6 +358,7 @@ def test_an_unfinished_stage_shows_the_curves_of_its_newest_checkpoint(tmp_path)
         os.utime(state, (step, step))
     assert reading.read(folder).stages["dpo"].history == [{"step": 2, "loss": 1.0}]
     shutil.rmtree(folder / "dpo" / "checkpoints")
+    (folder / "dpo" / "log_history.json").write_text('[{"step": 9, "loss": 0.1}]')  # of the time before
     assert reading.read(folder).stages["dpo"].history == []
 
 

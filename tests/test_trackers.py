@@ -15,6 +15,7 @@ import tiny
 from tracked import READERS, EventFiles, TrackioDatabase, WandbFolders, run
 
 from pipeline import stage
+from pipeline.config import trackers
 from pipeline.config.load import load
 from pipeline.config.trackers import TRACKERS, trackers_of
 from pipeline.records import manifest
@@ -323,7 +324,26 @@ def test_a_tracker_that_is_not_installed_is_refused_by_the_plan(tmp_path, cli, m
     path = write(tmp_path, {"sft": tiny.SFT}, report_to=["tensorboard", "wandb"])
     exit_code, _, error = cli("plan", path)
     assert exit_code == 2
-    assert "training.report_to: wandb: not installed; pip install 'rlhf-pipeline[trackers]'" in error
+    known = "not installed, or in a version that does not work here; pip install 'rlhf-pipeline[trackers]'"
+    assert f"training.report_to: wandb: {known}" in error
+
+
+def test_a_tracker_of_another_version_is_refused(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "requires", lambda _: ["wandb<0.32,>=0.31; extra == 'trackers'", "torch"])
+    for version, is_known in (("0.31.4", True), ("0.32.0", False), ("0.17.0", False)):
+        monkeypatch.setattr(importlib.metadata, "version", lambda _, version=version: version)
+        assert (trackers.fault_of("wandb") is None) == is_known
+
+
+def test_a_tracker_that_fails_at_the_end_does_not_fail_the_stage(tmp_path, monkeypatch, capsys):
+    def summarise(self, figures):
+        raise OSError("the disk of the tracker is full")
+
+    monkeypatch.setattr(Trackers, "summarise", summarise)
+    config = load(write(tmp_path, {"sft": tiny.SFT}, report_to="tensorboard"))
+    run(config, "sft")
+    assert "sft" in manifest.read(config.run_path).stages
+    assert "a tracker did not take the final figures: the disk of the tracker is full" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("option", ["run_name=mine", "project=mine", "trackio_space_id=me/mine"])

@@ -44,16 +44,8 @@ def check(config: RunConfig, recorded: Manifest | None) -> None:
 def _check_above(folder: Path) -> None:
     """Refuse a run folder within another one."""
     for above in folder.parents:
-        if (above / manifest.FILE).is_file() and _is_manifest(above):
+        if manifest.is_run(above):
             raise UserError(f"run_dir: {folder} lies within the run folder {above}; give another `run_dir`")
-
-
-def _is_manifest(folder: Path) -> bool:
-    """Tell whether a run wrote the file; other programs have files of that name."""
-    try:
-        return manifest.read(folder) is not None
-    except UserError:
-        return False
 
 
 def _is_foreign(folder: Path) -> bool:

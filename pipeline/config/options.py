@@ -40,7 +40,7 @@ _REASONS = {
     "the reference of a stage is its parent, always": "sync_ref_model",
     "a tracker's run is called RUN/STAGE; WANDB_PROJECT names another project at wandb": "run_name project",
     "trackio keeps its data on this machine": "trackio_space_id trackio_bucket_id trackio_static_space_id",
-    "it never uploads; use huggingface_hub": (
+    "a stage never uploads; `rlhf push` uploads what `rlhf export` has written": (
         "push_to_hub hub_model_id hub_strategy hub_token hub_private_repo log_completions_hub_repo"
     ),
     "give the stage `eval_data`": "do_eval",

@@ -2,6 +2,8 @@
 
 import importlib.metadata
 
+from packaging.requirements import Requirement
+
 from pipeline.config.schema import RunConfig, TrainingStage
 
 KEY = "report_to"
@@ -24,7 +26,7 @@ def fault_of(value: object) -> str | None:
         return f"`{NONE}` stands alone: name the trackers, or give `{NONE}`"
     missing = [word for word in words if word != NONE and not _is_installed(word)]
     if missing:
-        return f"{' and '.join(missing)}: not installed; {_INSTALL}"
+        return f"{' and '.join(missing)}: not installed, or in a version that does not work here; {_INSTALL}"
     return None
 
 
@@ -36,9 +38,17 @@ def _words(value: object) -> list[str]:
 
 
 def _is_installed(package: str) -> bool:
-    """Tell whether a package is installed. A folder of its name, as wandb makes one, can be imported as well."""
+    """Tell whether a package is installed, in a version that is known to work.
+
+    It is not imported for that: a folder of its name, as wandb makes one, can be imported as well.
+    """
     try:
-        importlib.metadata.version(package)
+        version = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return False
-    return True
+    try:
+        asked_for = importlib.metadata.requires("rlhf-pipeline") or []
+    except importlib.metadata.PackageNotFoundError:  # this package runs from its sources alone
+        return True
+    bounds = [one.specifier for one in map(Requirement, asked_for) if one.name == package]
+    return all(bound.contains(version, prereleases=True) for bound in bounds)

@@ -36,7 +36,8 @@ def export(
     target = target.expanduser().resolve()
     form = form or ("merged" if found.adapter is None else "adapter")
     _check(found, form, dtype)
-    folder.check(target, force)
+    with disk.reported(target.parent, "--to"):
+        folder.check(target, force)
     with disk.reported(target.parent, "--to"), source.held(found):
         source.verify(found)
         with folder.beside(target) as work:
@@ -52,7 +53,7 @@ def export(
             text = card.write(found, job, target, figures, about)
             (job.output / "README.md").write_text(text, encoding="utf-8")
             folder.seal(job.output, _about(found, job, figures, about))
-            folder.put(job.output, target, work)
+            folder.put(job.output, target, work, force)
     _show(job, figures, about, target, console)
 
 

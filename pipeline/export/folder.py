@@ -18,6 +18,7 @@ from pipeline.system import digests
 from pipeline.system.errors import UserError
 from pipeline.system.json_object import JsonObject
 
+REPLACED = "replaced"  # an older export, until the new one has its place
 FILE = "rlhf_export.json"  # what an export is of, its figures, and the checksums of its other files
 
 
@@ -28,12 +29,14 @@ def check(target: Path, force: bool) -> None:
         UserError: if something is there that must stay.
     """
     for above in target.parents:
-        if (above / manifest.FILE).is_file():
+        if manifest.is_run(above):
             raise UserError(f"--to: {target} lies within the run folder {above}; give a folder outside of it")
     if not target.exists() and not target.is_symlink():
         return
     if not target.is_dir():
         raise UserError(f"--to: {target} is a file; give a folder")
+    if target.is_mount():
+        raise UserError(f"--to: {target} is a mount point, which cannot be replaced; give a folder in it")
     if not any(target.iterdir()):
         return
     files = _files_of(target)
@@ -70,10 +73,12 @@ def beside(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     for path in target.parent.glob(f"{_escaped(start)}*.part"):
         number = path.name.removeprefix(start).removesuffix(".part")
-        if number.isdecimal() and not psutil.pid_exists(int(number)):
+        # In a container the dead process may have had the number of this one.
+        is_over = number.isdecimal() and (int(number) == os.getpid() or not psutil.pid_exists(int(number)))
+        if is_over and (target.exists() or not (path / REPLACED).exists()):
             shutil.rmtree(path, ignore_errors=True)
     work = target.parent / f"{start}{os.getpid()}.part"
-    work.mkdir()
+    work.mkdir(exist_ok=True)  # what was killed while it replaced an export has kept it there
     try:
         yield work
     finally:
@@ -92,15 +97,21 @@ def seal(folder: Path, about: JsonObject) -> None:
     (folder / FILE).write_text(text, encoding="utf-8")
 
 
-def put(output: Path, target: Path, work: Path) -> None:
-    """Give the finished export its place; an older one is gone only when the new one is there."""
-    if target.exists():
-        target.rename(work / "replaced")
+def put(output: Path, target: Path, work: Path, force: bool) -> None:
+    """Give the finished export its place; an older one is gone only when the new one is there.
+
+    Raises:
+        UserError: if somebody has put something there meanwhile.
+    """
+    check(target, force)
+    replaced = work / REPLACED
     try:
+        if target.exists():
+            target.rename(replaced)
         output.rename(target)
-    except OSError:
-        if (work / "replaced").exists():
-            (work / "replaced").rename(target)
+    except BaseException:  # a signal too
+        if replaced.exists() and not target.exists():
+            replaced.rename(target)
         raise
 
 

@@ -120,7 +120,8 @@ def held(source: Source) -> Iterator[None]:
             try:
                 locks.enter_context(FileLock(folder / LOCK).acquire(timeout=WAIT))
             except Timeout:
-                raise UserError(f"stage {stage!r} is being run by another process; export it afterwards") from None
+                why = "is held by another process, a run or an export"
+                raise UserError(f"stage {stage!r} {why}; give the same command again afterwards") from None
         yield
 
 

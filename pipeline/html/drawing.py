@@ -59,7 +59,7 @@ class Drawing:
 def draw(chart: Chart, stage: str) -> Drawing:
     """Place a chart in its frame; `stage` is for its words."""
     points = [point for curve in chart.curves for point in curve.points]
-    steps = [step for step, _ in points]
+    steps = [*(step for step, _ in points), *chart.marks]  # an alarm at a value that is no number has no point
     values = [value for _, value in points]
     x_scale = _Scale(min(steps), max(steps), LEFT, WIDTH - RIGHT)
     y_scale = _Scale(min(values), max(values), HEIGHT - BOTTOM, TOP)

@@ -21,7 +21,7 @@ from pipeline import __version__
 from pipeline.html import compared, curves, drawing, reading, tables, words
 from pipeline.html.place import FILE
 from pipeline.html.values import Run, Stage
-from pipeline.shift.report import Report
+from pipeline.shift.report import Extreme, Report
 from pipeline.show import results, shift
 from pipeline.show.screen import say
 from pipeline.show.tables import duration, number
@@ -159,6 +159,12 @@ def _command(run: Run, redo: str | None = None) -> str | None:
     return f"cd {shlex.quote(run.last.folder)} && {shlex.join(command)}"
 
 
+def _extreme(one: Extreme) -> tuple[str, str, str]:
+    """Return a prompt whose scores lie far off, its offset and the SD of its scores."""
+    spread = one["within_sd"]
+    return one["prompt"], f"{one['offset']:+.2f}", "-" if spread is None else number(spread, 2)
+
+
 def _evaluation(stage: Stage, anchor: str) -> dict[str, Any]:
     """Return the table of an evaluation, and its completions as the script reads them."""
     assert stage.record is not None, "stages without a record were left out"
@@ -174,6 +180,7 @@ def _evaluation(stage: Stage, anchor: str) -> dict[str, Any]:
         "name": stage.name,
         "id": anchor,
         "table": results.policies(stage.name, stage.record),
+        "notes": results.notes_of(stage.record),
         "policies": policies,
         "baseline": baseline,
         "chosen": (aligned or policies)[0],
@@ -201,9 +208,7 @@ def _shift(stage: Stage) -> dict[str, Any]:
         "reward": stage.parents.get("reward", ""),
         "sizes": f"{report['prompts']} held-out prompts, {report['completions']} completions, 95 % intervals",
         "figures": shift.figures(report),
-        "extremes": [
-            (one["prompt"], f"{one['offset']:+.2f}", number(one["within_sd"], 2)) for one in shift.extremes(report)
-        ],
+        "extremes": [_extreme(one) for one in shift.extremes(report)],
         "advice": report.get("advice", ""),
         "plots": {name: base64.b64encode(content).decode() for name, content in stage.plots.items()},
     }

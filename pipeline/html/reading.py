@@ -85,7 +85,7 @@ def _stage(path: Path, name: str, record: Record | None, last: LastRun | None, b
         error=error,
         record=record,
         gate=_verdicts(gate),
-        history=_history(folder),
+        history=_history(folder, is_finished=record is not None),
         log=_last_lines(folder / LOG) if state in ("failed", "interrupted") else [],
         plots=_plots(path / record.output.path) if record is not None else {},
     )
@@ -135,17 +135,27 @@ def _verdicts(kept: JsonObject) -> list[Verdict]:
     ]
 
 
-def _history(folder: Path) -> list[Entry]:
+def _history(folder: Path, is_finished: bool) -> list[Entry]:
     """Return what the trainer logged: of a finished stage, or up to its newest checkpoint that can be read.
 
-    A stage that runs again has checkpoints beside the log of its last time.
+    A stage that runs again has beside its checkpoints the log of its last time, which tells nothing of this one.
     """
     checkpoints = (folder / CHECKPOINTS).glob("checkpoint-*/trainer_state.json")
-    for path in sorted(checkpoints, key=lambda path: path.stat().st_mtime, reverse=True):
+    for path in sorted(checkpoints, key=_time, reverse=True):
         history = _json(path, {}).get("log_history")
         if isinstance(history, list):
             return [entry for entry in history if isinstance(entry, dict)]
+    if not is_finished:
+        return []
     return [entry for entry in _json(folder / HISTORY, []) if isinstance(entry, dict)]
+
+
+def _time(path: Path) -> float:
+    """Return when a file was written; 0 if it has been removed meanwhile."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _last_lines(log: Path) -> list[str]:

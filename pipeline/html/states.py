@@ -1,5 +1,6 @@
 """How a stage stands: finished, running, failed, held by the gate, interrupted, stale, waiting or not begun."""
 
+import datetime
 from dataclasses import dataclass
 
 from pipeline.html.values import State
@@ -27,9 +28,10 @@ class Standing:
 
 def judge(standing: Standing) -> tuple[State, str, str]:
     """Return the state, words about it, and the message with which the stage ended."""
-    if standing.is_locked:
-        return "running", "a process works on it", ""
     attempt = standing.attempt
+    has_ended = standing.record is not None and attempt is not None and attempt.state == "finished"
+    if standing.is_locked and not has_ended:  # an export holds the lock of a finished stage
+        return "running", "a process works on it", ""
     has_failed = attempt is not None and attempt.state in ("failed", "refused")
     if has_failed and attempt is not None and not _is_later(standing.record, attempt.at):
         if standing.is_held:
@@ -39,8 +41,10 @@ def judge(standing: Standing) -> tuple[State, str, str]:
     reason = _must_run_again(standing)
     if standing.record is not None:
         return ("finished", "", "") if reason is None else ("stale", reason, "")
+    if standing.is_held and attempt is None:  # it was started by hand
+        return "held", "the gate did not let it start", ""
     if standing.has_begun and _was_cut_off(standing):
-        return "interrupted", "the same command goes on from its last checkpoint", ""
+        return "interrupted", "the same command goes on from its last checkpoint, if there is one", ""
     if standing.waits_for:
         return "waiting", f"for {', '.join(dict.fromkeys(standing.waits_for))}", ""
     return "not begun", "", ""
@@ -63,7 +67,10 @@ def _must_run_again(standing: Standing) -> str | None:
     """
     if standing.record is None or standing.planned is None or standing.started is None:
         return None
-    return None if standing.record.started >= standing.started else standing.planned.reason
+    begun = datetime.datetime.fromisoformat(standing.record.started)
+    ended = begun + datetime.timedelta(seconds=standing.record.duration + 1)  # times are in whole seconds
+    is_of_this_run = ended >= datetime.datetime.fromisoformat(standing.started)
+    return None if is_of_this_run else standing.planned.reason
 
 
 def _was_cut_off(standing: Standing) -> bool:

@@ -94,11 +94,34 @@ def attempt(run_dir: Path, planned: LastRun, stage: str) -> Iterator[None]:
     _keep(run_dir, planned, stage, Attempt(state="finished", at=now()))
 
 
-def _keep(run_dir: Path, planned: LastRun, stage: str, last: Attempt) -> None:
-    """Replace the file in one step; a disk that refuses it does not end the run."""
+def settle(run_dir: Path, planned: LastRun) -> bool:
+    """Forget how stages ended that are current all the same, and tell whether there were any.
+
+    A stage that was stopped or refused before it began anew has kept its record. Undo the change, and it is current.
+    """
     before = read(run_dir)
-    attempts = {} if before is None else before.attempts
-    value = planned.model_copy(update={"attempts": attempts | {stage: last}})
+    if before is None:
+        return False
+    attempts = _standing(before.attempts, planned)
+    if attempts != before.attempts:
+        _write(run_dir, planned.model_copy(update={"attempts": attempts}))
+    return attempts != before.attempts
+
+
+def _standing(attempts: dict[str, Attempt], planned: LastRun) -> dict[str, Attempt]:
+    """Leave out how stages ended that are current: what went wrong there is over."""
+    current = {name for name, stage in planned.stages.items() if stage.reason is None}
+    return {name: one for name, one in attempts.items() if name not in current or one.state == "finished"}
+
+
+def _keep(run_dir: Path, planned: LastRun, stage: str, last: Attempt) -> None:
+    before = read(run_dir)
+    attempts = {} if before is None else _standing(before.attempts, planned)
+    _write(run_dir, planned.model_copy(update={"attempts": attempts | {stage: last}}))
+
+
+def _write(run_dir: Path, value: LastRun) -> None:
+    """Replace the file in one step; a disk that refuses it does not end the run."""
     temporary = run_dir / f"{FILE}.tmp"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)

@@ -115,6 +115,14 @@ class Manifest(Frozen):
         return self.model_copy(update={"stages": others})
 
 
+def is_run(folder: Path) -> bool:
+    """Tell whether a run has written a manifest here; other programs have files of that name."""
+    try:
+        return read(folder) is not None
+    except UserError:
+        return False
+
+
 def read(run_dir: Path) -> Manifest | None:
     """Read the manifest of a run folder; None if there is none yet.
 

@@ -67,7 +67,8 @@ def now(chain: Chain, run_dir: Path, recorded: Container[str]) -> dict[str, Stat
     alive = _is_alive(chain.launcher)
     states: dict[str, State] = {}
     for name, state in chain.states.items():
-        if is_locked(run_dir / name):
+        is_export = state == "finished" and name in recorded  # it reads the weights under the same lock
+        if not is_export and is_locked(run_dir / name):
             states[name] = "at work"
         elif state == "finished" and name not in recorded:
             states[name] = "waiting"

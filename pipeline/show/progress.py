@@ -157,7 +157,7 @@ def figure(value: float) -> str:
     """Show a figure in three digits, or in one where it is almost 0."""
     if 0 < abs(value) < 1e-3:
         return f"{value:.0e}"
-    if abs(value) >= 1000:
+    if abs(value) >= 999.5:
         return f"{value:,.0f}"
     return f"{value:#.3g}".rstrip(".")
 
@@ -202,7 +202,12 @@ def show_unfinished(run_dir: Path, finished: Iterable[str], console: Console) ->
     if all(state == "finished" for state in now.values()):
         return False
     width = width_of(console)
-    at_work = {name: place_of(run_dir / name, chain.types[name]) for name, state in now.items() if state == "at work"}
+    at_work: dict[str, Place] = {}
+    for name in [name for name, state in now.items() if state == "at work"]:
+        # Before the stage has its lock the file is of an earlier attempt.
+        has_begun = states.is_locked(run_dir / name)
+        kind = chain.types[name]
+        at_work[name] = place_of(run_dir / name, kind) if has_begun else Place(names_of(kind))
     console.print()
     for message in [message for place in at_work.values() for message in place.said if is_alarm(message)]:
         say(console, message, "bold yellow")

@@ -8,6 +8,7 @@ from pathlib import Path
 from pipeline.config.schema import RunConfig, TrainingStage
 from pipeline.config.trackers import trackers_of
 from pipeline.records.figures import Figures, figures_of
+from pipeline.system.errors import reason_of
 from pipeline.system.json_object import JsonObject
 from pipeline.tracking.attempt import Attempt
 from pipeline.tracking.tracker import Cell, Tracked, Tracker
@@ -20,6 +21,7 @@ class Trackers:
 
     def __init__(self) -> None:
         self._trackers: list[Tracker] = []
+        self._attempt: Attempt | None = None
         self._step = 0
         self._seen: set[str] = set()  # the curves that have their point at this step
 
@@ -57,6 +59,11 @@ class Trackers:
         for tracker in self._trackers:
             tracker.summarise(named, self._step)
 
+    def finish(self) -> None:
+        """Say that the curves are whole. Call it before the stage is on record, or it would seem to go on."""
+        if self._attempt is not None:
+            self._attempt.finish()
+
     @contextlib.contextmanager
     def following(self, config: RunConfig, stage: str, identity: str, values: JsonObject) -> Iterator[None]:
         """Report to the trackers of a stage until the context ends; an exception closes them as failed.
@@ -73,6 +80,7 @@ class Trackers:
         folder = config.run_path / stage
         section = config.stages[stage]
         attempt = Attempt(folder, identity, resumes=isinstance(section, TrainingStage))
+        self._attempt = attempt
         with contextlib.ExitStack() as stack:
             for name in names:
                 tracked = Tracked(config.name, stage, section.type, folder, attempt.id, attempt.is_new, values)
@@ -81,16 +89,16 @@ class Trackers:
                 self._trackers.append(tracker)
             yield
         self._trackers.clear()
-        attempt.finish()
+        self._attempt = None
 
 
 def _close(tracker: Tracker, kind: type[BaseException] | None, *_: object) -> None:
     """Close a tracker when its stage ends; `kind` is the exception that ends it."""
-    if kind is None:
-        tracker.close(is_finished=True)
-        return
-    with contextlib.suppress(Exception):  # the stage's own exception is the one to tell
-        tracker.close(is_finished=False)
+    try:
+        tracker.close(is_finished=kind is None)
+    except Exception as error:
+        if kind is None:  # else the stage's own exception is the one to tell
+            print(f"a tracker could not be closed: {reason_of(error)}", flush=True)
 
 
 def _open(name: str, tracked: Tracked) -> Tracker:
