@@ -264,13 +264,17 @@ def test_status_shows_what_is_at_work_with_its_alarms(tmp_path):
         writer.begin("training", 8, 2)
         writer.step(3, {"loss": 0.5})
     alarm = ["", "ppo: watchdog: kl is high", "  causes: many"]
+    importing = Console(file=io.StringIO(), width=160)
+    assert progress.show_unfinished(tmp_path, ["sft"], importing)  # what is there is of an earlier attempt
+    assert "kl is high" not in importing.file.getvalue() and "step" not in importing.file.getvalue()
     pipe = Console(file=io.StringIO(), width=160)
-    assert progress.show_unfinished(tmp_path, ["sft"], pipe)
+    terminal = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
+    with FileLock(tmp_path / "ppo" / ".lock"):
+        assert progress.show_unfinished(tmp_path, ["sft"], pipe)
+        assert progress.show_unfinished(tmp_path, ["sft"], terminal)
     *first, states_line, place_line = pipe.file.getvalue().splitlines()
     assert (first, states_line) == (alarm, "finished: sft; at work: ppo; waiting: dpo")
     assert re.fullmatch(r"ppo: step 3/8, \ds left: loss 0\.500", place_line)
-    terminal = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
-    assert progress.show_unfinished(tmp_path, ["sft"], terminal)
     *first, states_line, place_line, figures = terminal.file.getvalue().splitlines()
     assert (first, states_line, figures) == (alarm, "✓ sft  ● ppo  · dpo", "loss 0.500")
     assert re.fullmatch(r"ppo ━{15}─{25} step 3/8, \ds left", place_line)
