@@ -7,9 +7,11 @@ from trl import GRPOConfig
 
 from pipeline import launcher
 from pipeline.chain import preflight, run_folder
+from pipeline.config import precision
 from pipeline.config.lineage import start_of
 from pipeline.config.load import load
 from pipeline.records import manifest
+from pipeline.system.device import Device
 from pipeline.system.errors import UserError
 
 STAGES = {"sft": tiny.SFT, "reward": tiny.REWARD, "ppo": tiny.PPO, "dpo": tiny.DPO}
@@ -176,10 +178,13 @@ def test_all_weights_in_half_precision(path, dtype, name):
 
 
 @pytest.mark.parametrize("version", ["flash_attention_2", "flash_attention_3"])
-def test_flash_attention_in_float32(path, version):
+def test_flash_attention_in_float32(path, version, monkeypatch):
     words = "model.attn_implementation: flash attention does not compute in float32"
     assert words in refused(path, f"model.attn_implementation={version}", "model.dtype=float32")
     assert words in refused(path, f"model.attn_implementation={version}", "stages.sft.lora=null")
+    assert "flash attention needs a GPU" in refused_by_plan(path, f"model.attn_implementation={version}")
+    gpu = Device("cuda", "Some GPU", "it is there", "native", tf32=True)
+    monkeypatch.setattr(precision, "device_of", lambda *_: gpu)
     assert words in refused_by_plan(path, f"model.attn_implementation={version}")  # the base's files are float32
     assert load(path, (f"model.attn_implementation={version}", "model.dtype=bfloat16"))
 
