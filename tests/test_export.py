@@ -466,7 +466,7 @@ def test_what_has_no_model_or_no_such_form(trained, cli, tmp_path):
 def test_a_stage_at_work_is_not_exported(run_dir, cli, tmp_path, monkeypatch):
     monkeypatch.setattr(source, "WAIT", 0.1)
     with FileLock(run_dir / "whole" / ".lock"):
-        assert "stage 'whole' is being run by another process" in refused(
+        assert "stage 'whole' is held by another process" in refused(
             cli, run_dir, "above", "--to", tmp_path / "out"
         )
 
