@@ -105,8 +105,7 @@ def run(
                     file = launch_files[name]
                     process.run_stage(config, name, overrides, file, reason, name in redo, console, server, watch)
     recorded = run_folder.open_run(config)
-    has_changed = bool(pending) or _settle(config, decisions, planned)
-    _report(config, console, only_if_outdated=not has_changed)
+    _report(config, console, only_if_outdated=not (pending or _settle(config, decisions, planned)))
     results.shift_table(recorded, console)
     results.result_table(recorded, console)
     say(console, f"Everything is in {config.run_path}; `rlhf status {config.run_path}` shows how to load it.")
