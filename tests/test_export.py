@@ -466,9 +466,7 @@ def test_what_has_no_model_or_no_such_form(trained, cli, tmp_path):
 def test_a_stage_at_work_is_not_exported(run_dir, cli, tmp_path, monkeypatch):
     monkeypatch.setattr(source, "WAIT", 0.1)
     with FileLock(run_dir / "whole" / ".lock"):
-        assert "stage 'whole' is held by another process" in refused(
-            cli, run_dir, "above", "--to", tmp_path / "out"
-        )
+        assert "stage 'whole' is held by another process" in refused(cli, run_dir, "above", "--to", tmp_path / "out")
 
 
 def test_a_full_disk_is_one_message_and_leaves_nothing(trained, cli, tmp_path, monkeypatch):
