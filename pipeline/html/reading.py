@@ -2,11 +2,8 @@
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any, cast
-
-from filelock import FileLock, Timeout
 
 from pipeline.html import states
 from pipeline.html.values import Entry, Run, Samples, Stage, Verdict
@@ -14,6 +11,7 @@ from pipeline.records import last_run, manifest
 from pipeline.records.last_run import Attempt, LastRun, Planned
 from pipeline.records.manifest import Manifest, Record
 from pipeline.records.stage_folder import CHECKPOINTS, GATE, HISTORY, LOCK, LOG
+from pipeline.records.states import is_locked
 from pipeline.system.errors import UserError
 from pipeline.system.json_object import JsonObject
 
@@ -68,7 +66,7 @@ def _stage(path: Path, name: str, record: Record | None, last: LastRun | None, b
         planned=planned,
         started=None if last is None else last.started,
         attempt=attempt,
-        is_locked=_is_locked(folder / LOCK),
+        is_locked=is_locked(folder),
         has_begun=has_begun,
         is_held=gate.get("stops") is True,
         waits_for=[one for one in parents.values() if one in before and before[one].state != "finished"],
@@ -101,19 +99,6 @@ def _type(record: Record | None, planned: Planned | None) -> str:
 def _is_younger(parent: Stage | None, attempt: Attempt) -> bool:
     """Tell whether a parent was made again after a start of its child had ended."""
     return parent is not None and parent.record is not None and parent.record.started > attempt.at
-
-
-def _is_locked(lock: Path) -> bool:
-    """Tell whether a process is at work on a stage. Where nothing can be written, none is."""
-    if not lock.is_file() or not os.access(lock, os.W_OK):
-        return False
-    try:
-        with FileLock(lock).acquire(timeout=0):
-            return False
-    except Timeout:
-        return True
-    except OSError:
-        return False
 
 
 def _json(path: Path, empty: Any) -> Any:
