@@ -86,7 +86,7 @@ def run(config: RunConfig, name: str, launch: Launch = BY_HAND) -> None:
     if fault := sharding.refusal(config, name, sharding.of_process()):
         raise UserError(f"stages.{name}: {fault}")
     state = join_processes(getattr(config.stages[name], "training", config.training))
-    ignored = forget_options(config.stages[name])
+    ignored = forget_options(config, name)
     with contextlib.ExitStack() as held:
         progress = Progress()
         if state.is_main_process:

@@ -25,6 +25,7 @@ from pipeline.config.stage_types import STAGE_TYPES
 from pipeline.launch import channel, joining, process, sharding
 from pipeline.records import manifest
 from pipeline.stages import ppo
+from pipeline.system import device
 from pipeline.system.errors import StageFailed, UserError
 from pipeline.training.assertions import finite
 
@@ -144,7 +145,7 @@ def test_the_plan_refuses_what_a_launch_cannot_carry(every_type, file):
         assert f"--accelerate-config is {FILES / file}" in line and "; use accelerate_configs/multi_gpu.yaml" in line
 
 
-def test_what_decides_beside_the_type(every_type):
+def test_what_decides_beside_the_type(every_type, monkeypatch):
     """A parent's adapter that must be merged under ZeRO-3; a KL penalty under ZeRO-2; a stage's own file."""
     file = str(FILES / "zero3.yaml")
     full = load(every_type, ("stages.sft.lora=null", f"stages.sft.accelerate_config={file}"))
@@ -163,6 +164,12 @@ def test_what_decides_beside_the_type(every_type):
     for name in ("ppo", "reward"):
         with pytest.raises(UserError, match=r"without autocast DeepSpeed takes float32 weights only"):
             launcher._launch_files(half, [name], str(FILES / "zero2.yaml"))
+    # Without instructions for bf16 autocast is off, unless somebody asks for it.
+    monkeypatch.setattr(device, "_has_bf16_instructions", lambda: False)
+    silent = load(every_type, ("model.dtype=bfloat16", "stages.sft.training.bf16=null"))
+    with pytest.raises(UserError, match=r"without autocast DeepSpeed takes float32 weights only"):
+        launcher._launch_files(silent, ["sft"], str(FILES / "zero2.yaml"))
+    assert launcher._launch_files(half, ["sft"], str(FILES / "zero2.yaml"))
     with_kl = load(every_type, ("stages.grpo.training.beta=0.04", "stages.rloo.training.beta=0"))
     assert launcher._launch_files(with_kl, ["rloo"], str(FILES / "zero2.yaml"))
     with pytest.raises(UserError, match="grpo does not run under DeepSpeed ZeRO-2"):

@@ -238,15 +238,6 @@ def _is_plain(value: object) -> bool:
     return value is None or type(value) in (bool, int, float, str)
 
 
-def precision(kind: str, training: Options) -> str:
-    """Return the autocast of a stage as accelerate names it: bf16 (TRL's default), fp16 or no (PPOTrainer: always)."""
-    if not row_of(kind).autocast:
-        return "no"
-    if training.get("fp16"):
-        return "fp16"
-    return "no" if training.get("bf16") is False else "bf16"
-
-
 def length_limit(stage: Stage) -> tuple[str, int | None]:
     """Return the option that limits a row's length, and the limit in tokens; None where texts are cut into pieces."""
     if isinstance(stage, Ppo) and stage.prompt_baseline == "reference":  # its rows are prompts with their answers

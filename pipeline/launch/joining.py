@@ -7,8 +7,8 @@ import torch
 import transformers
 from accelerate import DistributedType, PartialState
 
-from pipeline.config import options
-from pipeline.config.schema import Options, Stage, TrainingStage
+from pipeline.config import options, precision
+from pipeline.config.schema import Options, RunConfig, TrainingStage
 from pipeline.system import device
 from pipeline.system.errors import UserError
 
@@ -43,23 +43,24 @@ def join_processes(training: Options) -> PartialState:
     return state
 
 
-def forget_options(stage: Stage) -> list[str]:
+def forget_options(config: RunConfig, name: str) -> list[str]:
     """Take the launcher's precision and accumulation out of the environment; return what to say of those that differ.
 
     accelerate would put them in the place of the stage's own: of precision where `bf16` and `fp16` are false, and of
-    both in PPO.
+    both in PPO. The stage's processes have joined.
     """
-    precision = os.environ.pop("ACCELERATE_MIXED_PRECISION", "no")
+    stage = config.stages[name]
+    given = os.environ.pop("ACCELERATE_MIXED_PRECISION", "no")
     steps = os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
     own_precision = "no"
     own_steps = steps
     if isinstance(stage, TrainingStage):
-        own_precision = options.precision(stage.kind, stage.training)
+        own_precision = precision.autocast(stage, precision.device_of(config, name, device.of_torch())).type
         own_steps = str(options.effective(stage.kind, stage.training)["gradient_accumulation_steps"])
     messages = []
-    if precision not in ("no", own_precision):
+    if given not in ("no", own_precision):
         messages.append(
-            f"mixed_precision {precision} of the launcher is ignored: precision comes from model.dtype and bf16"
+            f"mixed_precision {given} of the launcher is ignored: precision comes from model.dtype and bf16"
         )
     if steps != own_steps and steps is not None:
         messages.append(

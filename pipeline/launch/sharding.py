@@ -10,10 +10,12 @@ from ruamel.yaml.error import YAMLError
 
 from pipeline.base import dtype
 from pipeline.config.lineage import start_of
-from pipeline.config.options import effective, precision
+from pipeline.config.options import effective
+from pipeline.config.precision import autocast, device_of
 from pipeline.config.schema import Online, Ppo, RunConfig, TrainingStage
 from pipeline.config.stage_types import makes, row_of, type_of
 from pipeline.config.type_row import ZERO_2, ZERO_3
+from pipeline.system import device
 from pipeline.system.errors import UserError
 from pipeline.system.json_object import JsonObject
 
@@ -138,8 +140,9 @@ def _own_reason(config: RunConfig, name: str, sharding: str) -> str | None:
     # PPOTrainer does not tell DeepSpeed its norm. accelerate fills in 1.0 where its own file says "auto" or nothing.
     if isinstance(stage, Ppo) and effective(stage.kind, stage.training)["max_grad_norm"] != 1.0:
         return "gradients would be clipped as DeepSpeed's options say, whatever `max_grad_norm` says (leave it out)"
-    if precision(stage.kind, stage.training) == "no" and dtype.choose(config).dtype != "float32":
+    precision = autocast(stage, device_of(config, name, device.of_stages())).type
+    if precision == "no" and dtype.choose(config).dtype != "float32":
         return "without autocast DeepSpeed takes float32 weights only (`model.dtype: float32` works)"
-    if makes(stage, "reward model") and precision(stage.kind, stage.training) != "no":
+    if makes(stage, "reward model") and precision != "no":
         return "in mixed precision it rounds the score head, and the saved model scores otherwise (`bf16: false` works)"
     return None
