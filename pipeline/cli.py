@@ -16,7 +16,14 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+class _InOrder(click.Group):
+    """List the commands in the order in which people need them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return ["plan", "check-data", "run", "status", "report", "shift", "export", "push"]
+
+
+@click.group(cls=_InOrder, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="rlhf")
 def cli() -> None:
     """From a pretrained language model to an aligned one: pretraining, SFT, a reward model, alignment, evaluation."""
@@ -28,7 +35,7 @@ def _console() -> "Console":
     return open_console()
 
 
-@cli.command()
+@cli.command(short_help="Run what is not finished, and show the result.")
 @click.argument("config", type=click.Path())
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--until", metavar="STAGE", help="Run this stage and those it needs.")
@@ -62,7 +69,7 @@ def run(
             launcher.run(loaded, console, overrides, until, only, redo, accelerate_config, server)
 
 
-@cli.command()
+@cli.command(short_help="Show what a run would do, and what is wrong with it.")
 @click.argument("config", type=click.Path())
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--accelerate-config", metavar="FILE", help="Check for a run with the same option.")
@@ -77,7 +84,7 @@ def plan(config: str, overrides: tuple[str, ...], accelerate_config: str | None)
         launcher.show_plan(loaded, _console(), accelerate_config)
 
 
-@cli.command("check-data")
+@cli.command("check-data", short_help="Read all data, say what is wrong with it, show rows.")
 @click.argument("config", type=click.Path())
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--stage", "stages", metavar="STAGE", multiple=True, help="Only the datasets of this stage.")
@@ -99,7 +106,7 @@ def check_data(config: str, overrides: tuple[str, ...], stages: tuple[str, ...],
         check_data.run(loaded, list(stages), sample, _console())
 
 
-@cli.command()
+@cli.command(short_help="Show the chain, also at work, and how to load outputs.")
 @click.argument("run_dir", type=click.Path(path_type=Path))
 def status(run_dir: Path) -> None:
     """Show the chain of a run folder, also while it runs, and how to load its outputs."""
@@ -108,7 +115,7 @@ def status(run_dir: Path) -> None:
     results.status(run_dir, _console())
 
 
-@cli.command()
+@cli.command(short_help="Show what the reward models leave open.")
 @click.argument("run_dir", type=click.Path(path_type=Path))
 @click.argument("stage", required=False)
 def shift(run_dir: Path, stage: str | None) -> None:
@@ -121,7 +128,7 @@ def shift(run_dir: Path, stage: str | None) -> None:
     shift.reports(run_dir, stage, _console())
 
 
-@cli.command()
+@cli.command(short_help="Write a stage's model to a folder that loads anywhere.")
 @click.argument("run_dir", type=click.Path(path_type=Path))
 @click.argument("stage")
 @click.option("--to", "target", metavar="DIR", required=True, type=click.Path(path_type=Path), help="Folder to write.")
@@ -156,7 +163,7 @@ def export(
         command.export(run_dir, stage, target, form, dtype, force, _console())
 
 
-@cli.command()
+@cli.command(short_help="Upload an export to the Hugging Face hub.")
 @click.argument("export_dir", type=click.Path(path_type=Path))
 @click.argument("repo")
 @click.option("--public", is_flag=True, help="Let everybody read it. By default the repository is private.")
@@ -180,7 +187,7 @@ def push(export_dir: Path, repo: str, public: bool, yes: bool) -> None:
         push.push(export_dir, repo, public, confirm, _console())
 
 
-@cli.command()
+@cli.command(short_help="Make one HTML page of a run.")
 @click.argument("run_dirs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN_DIR...")
 @click.option("--to", metavar="FILE", type=click.Path(path_type=Path), help="Write the page there.")
 def report(run_dirs: tuple[Path, ...], to: Path | None) -> None:

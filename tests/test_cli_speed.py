@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from pipeline.cli import cli
 from pipeline.records import manifest
 
 HEAVY = {"torch", "transformers", "datasets", "trl", "peft", "accelerate"}
@@ -25,6 +26,13 @@ def test_help_imports_nothing_heavy(args):
     assert exit_code == 0
     assert stdout
     assert not packages & HEAVY
+
+
+def test_help_lists_every_command_in_a_whole_sentence():
+    _, stdout, _ = imported("--help")
+    lines = stdout.partition("Commands:\n")[2].splitlines()
+    assert sorted(line.split()[0] for line in lines) == sorted(cli.commands)
+    assert all(line.endswith(".") and not line.endswith("...") for line in lines)
 
 
 def test_status_imports_nothing_heavy(tmp_path, make_record):
