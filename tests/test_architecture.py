@@ -14,7 +14,7 @@ PACKAGE = Path(pipeline.__file__).parent
 # A room imports only from rooms of lower floors; a door is a module beside the rooms that nothing imports.
 FLOORS = (
     ("system",),
-    ("config", "shift"),
+    ("config", "shift", "web"),
     ("records",),
     ("base", "tracking"),
     ("data",),

@@ -1,0 +1,177 @@
+"""A server for one page, on 127.0.0.1 alone.
+
+Its address has a secret path, so that other users of the machine cannot find it. Requests of other pages are refused:
+a foreign `Host` (DNS rebinding), a foreign `Origin`, and a body that is not JSON, which a form of any page could send.
+It serves the files that it was given and nothing else.
+"""
+
+import json
+import secrets
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import anyio
+import uvicorn
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pipeline.system.errors import UserError
+from pipeline.system.json_object import JsonObject
+from pipeline.system.signals import Interrupted
+
+HOST = "127.0.0.1"
+STYLE = Path(__file__).parent / "files" / "style.css"
+MAX_BODY = 1_000_000  # bytes
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+Call = Callable[[JsonObject], JsonObject | Iterator[JsonObject]]
+
+
+@dataclass(frozen=True)
+class Site:
+    """Name what a page consists of.
+
+    Attributes:
+        files: what the browser may load, by its name; `""` is the page itself. `style.css` is there anyway.
+        calls: functions by the name under which the page posts to them. Each takes the JSON object that was sent. It
+            returns one, or an iterator of them, of which each is sent as a line of JSON as soon as it is there. One
+            call runs at a time, in a thread. Its `UserError` reaches the page as `{"error": message}`, with status 400
+            where no line was sent before.
+    """
+
+    files: Mapping[str, Path]
+    calls: Mapping[str, Call]
+
+
+def serve(site: Site, port: int, say: Callable[[str], None]) -> None:
+    """Serve the page until Ctrl-C, which ends it as it should end. `port` 0 takes a free one.
+
+    Raises:
+        UserError: if the port is taken.
+    """
+    try:
+        listening = socket.create_server((HOST, port))
+    except OSError as error:
+        mend = "Take another one with --port, or leave the option out"
+        raise UserError(f"cannot listen on {HOST}:{port}: {error.strerror}. {mend}") from None
+    with listening:
+        port = listening.getsockname()[1]
+        token = secrets.token_urlsafe(18)
+        app = application(site, token, port)
+        config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1)
+        try:
+            say(f"http://{HOST}:{port}/{token}/")
+            uvicorn.Server(config).run(sockets=[listening])
+        except Interrupted:
+            raise
+        except KeyboardInterrupt:
+            return
+
+
+def application(site: Site, token: str, port: int) -> ASGIApp:
+    """Return the site as an ASGI application, under the path `/TOKEN/`, for requests to that port."""
+    busy = anyio.Lock()
+    routes = [
+        Route(f"/{token}/{name}", _sender(path)) for name, path in ({"style.css": STYLE} | dict(site.files)).items()
+    ]
+    routes += [Route(f"/{token}/{name}", _caller(call, busy), methods=["POST"]) for name, call in site.calls.items()]
+    return _Guard(Starlette(routes=routes), port)
+
+
+def _sender(path: Path) -> Callable[[Request], Response]:
+    return lambda request: FileResponse(path)
+
+
+def _caller(call: Call, busy: anyio.Lock) -> Callable[[Request], object]:
+    """Return what answers a post with what `call` makes of it."""
+
+    async def answer(request: Request) -> Response:
+        try:
+            body = json.loads(await request.body())
+        except ValueError:
+            body = None
+        if not isinstance(body, dict):
+            return JSONResponse({"error": "the body is not a JSON object"}, 400)
+        try:
+            async with busy:
+                result = await run_in_threadpool(call, body)
+        except UserError as error:
+            return JSONResponse({"error": str(error)}, 400)
+        if isinstance(result, dict):
+            return JSONResponse(result)
+        return StreamingResponse(_lines(result, busy), media_type="application/x-ndjson")
+
+    return answer
+
+
+async def _lines(result: Iterator[JsonObject], busy: anyio.Lock) -> AsyncIterator[str]:
+    """Yield the objects as lines. A page that is left meanwhile ends the iterator."""
+
+    def following() -> JsonObject | None:
+        try:
+            return next(result, None)
+        except UserError as error:
+            return {"error": str(error)}
+
+    async with busy:
+        try:
+            while (item := await run_in_threadpool(following)) is not None:
+                yield json.dumps(item) + "\n"
+        finally:
+            close = getattr(result, "close", None)  # a generator's
+            if close is not None:
+                close()
+
+
+class _Guard:
+    """Refuse what does not come from the page itself, and send our headers with every answer."""
+
+    def __init__(self, app: ASGIApp, port: int):
+        self._app = app
+        self._hosts = {f"{name}:{port}" for name in (HOST, "localhost")}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            if scope["type"] == "lifespan":
+                await self._app(scope, receive, send)
+            return
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                ours = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
+                message = message | {"headers": [*message["headers"], *ours]}
+            await send(message)
+
+        fault = self._fault(Request(scope))
+        handler: ASGIApp = PlainTextResponse(fault, 403) if fault else self._app
+        await handler(scope, receive, send_with_headers)
+
+    def _fault(self, request: Request) -> str:
+        """Return why a request is refused, or nothing."""
+        headers = request.headers
+        host = headers.get("host", "")
+        if host not in self._hosts:
+            return "this page is for a browser on this machine"
+        origin = headers.get("origin")
+        if origin is not None and origin != f"http://{host}":
+            return "this page takes no requests of other pages"
+        if headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
+            return "this page takes no requests of other pages"
+        if request.method == "POST":
+            if headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+                return "a post must be application/json"
+            length = headers.get("content-length", "")
+            if not length.isdecimal() or int(length) > MAX_BODY:
+                return f"a post must say its length, and have at most {MAX_BODY} bytes"
+        return ""
