@@ -40,8 +40,8 @@ from pipeline.records import manifest
 from pipeline.records.figures import figures_of_record
 from pipeline.records.manifest import Output, Record
 from pipeline.records.progress import Progress
-from pipeline.records.stage_folder import CHECKPOINTS, LOCK, PROGRESS, TRACKING
-from pipeline.system import digests, disk, streams, versions
+from pipeline.records.stage_folder import CHECKPOINTS, GATE, LOCK, PROGRESS, TRACKING
+from pipeline.system import device, digests, disk, streams, versions
 from pipeline.system.errors import UserError, reason_of
 from pipeline.system.processes import same_everywhere
 from pipeline.training import checkpoints
@@ -83,9 +83,9 @@ def run(config: RunConfig, name: str, launch: Launch = BY_HAND) -> None:
     """
     if name not in config.stages:
         raise UserError(f"there is no stage {name!r} in {config.source}; it has {', '.join(config.stages)}")
-    if fault := sharding.refusal(config, name, sharding.of_process()):
-        raise UserError(f"stages.{name}: {fault}")
     state = join_processes(getattr(config.stages[name], "training", config.training))
+    if fault := sharding.refusal(config, name, sharding.of_process(), device.of_torch):
+        raise UserError(f"stages.{name}: {fault}")
     ignored = forget_options(config, name)
     with contextlib.ExitStack() as held:
         progress = Progress()
@@ -116,6 +116,7 @@ def _prepare(config: RunConfig, name: str, launch: Launch, progress: Progress) -
     decision = decisions[name]
     if not decision.run:
         return decision
+    (config.run_path / name / GATE).unlink(missing_ok=True)  # an earlier start's
     for role, parent in parents(config.stages[name]).items():
         if decisions[parent].run:
             why = f"which is not finished: {decisions[parent].reason}"
@@ -147,13 +148,14 @@ def _execute(config: RunConfig, name: str, decision: Decision, state: PartialSta
     _say_device(ctx)
     quieten_transformers()
     ctx.rows()  # refused before the record is dropped, where the launcher has not looked at them
-    if state.is_main_process:
-        manifest.drop(config.run_path, [name, *graph.descendants(config, name)])
-        shutil.rmtree(ctx.new_output, ignore_errors=True)
-        ctx.new_output.mkdir(parents=True)
-    state.wait_for_everyone()
-    followed = ctx.trackers.following(config, name, ctx.identity, decision.identity.config)
-    with followed if state.is_main_process else contextlib.nullcontext():
+    with contextlib.ExitStack() as held:
+        followed = ctx.trackers.following(config, name, ctx.identity, decision.identity.config)
+        same_everywhere(lambda: held.enter_context(followed))  # likewise
+        if state.is_main_process:
+            manifest.drop(config.run_path, [name, *graph.descendants(config, name)])
+            shutil.rmtree(ctx.new_output, ignore_errors=True)
+            ctx.new_output.mkdir(parents=True)
+        state.wait_for_everyone()
         transformers.set_seed(ctx.seed)
         module = type_of(ctx.stage).module
         result: Result = importlib.import_module(f"pipeline.stages.{module}").run(ctx)

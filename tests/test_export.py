@@ -442,14 +442,22 @@ def test_an_export_that_is_interrupted_while_it_replaces_another_leaves_it(tmp_p
     assert [path.name for path in tmp_path.rglob("*")] == ["out", folder.FILE]
 
 
-def test_what_a_process_of_this_number_has_left_is_in_nobodys_way(tmp_path):
-    """In a container the number may come again."""
-    with folder.beside(tmp_path / "out") as work:
-        left = work.with_name(work.name + ".kept")
-        work.rename(left)
-    left.rename(work)
-    with folder.beside(tmp_path / "out") as again:
+@pytest.mark.parametrize("is_replaced", [True, False])
+def test_what_a_killed_process_had_put_aside_goes_back(tmp_path, is_replaced):
+    """In a container the number of the process may come again."""
+    target = tmp_path / "out"
+    with folder.beside(target) as work:
+        pass
+    old = work / folder.REPLACED
+    old.mkdir(parents=True)
+    (old / "weights").write_text("old")
+    if is_replaced:
+        target.mkdir()
+        (target / "weights").write_text("new")
+    with folder.beside(target) as again:
         assert again == work and not any(again.iterdir())
+        assert (target / "weights").read_text() == ("new" if is_replaced else "old")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_what_has_no_model_or_no_such_form(trained, cli, tmp_path):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import subprocess
 import time
@@ -217,7 +218,7 @@ def chain_of(**found):
 
 def test_the_states_that_a_killed_launcher_has_left(tmp_path):
     chain = chain_of(a="finished", b="at work", c="at work", d="failed", e="waiting", f="finished", g="waiting")
-    finished = {"a", "c", "g"}
+    finished = dict.fromkeys(("a", "c", "g"), "2026-01-01T00:00:00+00:00")
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / ".lock").touch()
@@ -235,11 +236,20 @@ def test_the_states_that_a_killed_launcher_has_left(tmp_path):
     assert sorted(path.name for path in tmp_path.rglob("*")) == [".lock", ".lock", "a", "b"]
 
 
+def test_a_stage_that_failed_and_was_finished_by_hand_is_finished(tmp_path):
+    chain = chain_of(sft="failed", dpo="failed")
+    chain.launcher.created -= 1  # it has ended
+    chain.write(tmp_path)
+    os.utime(tmp_path / states.FILE, (1_767_225_600, 1_767_225_600))  # 2026-01-01T00:00:00
+    recorded = {"sft": "2026-01-01T00:01:00+00:00", "dpo": "2025-12-31T23:59:00+00:00"}
+    assert states.now(chain, tmp_path, recorded) == {"sft": "finished", "dpo": "failed"}
+
+
 def test_a_launcher_is_known_by_more_than_its_number(tmp_path):
     chain = chain_of(sft="at work")
-    assert states.now(chain, tmp_path, ())["sft"] == "at work"
+    assert states.now(chain, tmp_path, {})["sft"] == "at work"
     chain.launcher.created -= 1  # the number was given to another process
-    assert states.now(chain, tmp_path, ())["sft"] == "stopped"
+    assert states.now(chain, tmp_path, {})["sft"] == "stopped"
 
 
 def test_states_that_cannot_be_read_are_none(tmp_path):
@@ -265,13 +275,15 @@ def test_status_shows_what_is_at_work_with_its_alarms(tmp_path):
         writer.step(3, {"loss": 0.5})
     alarm = ["", "ppo: watchdog: kl is high", "  causes: many"]
     importing = Console(file=io.StringIO(), width=160)
-    assert progress.show_unfinished(tmp_path, ["sft"], importing)  # what is there is of an earlier attempt
+    assert progress.show_unfinished(
+        tmp_path, {"sft": "2026-01-01T00:00:00+00:00"}, importing
+    )  # what is there is of an earlier attempt
     assert "kl is high" not in importing.file.getvalue() and "step" not in importing.file.getvalue()
     pipe = Console(file=io.StringIO(), width=160)
     terminal = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
     with FileLock(tmp_path / "ppo" / ".lock"):
-        assert progress.show_unfinished(tmp_path, ["sft"], pipe)
-        assert progress.show_unfinished(tmp_path, ["sft"], terminal)
+        assert progress.show_unfinished(tmp_path, {"sft": "2026-01-01T00:00:00+00:00"}, pipe)
+        assert progress.show_unfinished(tmp_path, {"sft": "2026-01-01T00:00:00+00:00"}, terminal)
     *first, states_line, place_line = pipe.file.getvalue().splitlines()
     assert (first, states_line) == (alarm, "finished: sft; at work: ppo; waiting: dpo")
     assert re.fullmatch(r"ppo: step 3/8, \ds left: loss 0\.500", place_line)
@@ -279,7 +291,7 @@ def test_status_shows_what_is_at_work_with_its_alarms(tmp_path):
     assert (first, states_line, figures) == (alarm, "✓ sft  ● ppo  · dpo", "loss 0.500")
     assert re.fullmatch(r"ppo ━{15}─{25} step 3/8, \ds left", place_line)
     chain_of(sft="finished").write(tmp_path)
-    assert not progress.show_unfinished(tmp_path, ["sft"], pipe)
+    assert not progress.show_unfinished(tmp_path, {"sft": "2026-01-01T00:00:00+00:00"}, pipe)
 
 
 # A terminal.

@@ -117,6 +117,9 @@ def test_what_was_tried_with_other_parents_does_not_count(tmp_path):
     (folder / "ppo" / "log.txt").write_text("$ python\n")
     (folder / "ppo" / "gate.json").write_text(json.dumps({"stops": True, "verdicts": []}))
     assert states(folder)["ppo"] == "held"
+    crashed = {"ppo": Attempt(state="failed", at="2026-01-02T12:00:00+00:00", message="it crashed")}
+    report_runs.write(tmp_path, {name: record(name) for name in ("sft", "reward", "reward-shift")}, crashed)
+    assert states(folder)["ppo"] == "failed"  # the verdicts are those of an earlier start
     report_runs.write(tmp_path, {name: record(name, started=LATE) for name in ("sft", "reward", "reward-shift")}, held)
     assert states(folder)["ppo"] == "not begun"
 

@@ -94,6 +94,27 @@ def test_how_a_stage_ended_stays_until_its_next_start(chain):
     assert {name: attempt.state for name, attempt in kept.attempts.items()} == {"sft": "stopped", "dpo": "failed"}
 
 
+def test_a_change_that_is_taken_back_leaves_nothing(chain):
+    """The stage was to run again and did not begin; it has its record, and its last attempt is that of its run."""
+    chain({"sft": None, "dpo": None})
+    config, _ = chain({"sft": KeyboardInterrupt()}, "stages.dpo.seed=7", "stages.sft.seed=7")
+    assert last_run.read(config.run_path).stages["dpo"].reason is not None
+    assert states(config.run_path) == {"sft": "interrupted", "dpo": "stale"}
+    config, _ = chain({})
+    assert {name: stage.reason for name, stage in last_run.read(config.run_path).stages.items()} == {
+        "sft": None,
+        "dpo": None,
+    }
+    assert states(config.run_path) == {"sft": "finished", "dpo": "finished"}
+
+
+def test_a_finished_run_keeps_its_file(chain):
+    config, _ = chain({"sft": None, "dpo": None})
+    before = (config.run_path / last_run.FILE).read_bytes()
+    chain({})
+    assert (config.run_path / last_run.FILE).read_bytes() == before
+
+
 def test_a_report_that_cannot_be_made_fails_no_run(chain, monkeypatch):
     def render(_):
         raise RuntimeError("a bug of the page")

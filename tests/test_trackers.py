@@ -280,10 +280,14 @@ def test_a_crash_closes_the_trackers_as_failed(tmp_path, monkeypatch):
 
 
 def test_a_mode_that_wandb_does_not_know_is_one_message(tmp_path, monkeypatch):
+    """And what was finished before stays on record."""
+    stage.run(load(write(tmp_path, {"sft": tiny.SFT})), "sft")
+    config = load(write(tmp_path, {"sft": tiny.SFT}, report_to="wandb"), ("stages.sft.seed=7",))
+    before = manifest.read(config.run_path)
     monkeypatch.setenv("WANDB_MODE", "sideways")
-    config = load(write(tmp_path, {"sft": tiny.SFT}, report_to="wandb"))
     with pytest.raises(UserError, match="report_to: wandb cannot start a run"):
         stage.run(config, "sft")
+    assert manifest.read(config.run_path) == before
 
 
 def test_trackio_keeps_all_stages_in_a_folder_of_the_user(tmp_path, monkeypatch):

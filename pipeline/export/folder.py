@@ -67,7 +67,7 @@ def _names_in(folder: Path) -> list[str]:
 def beside(target: Path) -> Iterator[Path]:
     """Make a folder beside the target, to work in; it is removed at the end, whatever happens.
 
-    What a killed process of this machine has left there is removed first.
+    What a killed process of this machine has left there is removed first; an export that it had put aside goes back.
     """
     start = f".{target.name}.{socket.gethostname()}-"
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -75,10 +75,12 @@ def beside(target: Path) -> Iterator[Path]:
         number = path.name.removeprefix(start).removesuffix(".part")
         # In a container the dead process may have had the number of this one.
         is_over = number.isdecimal() and (int(number) == os.getpid() or not psutil.pid_exists(int(number)))
-        if is_over and (target.exists() or not (path / REPLACED).exists()):
+        if is_over:
+            if (path / REPLACED).exists() and not target.exists():  # it was killed between two renames
+                (path / REPLACED).rename(target)
             shutil.rmtree(path, ignore_errors=True)
     work = target.parent / f"{start}{os.getpid()}.part"
-    work.mkdir(exist_ok=True)  # what was killed while it replaced an export has kept it there
+    work.mkdir()
     try:
         yield work
     finally:

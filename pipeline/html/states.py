@@ -34,7 +34,7 @@ def judge(standing: Standing) -> tuple[State, str, str]:
         return "running", "a process works on it", ""
     has_failed = attempt is not None and attempt.state in ("failed", "refused")
     if has_failed and attempt is not None and not _is_later(standing.record, attempt.at):
-        if standing.is_held:
+        if standing.is_held and attempt.state == "refused":
             return "held", "the gate did not let it start", attempt.message
         # Of a crash the message goes on with the last lines of the log, which are shown anyway.
         return "failed", _first_words(attempt.message), attempt.message if attempt.state == "refused" else ""

@@ -16,6 +16,7 @@ from pipeline.config.schema import Online, Ppo, RunConfig, TrainingStage
 from pipeline.config.stage_types import makes, row_of, type_of
 from pipeline.config.type_row import ZERO_2, ZERO_3
 from pipeline.system import device
+from pipeline.system.device import Device
 from pipeline.system.errors import UserError
 from pipeline.system.json_object import JsonObject
 
@@ -110,13 +111,18 @@ def of_process(environment: Mapping[str, str] | None = None) -> str | None:
     return ZERO_3 if str(stage) == "3" else ZERO_2
 
 
-def refusal(config: RunConfig, name: str, sharding: str | None) -> str | None:
-    """Say why stage `name` cannot run under a launch that splits the model, and what to use instead; or None."""
+def refusal(
+    config: RunConfig, name: str, sharding: str | None, visible: Callable[[], Device] = device.of_stages
+) -> str | None:
+    """Say why stage `name` cannot run under a launch that splits the model, and what to use instead; or None.
+
+    `visible` finds the device that there is; it is asked only where the answer depends on it.
+    """
     if sharding is None:
         return None
     stage = config.stages[name]
     carried = type_of(stage).sharded
-    reason = REASONS[sharding] if sharding not in carried else _own_reason(config, name, sharding)
+    reason = REASONS[sharding] if sharding not in carried else _own_reason(config, name, sharding, visible)
     if reason is None:
         return None
     others = ZERO_2_FILE if sharding != ZERO_2 and ZERO_2 in carried else ""
@@ -127,7 +133,7 @@ def refusal(config: RunConfig, name: str, sharding: str | None) -> str | None:
     return f"{stage.kind} does not run under {sharding}: {reason}; {mend}"
 
 
-def _own_reason(config: RunConfig, name: str, sharding: str) -> str | None:
+def _own_reason(config: RunConfig, name: str, sharding: str, visible: Callable[[], Device]) -> str | None:
     """Say why a stage cannot run under a sharding that other stages of its type run under, or None."""
     stage = config.stages[name]
     if not isinstance(stage, TrainingStage):
@@ -140,7 +146,7 @@ def _own_reason(config: RunConfig, name: str, sharding: str) -> str | None:
     # PPOTrainer does not tell DeepSpeed its norm. accelerate fills in 1.0 where its own file says "auto" or nothing.
     if isinstance(stage, Ppo) and effective(stage.kind, stage.training)["max_grad_norm"] != 1.0:
         return "gradients would be clipped as DeepSpeed's options say, whatever `max_grad_norm` says (leave it out)"
-    precision = autocast(stage, device_of(config, name, device.of_stages())).type
+    precision = autocast(stage, device_of(config, name, visible())).type
     if precision == "no" and dtype.choose(config).dtype != "float32":
         return "without autocast DeepSpeed takes float32 weights only (`model.dtype: float32` works)"
     if makes(stage, "reward model") and precision != "no":

@@ -95,7 +95,7 @@ def attempt(run_dir: Path, planned: LastRun, stage: str) -> Iterator[None]:
 
 
 def settle(run_dir: Path, planned: LastRun) -> bool:
-    """Forget how stages ended that are current all the same, and tell whether there were any.
+    """Forget of stages that are current all the same how they ended and why they were to run; tell if there were any.
 
     A stage that was stopped or refused before it began anew has kept its record. Undo the change, and it is current.
     """
@@ -103,9 +103,18 @@ def settle(run_dir: Path, planned: LastRun) -> bool:
     if before is None:
         return False
     attempts = _standing(before.attempts, planned)
-    if attempts != before.attempts:
-        _write(run_dir, planned.model_copy(update={"attempts": attempts}))
-    return attempts != before.attempts
+    if attempts == before.attempts and not any(_is_taken_back(name, before, planned) for name in planned.stages):
+        return False
+    _write(run_dir, planned.model_copy(update={"attempts": attempts}))
+    return True
+
+
+def _is_taken_back(name: str, before: LastRun, planned: LastRun) -> bool:
+    """Tell whether a stage is current that the last command was to run, and did not finish."""
+    if planned.stages[name].reason is not None or name not in before.stages or before.stages[name].reason is None:
+        return False
+    last = before.attempts.get(name)
+    return last is None or last.state != "finished" or last.at < before.started
 
 
 def _standing(attempts: dict[str, Attempt], planned: LastRun) -> dict[str, Attempt]:

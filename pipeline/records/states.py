@@ -4,9 +4,10 @@ The manifest knows only what is finished. Here are the other stages too, with wh
 """
 
 import contextlib
+import datetime
 import os
 import socket
-from collections.abc import Container
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -62,9 +63,14 @@ def read(run_dir: Path) -> Chain | None:
     return chain if set(chain.types) == set(chain.states) else None
 
 
-def now(chain: Chain, run_dir: Path, recorded: Container[str]) -> dict[str, State]:
-    """Return the states as they are: what a killed process has left is not at work. `recorded`: finished stages."""
+def now(chain: Chain, run_dir: Path, recorded: Mapping[str, str]) -> dict[str, State]:
+    """Return the states as they are: what a killed process has left is not at work.
+
+    `recorded`: the finished stages, each with the time of its start. One that was started after the file was written
+    was started by hand.
+    """
     alive = _is_alive(chain.launcher)
+    written = _time_of(run_dir / FILE)
     states: dict[str, State] = {}
     for name, state in chain.states.items():
         is_export = state == "finished" and name in recorded  # it reads the weights under the same lock
@@ -72,13 +78,22 @@ def now(chain: Chain, run_dir: Path, recorded: Container[str]) -> dict[str, Stat
             states[name] = "at work"
         elif state == "finished" and name not in recorded:
             states[name] = "waiting"
-        elif state != "failed" and name in recorded and not alive:
+        elif name in recorded and not alive and (state != "failed" or recorded[name] > written):
             states[name] = "finished"
         elif state == "at work" and not alive:
             states[name] = "stopped"
         else:
             states[name] = state
     return states
+
+
+def _time_of(file: Path) -> str:
+    """Return when a file was written, as records hold times; "" if it is not there."""
+    try:
+        seconds = file.stat().st_mtime
+    except OSError:
+        return ""
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="seconds")
 
 
 def is_locked(folder: Path) -> bool:

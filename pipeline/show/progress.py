@@ -190,15 +190,15 @@ def width_of(console: Console) -> int:
     return min(console.width - 1, MAX_WIDTH)
 
 
-def show_unfinished(run_dir: Path, finished: Iterable[str], console: Console) -> bool:
+def show_unfinished(run_dir: Path, finished: Mapping[str, str], console: Console) -> bool:
     """Show the chain of a run that is not finished, where the stages at work are, and their alarms.
 
-    Returns False if nothing is known of such a run.
+    `finished`: the finished stages, each with the time of its start. Returns False if nothing is known of such a run.
     """
     chain = states.read(run_dir)
     if chain is None:
         return False
-    now = states.now(chain, run_dir, set(finished))
+    now = states.now(chain, run_dir, finished)
     if all(state == "finished" for state in now.values()):
         return False
     width = width_of(console)

@@ -164,7 +164,7 @@ def recorded_in(run_dir: Path) -> Manifest:
 def status(run_dir: Path, console: Console) -> None:
     """Show the chain so far: stage, parents, duration, headline metrics, output, how to load it; then what is left."""
     recorded = manifest.read(run_dir)
-    if recorded is None and show_unfinished(run_dir, (), console):
+    if recorded is None and show_unfinished(run_dir, {}, console):
         return
     recorded = recorded_in(run_dir)
     table = Table(f"{recorded.name}: {run_dir}", ("stage", "type", "from", "took", "metrics", "output"))
@@ -181,4 +181,4 @@ def status(run_dir: Path, console: Console) -> None:
             say(console, f"why it ran: {record.reason}")
         code = printable(snippet(run_dir, recorded, record), console.encoding)
         console.print(code, highlight=False, markup=False, emoji=False, soft_wrap=True)  # to be copied: never wrapped
-    show_unfinished(run_dir, recorded.stages, console)
+    show_unfinished(run_dir, {name: record.started for name, record in recorded.stages.items()}, console)

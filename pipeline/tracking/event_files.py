@@ -1,5 +1,6 @@
 """Write tensorboard's event files straight into the stage's folder, so that it calls the stage RUN/STAGE."""
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -36,6 +37,8 @@ class EventFiles:
         """Return the writer. It is made at the first log, when it is known where the training goes on."""
         if self._writer is None:
             purge_step = self.last_step + 1 if self._goes_on else None
+            if self._goes_on:
+                _wait_for_a_later_name(self._tracked.folder)
             self._writer = SummaryWriter(str(self._tracked.folder), purge_step=purge_step)
             if self.last_step < 0:
                 config = [(key, str(value)) for key, value in self._tracked.config.items()]
@@ -60,6 +63,16 @@ class EventFiles:
     def close(self, is_finished: bool) -> None:
         if self._writer is not None:
             self._writer.close()
+
+
+def _wait_for_a_later_name(folder: Path) -> None:
+    """Let the second pass in which the newest file was begun.
+
+    Tensorboard reads files in the order of their names, which begin with that second. After it comes the process's
+    number, which would put the file of a stage that goes on at once before the file that it goes on from.
+    """
+    newest = max(int(file.name.split(".")[3]) for file in folder.glob(PATTERN))
+    time.sleep(min(max(newest + 1 - time.time(), 0), 1))
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
