@@ -33,6 +33,35 @@ def test_numbers_as_people_write_them(write_config, tmp_path, text, value):
         assert training[key] == value
 
 
+ELSEWHERE = {
+    "training.max_length": "unknown option of TrainingArguments; it belongs in `stages.NAME.training` of a stage of type "
+    "sft or reward or dpo or kto",
+    "learning_rate": "unknown key; it belongs in `training`",
+    "stages.sft.learning_rate": "unknown key; it belongs in `stages.sft.training`",
+    "stages.sft.training.lora_alpha": "unknown option of SFTConfig; it belongs in `stages.sft.lora`",
+    "stages.sft.training.eval_data": "unknown option of SFTConfig; it belongs in `stages.sft`",
+    "stages.sft.too_long": "unknown key; it belongs at the top level",
+    "stages.sft.prompt_baseline": "unknown key; it belongs in `stages.NAME` of a stage of type ppo",
+    "stages.sft.training.held_out": "unknown option of SFTConfig; it belongs in `checks`",
+    "model.load_in_4bit": "unknown key; it belongs in `quantization`",
+    "stages.sft.training.learning_rat": "unknown option of SFTConfig; did you mean 'learning_rate'?",
+}
+
+
+@pytest.mark.parametrize("key", ELSEWHERE)
+def test_a_key_of_another_level_is_told_where_it_belongs(resolve, key):
+    with pytest.raises(UserError) as caught:
+        resolve(f"{key}=1")
+    assert f"{key}: {ELSEWHERE[key]}" in str(caught.value)
+
+
+def test_of_a_dataset_no_other_level_is_named(resolve):
+    """A file's columns and subsets have names of their own."""
+    with pytest.raises(UserError) as caught:
+        resolve("data.demonstrations.name=1")
+    assert "belongs" not in str(caught.value)
+
+
 @pytest.mark.parametrize(("text", "value"), [("1e-4", 1e-4), ("2e-4", 2e-4)])
 def test_override(resolve, text, value):
     training = resolve(f"stages.sft.training.learning_rate={text}").stages["sft"].training

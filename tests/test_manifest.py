@@ -174,6 +174,7 @@ def test_plan_and_status_of_a_moved_run_folder_that_cannot_be_written(cli, finis
         ("training.logging_steps=5", set(), []),
         ("stages.sft.training.save_steps=5", set(), []),
         ("stages.dpo.training.beta=0.3", set(), []),
+        ("too_long=truncate", set(), []),  # no row was too long
     ],
 )
 def test_what_a_change_runs_again(decide, override, again, words):
@@ -181,6 +182,18 @@ def test_what_a_change_runs_again(decide, override, again, words):
     assert runs - UNFINISHED == again
     for word in words:
         assert any(word in reason for reason in reasons.values()), reasons
+
+
+@pytest.mark.parametrize("counts", [{"dropped": {"too_long": 1}}, {"noticed": {"truncated": 2}}, None])
+def test_what_to_do_with_long_rows_matters_where_there_are_some(decide, finished, counts):
+    """Of a record of an earlier version nothing may be known."""
+    record = manifest.read(finished.run_dir).stages["sft"]
+    (account,) = record.datasets.values()
+    datasets = {} if counts is None else {"data": account | counts}
+    manifest.commit(finished.run_dir, "sft", record.model_copy(update={"datasets": datasets}))
+    runs, reasons = decide("too_long=truncate")
+    assert runs == UNFINISHED | {"sft", "reward"}
+    assert "too_long ('drop' -> 'truncate')" in reasons["sft"]
 
 
 def test_changed_data_runs_again_and_rewritten_data_does_not(decide, finished, write_rows):

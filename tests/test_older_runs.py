@@ -71,7 +71,6 @@ def edit_record(older, change, stage, name="config"):
         ("grpo", "on_alarm", "stages.grpo.eval_every=5", "eval_every (10 -> 5)"),
         ("dpo", "model.dtype", "stages.dpo.lora.r=4", "lora.r (2 -> 4)"),
         ("evaluate", "temperature", "stages.evaluate.temperature=0.5", "temperature (1.0 -> 0.5)"),
-        ("sft", "too_long", "too_long=truncate", "too_long ('drop' -> 'truncate')"),
     ],
 )
 def test_a_key_that_a_record_lacks_counts_as_its_default(older, stage, key, override, words):

@@ -36,6 +36,7 @@ from pipeline.system.errors import UserError
 _LOADING = ("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers")
 NEUTRAL = ("logging_", "log_", "save_", "report_to", "disable_tqdm", *_LOADING)
 _WIRING = {"init", "reward", "shift", "policy", "baseline", "policies", "data", "eval_data", "accelerate_config"}
+_TOO_LONG = "too_long"
 CURRENT = "finished, nothing changed"
 _UNSET = "unset"  # shown for a key that one side lacks
 _MISSING = object()  # equal to no value
@@ -134,7 +135,7 @@ def _config_of(config: RunConfig, name: str) -> Flat:
         model["scratch"] = model["scratch"]["architecture"]
     shared = {"model": model, "quantization": config.quantization}
     if not type_of(stage).reads_raw_text:
-        shared["too_long"] = config.too_long
+        shared[_TOO_LONG] = config.too_long
     return _flat({key: value for key, value in own.items() if key not in _WIRING} | shared)
 
 
@@ -147,7 +148,7 @@ def _defaults(config: RunConfig, name: str) -> Flat:
     shared = _defaults_of(config)
     if config.model.dtype == "auto":  # it is on record as what it stood for
         shared["model"]["dtype"] = dtype.automatic(config).dtype
-    return _flat(own | {key: shared[key] for key in ("model", "quantization", "too_long")})
+    return _flat(own | {key: shared[key] for key in ("model", "quantization", _TOO_LONG)})
 
 
 def _defaults_of(section: BaseModel) -> dict[str, Any]:
@@ -199,6 +200,8 @@ def function_inputs(config: RunConfig, name: str) -> dict[str, str]:
 def _stale(identity: Identity, record: Record, defaults: Flat) -> str | None:
     """Say why a record is no longer what the stage would give; None if it is."""
     before = _completed(record.config, identity.config, defaults)
+    if _TOO_LONG in before and _TOO_LONG in identity.config and not _has_long_rows(record):
+        before |= {_TOO_LONG: identity.config[_TOO_LONG]}  # what to do with such rows made no difference
     changed = [key for key in _changed(before, identity.config) if not _is_told_by_keys(key, before, identity.config)]
     if changed:
         words = [_words(key, before, identity.config) for key in changed[:3]]
@@ -206,6 +209,13 @@ def _stale(identity: Identity, record: Record, defaults: Flat) -> str | None:
         return f"config changed: {', '.join(words)}{more}"
     changed = _changed(record.inputs, identity.inputs)
     return f"input changed: {', '.join(changed)}" if changed else None
+
+
+def _has_long_rows(record: Record) -> bool:
+    """Tell whether a row of a stage's data was longer than the limit; where nothing is on record, one may have been."""
+    if not record.datasets or not all(account.keys() >= {"dropped", "noticed"} for account in record.datasets.values()):
+        return True
+    return any("too_long" in one["dropped"] or "truncated" in one["noticed"] for one in record.datasets.values())
 
 
 def _completed(recorded: Flat, now: Flat, defaults: Flat) -> Flat:

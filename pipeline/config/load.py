@@ -1,5 +1,6 @@
 """Read a run's config: one strict YAML file, all errors of all stages at once, before anything heavy happens."""
 
+import functools
 import os
 import typing
 from collections.abc import Iterable, Iterator
@@ -8,7 +9,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from pipeline.config import architecture, options, ranges, rehearsal, validated
+from pipeline.config import architecture, elsewhere, options, ranges, rehearsal, validated
 from pipeline.config.document import Document, Problems, kind_of, plain, shown
 from pipeline.config.references import wire
 from pipeline.config.schema import REPORT, RESERVED, Options, RunConfig, TrainingStage, variant_of
@@ -126,7 +127,10 @@ def _validated(model: type[M], values: Options, problems: Problems, *loc: str) -
             level: type[BaseModel] = model
             for part in item["loc"][:-1]:
                 level = _model_at(level, part)
-            message = f"unknown key; {nearest(str(item['loc'][-1]), level.model_fields.keys() - {'source'})}"
+            *above, key = map(str, item["loc"])
+            kind = str(values["type"]) if loc else None
+            hint = elsewhere.hint(key, (*loc, *above), kind) or nearest(key, level.model_fields.keys() - {"source"})
+            message = f"unknown key; {hint}"
         else:
             message += f", got {kind_of(item['input'])}"
         problems.add(message, *loc, *item["loc"])
@@ -220,8 +224,10 @@ def _at(node: object, *keys: str) -> object:
 
 def _coerce_options(raw: Options, problems: Problems) -> None:
     """Check the sections of libraries, and put coerced values in their place."""
+    kinds = dict(_trained_stages(raw))
     for loc, kind, section in _sections(raw):
-        coerced, faults = options.check_section(kind, section)
+        find = functools.partial(elsewhere.hint, loc=loc, kind=kinds[loc[1]] if loc[0] == "stages" else None)
+        coerced, faults = options.check_section(kind, section, find)
         section.update(coerced)
         for key, message in faults:
             where = (*loc, key) if key else loc  # without a key it is about the whole section

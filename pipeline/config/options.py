@@ -11,7 +11,7 @@ import functools
 import inspect
 import pkgutil
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
@@ -142,8 +142,15 @@ def _adapter(kind: str, key: str) -> TypeAdapter[Any]:
     return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
 
 
-def check_section(kind: str, values: Options) -> tuple[Options, list[tuple[str, str]]]:
-    """Check and coerce one section.
+def names_of(kind: str) -> set[str]:
+    """Return the options that a section takes."""
+    return _field_types(kind).keys() - owned_by(kind).keys()
+
+
+def check_section(
+    kind: str, values: Options, elsewhere: Callable[[str], str | None] = lambda key: None
+) -> tuple[Options, list[tuple[str, str]]]:
+    """Check and coerce one section. `elsewhere` says where an unknown option belongs, if it does anywhere.
 
     Returns the coerced options and the problems, as (key, message) pairs.
     """
@@ -159,7 +166,7 @@ def check_section(kind: str, values: Options) -> tuple[Options, list[tuple[str, 
         if key in owned:
             problems.append((key, f"is set by the pipeline: {owned[key]}"))
         elif key not in types:
-            hint = nearest(key, types.keys() - owned.keys())
+            hint = elsewhere(key) or nearest(key, names_of(kind))
             problems.append((key, f"unknown option of {target_of(kind).__name__}; {hint}"))
         else:
             try:
