@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 from pydantic import BaseModel
 
-from pipeline.config.options import LIBRARY_SECTIONS, names_of
 from pipeline.config import rehearsal
+from pipeline.config.options import LIBRARY_SECTIONS, names_of
 from pipeline.config.schema import RunConfig, TrainingStage
 from pipeline.config.stage_types import KINDS, STAGE_TYPES
 from pipeline.config.type_row import StageType
