@@ -9,6 +9,17 @@ from transformers.trainer_utils import has_length
 
 from pipeline.records.progress import FINISHING, HELD_OUT, TRAINING, Logs, Progress
 
+LOGS = 20  # of a training, at least
+
+
+class LogOften(TrainerCallback):
+    """Let a short training log at least `LOGS` times: TRL's default of 10 steps would leave one of 8 without a loss."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        state.logging_steps = max(1, min(state.logging_steps, state.max_steps // LOGS))
+
 
 class Report(TrainerCallback):
     """Write steps, held-out batches and logs of a trainer to a `Progress`, which writes in the main process alone.
