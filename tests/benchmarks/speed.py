@@ -2,6 +2,7 @@
 
     python tests/benchmarks/speed.py --model PATH --data ../shared/data                # all stages, 20 steps, 3 times
     python tests/benchmarks/speed.py --model PATH --data ../shared/data --stages ppo --steps 4 --repeats 1
+    python tests/benchmarks/speed.py --model PATH --data ../shared/data --count             # operations, not seconds
     python tests/benchmarks/speed.py --model PATH --data ../shared/data --stages sft --peer "tool train {stage} {data}"
 
 `--model` is a folder with a small model (SmolLM2-135M), `--data` one with `alpaca_en_demo.json`, `dpo_en_demo.json` and
@@ -16,9 +17,13 @@ Seconds of training are those of `trainer.train()`; of the process, all from its
 allocated at its peak on a GPU, and the largest resident set of the process on a CPU. `--peer` is a shell command, in
 which {stage}, {model}, {data} (the folder of rows) and {steps} are replaced; its training time is the last
 `train_runtime` that it prints.
+
+Two runs of the same process differ by several percent where other programs share the machine. `--count` counts instead
+the floating-point operations of all matrix products and attentions in `trainer.train()`, which do not depend on that.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -48,18 +53,20 @@ POLICY, REWARD = "start", "judge"  # the stages that both sides start from
 START_STEPS = {POLICY: 62, REWARD: 20}
 BATCH = 4
 PPO_BATCH = 16
+COUNT = "SPEED_COUNT"  # set in the environment of processes that count operations
 RESPONSE_LENGTH = 128  # as the shipped config of this model
 
 
 @dataclass(frozen=True)
 class Times:
-    """One process: seconds of training (None if unknown), of the process, of its CPU time; peak GiB; losses."""
+    """One process: seconds of training (None if unknown), of it all, of its CPU; peak GiB; losses; operations."""
 
     train: float | None
     process: float
     cpu: float
     memory: float
     losses: list[float]
+    operations: int
 
 
 def options_of(stage: str, steps: int) -> dict[str, Any]:
@@ -156,21 +163,25 @@ def measure(side: str, stage: str, config_path: Path, run_dir: Path) -> None:
         _run_bare(stage, config_path, run_dir)
     losses = [entry[key] for entry in watched["log"] for key in ("loss", "loss/policy_avg") if key in entry]
     memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
-    result = {"train": watched["seconds"], "memory": memory, "losses": losses}
+    result = {"train": watched["seconds"], "memory": memory, "losses": losses, "operations": watched["operations"]}
     print("RESULT " + json.dumps(result), flush=True)
 
 
 def _time_training(trainer_class: type, watched: dict[str, Any]) -> None:
     """Let a trainer's `train` leave its seconds and its log in `watched`, with the same random numbers on all sides."""
+    from torch.utils.flop_counter import FlopCounterMode
     from transformers import set_seed
 
     original = trainer_class.train
+    counter = FlopCounterMode(display=False)
 
     def train(self: Any, *args: Any, **options: Any) -> Any:
         set_seed(0)
         started = time.perf_counter()
-        output = original(self, *args, **options)
+        with counter if COUNT in os.environ else contextlib.nullcontext():
+            output = original(self, *args, **options)
         watched["seconds"] = time.perf_counter() - started
+        watched["operations"] = counter.get_total_flops()
         watched["log"] = self.state.log_history
         return output
 
@@ -214,7 +225,9 @@ def timed(command: list[str] | str) -> Times:
     if not found and (runtimes := re.findall(r"train_runtime\W+([\d.]+)", text)):
         result["train"] = float(runtimes[-1])
     memory = result.get("memory") or usage.ru_maxrss / 2**20
-    return Times(result.get("train"), seconds, usage.ru_utime + usage.ru_stime, memory, result.get("losses", []))
+    cpu = usage.ru_utime + usage.ru_stime
+    operations = result.get("operations", 0)
+    return Times(result.get("train"), seconds, cpu, memory, result.get("losses", []), operations)
 
 
 def compare(stage: str, config: Path, arguments: argparse.Namespace) -> dict[str, list[Times]]:
@@ -260,6 +273,12 @@ def row(stage: str, times: dict[str, list[Times]], steps: int) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def count_row(stage: str, times: dict[str, list[Times]]) -> str:
+    """A line of the table of operations."""
+    bare, ours = (times[side][0].operations for side in ("bare", "ours"))
+    return f"| {stage} | {bare / 1e12:.3f} | {ours / 1e12:.3f} | {ours / bare:.4f} |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="the folder of the base model")
@@ -270,12 +289,16 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, help="keep the start there, and take it from there if it is there already"
     )
+    parser.add_argument("--count", action="store_true", help="count floating-point operations, once on each side")
     parser.add_argument("--peer", help="another tool's command")
     parser.add_argument("--measure", nargs=4, metavar=("SIDE", "STAGE", "CONFIG", "RUN_DIR"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
         side, stage, config, run_dir = arguments.measure
         return measure(side, stage, Path(config), Path(run_dir))
+    if arguments.count:
+        os.environ[COUNT] = "1"
+        arguments.repeats = 1
     if arguments.model is None or arguments.data is None:
         parser.error("--model and --data are required")
     with tempfile.TemporaryDirectory(prefix="speed-") as temporary:
@@ -294,8 +317,11 @@ def report(folder: Path, arguments: argparse.Namespace) -> None:
     sides = ["bare", "ours", *(["peer"] if arguments.peer else [])]
     heads = [f"{what}, {side}" for what in ("training s", "process s", "CPU s", "GiB") for side in (*sides, "ratio")]
     lines = [f"| stage | {' | '.join(heads)} | PPO | first and last loss |", f"|{'---|' * (len(heads) + 3)}"]
+    if arguments.count:
+        lines = ["| stage | 10^12 operations, bare | ours | ratio |", "|---|---|---|---|"]
     for stage in arguments.stages:
-        lines.append(row(stage, compare(stage, config, arguments), arguments.steps))
+        times = compare(stage, config, arguments)
+        lines.append(count_row(stage, times) if arguments.count else row(stage, times, arguments.steps))
     print("\n".join(lines))
 
 

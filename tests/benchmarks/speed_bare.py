@@ -124,7 +124,7 @@ def dpo(bare: Bare, options: dict[str, Any]) -> Any:
 
 
 def kto(bare: Bare, options: dict[str, Any]) -> Any:
-    rows = bare.texts("unpaired")
+    rows = bare.texts("unpaired").shuffle(seed=0)  # as the pipeline does: with other rows it would be other work
     args = bare.args(KTOConfig, options)
     return KTOTrainer(bare.policy(), None, args, train_dataset=rows, processing_class=bare.tokenizer)
 
