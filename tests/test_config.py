@@ -35,7 +35,7 @@ def test_numbers_as_people_write_them(write_config, tmp_path, text, value):
 
 ELSEWHERE = {
     "training.max_length": "unknown option of TrainingArguments; it belongs in `stages.NAME.training` of a stage of "
-    "type sft or reward or dpo or kto",
+    "type pretrain, sft, reward, dpo or kto",
     "learning_rate": "unknown key; it belongs in `training`",
     "stages.sft.learning_rate": "unknown key; it belongs in `stages.sft.training`",
     "stages.sft.training.lora_alpha": "unknown option of SFTConfig; it belongs in `stages.sft.lora`",

@@ -27,9 +27,9 @@ def hint(key: str, loc: tuple[str, ...], kind: str | None) -> str | None:
             return f"it belongs in `{'.'.join(place[:-1])}`" if place[:-1] else "it belongs at the top level"
     types = [name for name, row in STAGE_TYPES.items() if key in _training(name, row)]
     if types:
-        return f"it belongs in `stages.NAME.training` of a stage of type {' or '.join(types)}"
+        return f"it belongs in `stages.NAME.training` of a stage of type {_either(types)}"
     types = [name for name, row in STAGE_TYPES.items() if key in row.section.model_fields]
-    return f"it belongs in `stages.NAME` of a stage of type {' or '.join(types)}" if types else None
+    return f"it belongs in `stages.NAME` of a stage of type {_either(types)}" if types else None
 
 
 def _in_stage(key: str, kind: str) -> Iterator[tuple[str, ...]]:
@@ -59,3 +59,8 @@ def _in_run(key: str) -> Iterator[tuple[str, ...]]:
 def _training(kind: str, row: StageType) -> set[str]:
     has_options = row.trl_config is not None and rehearsal.missing_trainer(kind) is None
     return names_of(kind) if has_options else set()
+
+
+def _either(names: list[str]) -> str:
+    """Return names as one text: "a", "a or b", "a, b or c"."""
+    return " or ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
