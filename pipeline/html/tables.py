@@ -29,7 +29,9 @@ def state(stage: Stage) -> str:
 
 
 def _lineage(stage: Stage) -> str:
-    """Name what a stage takes from which other: `init: sft`."""
+    """Name what a stage takes from which other: `init: sft`; or the other run that all of it is taken from."""
+    if stage.record is not None and stage.record.origin is not None:
+        return str(stage.record.origin)
     return "\n".join(f"{role.partition('.')[0]}: {parent}" for role, parent in stage.parents.items()) or NOTHING
 
 

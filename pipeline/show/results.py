@@ -170,8 +170,9 @@ def status(run_dir: Path, console: Console) -> None:
     table = Table(f"{recorded.name}: {run_dir}", ("stage", "type", "from", "took", "metrics", "output"))
     for name, record in recorded.stages.items():
         parents = ", ".join(dict.fromkeys(record.parents.values())) or "-"
+        source = parents if record.origin is None else str(record.origin)
         took = duration(record.duration)
-        table.add(name, record.type, parents, took, headline(record), record.output.path)
+        table.add(name, record.type, source, took, headline(record), record.output.path)
     show(table, console)
     shift_table(recorded, console)
     result_table(recorded, console)
