@@ -14,6 +14,7 @@ import torch
 from filelock import FileLock
 from safetensors.torch import load_file
 from test_equalities import QUANTISED, run
+from test_readme import fences
 
 from pipeline.chain import other_run, run_folder, staleness
 from pipeline.config.lineage import shares_backbone
@@ -282,6 +283,23 @@ def test_a_run_from_scratch_goes_on_from_its_pretrained_model(tmp_path):
     alone = tiny.write_config(tmp_path / "four", stages={"sft": taken, "dpo": tiny.CHAIN["stages"]["dpo"]})
     with pytest.raises(UserError, match=r"model\.scratch: no stage makes the weights of this model"):
         load(alone)
+
+
+def test_the_example_of_the_page_on_configs(both):
+    """As it stands, beside a first run with its LoRA options."""
+    (text,) = fences("config: second round")
+    (both / "configs").mkdir()
+    path = both / "configs" / "round2.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=r"round2\.yaml:8: stages\.round1\.run: there is no folder .*/runs/round1;"):
+        load(path)
+    (both / "runs").mkdir()
+    (both / "one" / "run").rename(both / "runs" / "round1")
+    config = load(path)
+    assert list(config.stages) == ["round1", "reward", "reward-shift", "ppo", "evaluate"]
+    assert config.stages["reward"].init == config.stages["ppo"].init == config.stages["evaluate"].baseline == "round1"
+    assert config.stages["reward-shift"].policy == "round1"
+    assert config.stages["round1"].weights == "on base"
 
 
 def test_two_runs_at_once(first, tmp_path):

@@ -238,7 +238,7 @@ class Taken(Stage):
     type: str = ""
     data: Text | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     run: PathText
-    stage: Text | None = None
+    stage: Name | None = None
     lora: Options | None = None
     weights: Literal["full", "on base", "with base"] | None = None
 

@@ -99,6 +99,9 @@ def facts(stage: Stage) -> Table | None:
     if record is None:
         return None
     table = Table(f"How {stage.name} ran", ("what", "value"))
+    if record.origin is not None:
+        origin = record.origin
+        table.add("taken from", f"{origin.stage} of the run {origin.name}, in {origin.path}")
     table.add("started", record.started)
     table.add("took", duration(record.duration))
     table.add("seed", str(record.seed))

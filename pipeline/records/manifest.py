@@ -200,9 +200,20 @@ def _fault_of_record(name: str, record: Record, manifest: Manifest) -> Fault | N
     if fault := _fault_of_output(record.output, manifest):
         loc, words = fault
         return ("output", *loc), words
+    return _fault_of_metrics(record)
+
+
+def _fault_of_metrics(record: Record) -> Fault | None:
+    """Look also at what is on record of the other run that a stage was taken from."""
     if fault := metrics.check(record.type, record.metrics):
         loc, words = fault
         return ("metrics", *loc), words
+    for name, other in ({} if record.origin is None else record.origin.stages).items():
+        loc = ("origin", "stages", name)
+        if other.type not in STAGE_TYPES:
+            return (*loc, "type"), f"expected a type of stage, got {metrics.as_json(other.type)}"
+        if fault := _fault_of_metrics(other):
+            return (*loc, *fault[0]), fault[1]
     return None
 
 

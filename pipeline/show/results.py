@@ -178,6 +178,8 @@ def status(run_dir: Path, console: Console) -> None:
     result_table(recorded, console)
     for name, record in recorded.stages.items():
         say(console, f"\n{name}", "bold")
+        if record.origin is not None:
+            say(console, f"taken from {record.origin.stage} of the run {record.origin.name}, in {record.origin.path}")
         if record.reason not in (None, manifest.NOT_FINISHED):  # of a first run there is nothing to tell
             say(console, f"why it ran: {record.reason}")
         code = printable(snippet(run_dir, recorded, record), console.encoding)
