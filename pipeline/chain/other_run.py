@@ -83,9 +83,9 @@ def find(config: RunConfig, name: str) -> Source:
     stage = stage_of(section)
     recorded = manifest.read(folder)
     if recorded is None:
-        raise UserError(f"there is no run in {folder}")
+        raise UserError(f"there is no run in {section.run}")
     if stage not in recorded.stages:
-        raise UserError(f"stage {stage!r} of {folder} is not finished")
+        raise UserError(f"stage {stage!r} of {section.run} is not finished")
     return Source(folder, recorded, stage)
 
 

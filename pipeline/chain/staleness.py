@@ -94,7 +94,7 @@ def _decide_one(
             defaults = _defaults(config, name)
             identity = identify(config, name, recorded, data)
         except UserError as error:
-            current = f"finished, and cannot be compared: {error}"
+            current = f"finished, cannot be compared: {error}"
     if redo:
         reason = "asked for with --redo"
     elif record is None:
