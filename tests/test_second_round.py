@@ -49,17 +49,31 @@ def other_comparisons(folder: Path) -> None:
     tiny.write_rows(folder / "comparisons.jsonl", rows)
 
 
-def rlhf(*args: str | Path, fails: bool = False) -> str:
-    command = [sys.executable, "-m", "pipeline", *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT)
-    assert done.returncode == (2 if fails else 0), done.stdout[-3000:] + done.stderr
-    return " ".join((done.stdout + done.stderr).split())
+@pytest.fixture
+def said(cli):
+    """What a command of `rlhf` says, in this process, without its line breaks."""
+
+    def call(*args: str | Path, fails: bool = False) -> str:
+        code, out, err = cli(*args)
+        assert code == (2 if fails else 0), out[-3000:] + err
+        return " ".join((out + err).split())
+
+    return call
 
 
 def weights_of(folder: Path, stage: str) -> bytes:
     output = folder / "run" / stage / "output"
     (file,) = [path for path in output.glob("*.safetensors") if path.stem in ("adapter_model", "model")]
     return file.read_bytes()
+
+
+def logits(run_dir: Path, stage: str) -> torch.Tensor:
+    """What a stage gives for a row, loaded by the code that `rlhf status` shows: logits, or a reward model's score."""
+    recorded = manifest.read(run_dir)
+    shown: dict[str, Any] = {}
+    exec(results.snippet(run_dir, recorded, recorded.stages[stage]), shown)
+    with torch.no_grad():
+        return shown["model"].eval()(torch.tensor([[2, 40, 50, 60, 3, 77, 1]])).logits
 
 
 @pytest.fixture(scope="module")
@@ -105,14 +119,7 @@ def test_full_weights_of_the_other_run_come_with_what_is_taken(first, tmp_path, 
     assert (policy.kind, policy.full, found.stages["dpo"].output.full) == expected
     assert found.stages["dpo"].metrics["initial_loss"] == pytest.approx(0.6931472, abs=1e-6)
     shutil.rmtree(tmp_path / "two" / "model")  # nothing but the run folder is needed
-    recorded = manifest.read(tmp_path / "two" / "run")
-    outputs = []
-    for run_dir, stage in ((tmp_path / "two" / "run", "policy"), (first / "one" / "run", name)):
-        shown: dict[str, Any] = {}
-        recorded = manifest.read(run_dir)
-        exec(results.snippet(run_dir, recorded, recorded.stages[stage]), shown)
-        outputs.append(shown["model"].eval()(torch.tensor([[5, 9, 33, 60]])).logits)
-    assert torch.equal(*outputs)
+    assert torch.equal(logits(tmp_path / "two" / "run", "policy"), logits(first / "one" / "run", name))
 
 
 def test_a_quantised_base(tmp_path):
@@ -126,7 +133,7 @@ def test_a_quantised_base(tmp_path):
         plan(make(tmp_path / "three", {"sft": TAKEN, "dpo": tiny.DPO}))
 
 
-def test_a_second_round_by_the_command(both):
+def test_a_second_round_by_the_command(both, said, rlhf):
     """Reward model and PPO from the first run's PPO policy, on other comparisons, compared with that policy."""
     policy = TAKEN | {"stage": "ppo"}
     stages = {
@@ -142,11 +149,12 @@ def test_a_second_round_by_the_command(both):
     tiny.edit(config, {"data": {name: {"path": f"{name}.jsonl"} for name in names}})
     before = checksums(both / "one", [both / "one"])
 
-    planned = rlhf("plan", config)
+    planned = said("plan", config)
     assert "ppo of ../one/run, copied" in planned and "adapter of round1, continued" in planned
     assert "frozen copy of round1" in planned
     assert not (both / "two" / "run").exists()
-    assert "win rates against round1" in rlhf("run", config)
+    done = rlhf("run", config)
+    assert done.returncode == 0 and "win rates against round1" in done.stdout, done.stdout[-3000:] + done.stderr
     assert checksums(both / "one", [both / "one"]) == before
 
     run_dir = both / "two" / "run"
@@ -162,21 +170,22 @@ def test_a_second_round_by_the_command(both):
     assert list(origin.stages) == ["sft", "reward", "ppo"]
     assert origin.stages["ppo"] == manifest.read(both / "one" / "run").stages["ppo"]
 
+    assert torch.equal(
+        *(logits(run_dir, name) for run_dir, name in ((both / "one" / "run", "ppo"), (run_dir, "round1")))
+    )
+
     shutil.rmtree(both / "one")  # the second run is whole without the first
-    assert "taken from ppo of the run tiny, in" in rlhf("status", run_dir)
+    assert "taken from ppo of the run tiny, in" in said("status", run_dir)
     reasons = [(decision.run, decision.reason) for decision in plan(config)]
     assert reasons == [(False, "finished, cannot be compared: there is no run in ../one/run"), *3 * [CURRENT]]
-    assert "cannot be compared" in rlhf("run", config) and manifest.read(run_dir).stages == found
+    assert "cannot be compared" in said("run", config) and manifest.read(run_dir).stages == found
     page = reading.read(run_dir)
     assert ["ppo of ../one/run" in row for row in tables.chain(page).rows] == [True, False, False, False]
-    loaded: dict[str, Any] = {}
-    recorded = manifest.read(run_dir)
-    exec(results.snippet(run_dir, recorded, recorded.stages["ppo"]), loaded)
-    assert loaded["model"](torch.tensor([[5, 9]])).logits.shape[-1] == len(loaded["tokenizer"])
-    rlhf("export", run_dir, "ppo", "--to", both / "exported", "--as", "merged")
+    assert not torch.equal(logits(run_dir, "ppo"), logits(run_dir, "round1"))
+    said("export", run_dir, "ppo", "--to", both / "exported", "--as", "merged")
     text = (both / "exported" / "README.md").read_text()
     assert "taken from tiny/ppo" in text and "| tiny/reward | reward | init tiny/sft |" in text
-    assert "stages.round1: there is no run in ../one/run" in rlhf("run", config, "--redo", "round1", fails=True)
+    assert "stages.round1: there is no run in ../one/run" in said("run", config, "--redo", "round1", fails=True)
     assert manifest.read(run_dir).stages == found
 
 
@@ -230,15 +239,9 @@ def test_a_reward_model_goes_on_from_the_first_rounds(first, tmp_path, shape):
         "reward": tiny.REWARD | {"init": "before", "lora": shape, "training": still},
     }
     run(make(tmp_path / "two", stages), *stages)
-    ids = torch.tensor([[2, 40, 50, 60, 3, 77, 1]])
-    scores = []
-    for folder in (first / "one" / "run", tmp_path / "two" / "run"):
-        recorded = manifest.read(folder)
-        shown: dict[str, Any] = {}
-        exec(results.snippet(folder, recorded, recorded.stages["reward"]), shown)
-        scores.append(shown["model"].eval()(ids).logits)
-    assert scores[0].abs() > 1e-3
-    torch.testing.assert_close(scores[1], scores[0], rtol=0, atol=1e-5)
+    score = logits(first / "one" / "run", "reward")
+    assert score.abs() > 1e-3
+    torch.testing.assert_close(logits(tmp_path / "two" / "run", "reward"), score, rtol=0, atol=1e-5)
     if shape == tiny.LORA:
         adapter = tmp_path / "two" / "run" / "reward" / "output" / "adapter_model.safetensors"
         inherited = load_file(first / "one" / "run" / "reward" / "output" / adapter.name)
@@ -307,15 +310,15 @@ def test_two_runs_at_once(first, tmp_path):
     """Both read the first run's folder, which has no lock of theirs."""
     taken = {"run": str(first / "one" / "run")}
     before = checksums(first / "one", [first / "one"])
-    commands = []
-    for name in ("two", "three"):
-        config = make(tmp_path / name, {"sft": taken, "dpo": tiny.DPO})
-        commands.append([sys.executable, "-m", "pipeline", "run", str(config)])
+    names = ("two", "three")
+    configs = [make(tmp_path / name, {"sft": taken, "dpo": tiny.DPO}) for name in names]
+    commands = [[sys.executable, "-m", "pipeline.stage", str(config), "sft"] for config in configs]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) for command in commands]
     for process in processes:
         output, _ = process.communicate(timeout=600)
         assert process.returncode == 0, output
-    assert weights_of(tmp_path / "two", "dpo") == weights_of(tmp_path / "three", "dpo")
+    for name in names:
+        assert weights_of(tmp_path / name, "sft") == weights_of(first / "one", "sft")
     assert checksums(first / "one", [first / "one"]) == before
 
 
@@ -368,9 +371,9 @@ def test_what_cannot_be_taken(both, what, words):
         lock.release()
 
 
-def test_the_plan_says_it_in_one_message(first, tmp_path):
+def test_the_plan_says_it_in_one_message(first, tmp_path, said):
     config = make(tmp_path / "two", {"sft": {"run": str(first / "one" / "nothing")}, "dpo": tiny.DPO})
-    message = rlhf("plan", config, fails=True)
+    message = said("plan", config, fails=True)
     assert message.startswith(f"error: {config}: 1 problem in the config {config}:")
     assert f"there is no folder {first / 'one' / 'nothing'}" in message and "Traceback" not in message
 
@@ -380,7 +383,7 @@ def test_the_plan_says_it_in_one_message(first, tmp_path):
     [
         ({"sft": TAKEN | {"stage": "sfd"}}, "there is no finished stage 'sfd'; did you mean 'sft'?"),
         ({"sft": TAKEN | {"lora": None}}, "stages.sft.lora: a stage of another run is taken as it is"),
-        ({"sft": {"run": 3}}, "stages.sft.run: input should be a valid string"),
+        ({"sft": {"run": 3}}, "stages.sft.run: expected a valid string, got 3"),
         ({"sft": {"run": "run"}}, "is the folder of this run itself"),
         ({"dpo": tiny.DPO | {"init": "r"}, "r": TAKEN | {"stage": "reward"}}, "stage 'r' is of type reward; expected"),
         ({"r": TAKEN | {"stage": "sft"}, "ppo": tiny.PPO | {"reward": "r"}}, "stage 'r' is of type sft; expected"),
