@@ -172,6 +172,8 @@ def _say_device(ctx: StageContext[Stage]) -> None:
     faults = precision.faults(ctx.config, ctx.name, ctx.device)
     if faults:
         raise UserError("\n  ".join(f"stages.{ctx.name}: {fault}" for fault in faults))
+    if isinstance(ctx.stage, Taken):  # it computes nothing
+        return
     words = f"on the {ctx.device}, weights in {ctx.loader.dtype}"
     if isinstance(ctx.stage, TrainingStage):
         choice = precision.autocast(ctx.stage, ctx.device)
