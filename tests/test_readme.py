@@ -102,6 +102,7 @@ SECTIONS = {
     "keys: Data": [("", schema.Data)],
     "keys: Checks": [("", schema.Checks)],
     "keys: GateLimits": [("", schema.GateLimits)],
+    "keys: Smoke": [("", schema.Smoke)],
 }
 # Every other marker that a test looks for.
 MARKERS = {

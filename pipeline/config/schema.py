@@ -16,6 +16,7 @@ RESERVED = (
     "manifest.json",
     "last_run.json",
     "report.html",
+    "smoke.json",
 )  # names in the run folder or in the config that no stage may have
 Options = dict[str, Any]
 Format = Literal[
@@ -137,6 +138,16 @@ class GateLimits(Strict):
     first_token: Share = 0.5
 
 
+class Smoke(Strict):
+    """What `rlhf run --smoke` sets: how many rows a stage gets of each of its datasets, spread over their lengths.
+
+    A stage without a number gets all rows. `longest`: the longest row is among them, else all are of the shorter half.
+    """
+
+    rows: dict[str, PositiveInt] = {}
+    longest: bool = False
+
+
 class Stage(Strict):
     """What all stages have. A stage's name is its key in the file; its type defaults to its name."""
 
@@ -256,6 +267,7 @@ class RunConfig(Strict):
     checks: Checks = Checks()
     gate: Literal["stop", "warn", "off"] = "stop"
     gate_limits: GateLimits = GateLimits()
+    smoke: Smoke | None = None
     stages: dict[Name, SerializeAsAny[Stage]]
     source: Path
 

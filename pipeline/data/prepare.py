@@ -18,10 +18,11 @@ from pipeline.data.audit import Audit
 from pipeline.data.batches import NO_KEY, PromptKeys, TokenIds
 from pipeline.data.code import CODE
 from pipeline.data.formats import FIELDS, detect, missing
+from pipeline.data.packed import num_packed
 from pipeline.data.places import Part
 from pipeline.data.row_kind import RowKind
 from pipeline.data.rows import ROWS, serves
-from pipeline.data.sieve import Sieve, audit_of, column, repeats, row_lengths, weighted
+from pipeline.data.sieve import Sieve, audit_of, column, repeats, row_lengths, spread, weighted
 from pipeline.system.cache import cache_folder
 from pipeline.system.digests import digest
 from pipeline.system.errors import UserError
@@ -104,12 +105,16 @@ class Datasets:
         sieve = self._sieve(rows, kind, request)
         sieve.drop("weight", ~weighted(sieve.kept, sizes, [part.spec.weight for part in parts]))
         chosen = rows.select_columns([*kind.columns, *kind.extras])
-        if not sieve.kept.all():
-            chosen = chosen.select(np.flatnonzero(sieve.kept))
+        lengths = row_lengths(rows, kind)["row"]
+        taken = sieve.kept
+        if request.num_rows is not None:
+            taken = spread(taken, lengths, request.num_rows, request.longest)
+        if not taken.all():
+            chosen = chosen.select(np.flatnonzero(taken))
         if request.piece_length is not None:
             chosen = _in_pieces(chosen, request.piece_length)
-        audit = audit_of(rows, parts, sizes, request, kind, sieve, sequences=len(chosen))
-        return Prepared(chosen, audit)
+        sequences = len(chosen) if request.packing is None else num_packed(lengths[taken], request)
+        return Prepared(chosen, audit_of(rows, parts, sizes, request, kind, sieve, taken, sequences))
 
     def _tokenised(self, part: Part, kind: RowKind, request: Request) -> Dataset:
         """Return all rows of a source, tokenised and measured."""

@@ -70,7 +70,10 @@ def run_stage(
         except KeyboardInterrupt:
             if process is not None:
                 _stop(process)
-            _say_stopped(name, _record(config, name) not in (None, before), redo, path, console)
+            if config.smoke is None:
+                _say_stopped(name, _record(config, name) not in (None, before), redo, path, console)
+            else:
+                say_last(console, f"\nStopped in {name}. The same command begins anew; its log is {path}")
             raise
         finally:
             if process is not None and process.poll() is None:
