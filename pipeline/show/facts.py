@@ -69,7 +69,7 @@ def look(config: RunConfig, recorded: Manifest, names: list[str]) -> Known:
     audits = {name: fact.audits for name, fact in facts.items()}
     tables = check_data.tables(audits, config.checks.model_dump())
     prompts = {name: fact.prompt for name, fact in facts.items() if fact.prompt is not None}
-    warnings = list(foresight.warnings(config, audits))
+    warnings = [*foresight.no_template(config, tokenizer.chat_template), *foresight.warnings(config, audits)]
     sizes = {name: size_of(fact) for name, fact in facts.items()}
     shown = {name: figures(config, name, fact) for name, fact in facts.items()}
     known = Known(shown, tables, prompts, warnings, sizes, forecast.speed())
