@@ -105,8 +105,9 @@ def no_template(config: RunConfig, template: object) -> Iterator[str]:
     others = ", ".join(name for name in chat_templates.built_in_names() if name != chat_templates.FALLBACK)
     yield (
         f"model.path: {config.model.path} has no chat template, so turns are written as `{chat_templates.FALLBACK}` "
-        f"does. For a base model that is all right, since SFT teaches the form. Otherwise set `tokenizer.chat_template` to the "
-        f"form that the model knows: {others}, or a Jinja file. `rlhf check-data CONFIG --sample 1` shows rows"
+        f"does. For a base model that is all right, since SFT teaches the form. Otherwise set "
+        f"`tokenizer.chat_template` to the form that the model knows: {others}, or a Jinja file. "
+        f"`rlhf check-data CONFIG --sample 1` shows rows"
     )
 
 
