@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -91,8 +92,9 @@ def test_every_type_of_stage_beside_the_run(tmp_path, rlhf, cli):
         steps = record.metrics.get("updates", record.metrics.get("steps"))
         assert steps == (None if isinstance(config.stages[name], Sampled) else 2), name
     changed = rows_of(done.stdout, "what is changed")
-    assert changed["sft"] == ["sft", "8 of 24", "2 of 12", "4", ""]
-    assert changed["ppo"] == ["ppo", "8 of 24", "2 of 12", "4", "8"]
+    rows = recorded.stages["sft"].datasets["data"]["rows"]  # the others are evaluated on
+    assert changed["sft"] == ["sft", f"8 of {rows}", f"2 of {math.ceil(rows / 4) * 2}", "4", ""]
+    assert changed["ppo"] == ["ppo", f"8 of {rows}", "2 of 12", "4", "8"]
     assert "Every stage works." in done.stdout and "gate:" not in done.stdout
     measured = forecast.read(folder)
     assert list(measured) == list(config.stages)
@@ -119,7 +121,7 @@ def check_forecast(config, one, folder):
     assert 0 < one.seconds["training"] <= times[2] - times[1] + 1e-6
     data = tiny.StageRows(config, run_tokenizer.open_saved(folder / "tokenizer", False))
     lengths = [len(ids) for ids in data.prepare("sft", "data").rows["input_ids"]]
-    size = Size(24, sum(lengths), 24, 12, 0, 0, 0)
+    size = Size(len(lengths), sum(lengths), len(lengths), 8, 0, 0, 0)
     speed = one.seconds["training"] / one.tokens["training"]
     assert forecast.seconds(one, forecast.work(config, "sft", size)) == one.fixed + speed * 2 * sum(lengths)
 
