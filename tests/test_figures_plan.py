@@ -225,7 +225,8 @@ def test_the_table_of_the_plan_says_these_numbers(made, cli):
         left_out = f" ({audit.num_dropped} left out)" if audit.num_dropped else ""
         counts = f"{tables.count(audit.rows)}, {tables.count(audit.tokens)}{left_out}"
         assert row[4].startswith(f"{audit.dataset}: {counts}"), name
-        assert row[5] == f"{fact.steps or ''} {amount_of(STEPS[name][0], fact) if fact.steps else '15 prompts'}".strip()
+        amount = amount_of(STEPS[name][0], fact) if fact.steps else f"{tables.count(audit.rows)} prompts"
+        assert row[5] == f"{fact.steps or ''} {amount}".strip()
         if fact.parameters:
             assert row[6] == f"{tables.count(fact.parameters['trainable'])} of {tables.count(fact.parameters['total'])}"
         assert row[7] == "run: not finished yet"

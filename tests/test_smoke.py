@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from filelock import FileLock
 
+from pipeline import stage
 from pipeline.chain import forecast, smoke
 from pipeline.chain.sizes import Size
 from pipeline.config.load import load
@@ -16,8 +18,10 @@ from pipeline.config.schema import Ppo, Sampled
 from pipeline.config.stage_types import KINDS
 from pipeline.data import run_tokenizer
 from pipeline.data.sieve import spread
+from pipeline.launch import process
 from pipeline.records import manifest
 from pipeline.records.progress import Entry, Reader
+from pipeline.records.stage_folder import LOCK
 from pipeline.system.device import Device
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -79,7 +83,7 @@ def rows_of(shown, title):
 def test_every_type_of_stage_beside_the_run(tmp_path, rlhf, cli):
     path = write(tmp_path)
     config = load(path)
-    assert {stage.kind for stage in config.stages.values()} == KINDS.keys()
+    assert {its.kind for its in config.stages.values()} == KINDS.keys()
     before = rows_of(cli("plan", path)[1], "tiny: plan")
     done = rlhf("run", path, "--smoke")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
@@ -126,17 +130,33 @@ def check_forecast(config, one, folder):
     assert forecast.seconds(one, forecast.work(config, "sft", size)) == one.fixed + speed * 2 * sum(lengths)
 
 
-def test_a_second_one_begins_anew_and_leaves_the_run_alone(finished, rlhf):
-    before = contents(finished.run_dir)
+def test_a_second_one_begins_anew_and_leaves_the_run_alone(tmp_path, cli, monkeypatch):
+    """In this process, with its stages: each would import for ten seconds in one of its own."""
+
+    def run_stage(config, name, overrides, *_):
+        stage.run(load(config.source, overrides), name)
+
+    monkeypatch.setattr(process, "run_stage", run_stage)
+    path = tiny.write_config(tmp_path)
+    assert cli("run", path, "--until", "sft")[0] == 0
+    run = tmp_path / "runs" / "tiny"
+    before = contents(run)
+    folder = run.with_name("tiny-smoke")
+    started = []
     for _ in range(2):
-        done = rlhf("run", finished.config, "--smoke", "--until", "sft", "training.learning_rate=0.5")
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr
-    assert contents(finished.run_dir) == before
-    folder = finished.run_dir.with_name("tiny-smoke")
-    recorded = manifest.read(folder)
-    assert list(recorded.stages) == ["pretrain", "sft"]
-    assert {record.reason for record in recorded.stages.values()} == {manifest.NOT_FINISHED}
-    assert (folder / "sft" / "log.txt").read_text().count("$ ") == 1
+        code, _, err = cli("run", path, "--smoke", "--until", "sft", "training.learning_rate=0.5")
+        assert code == 0, err
+        recorded = manifest.read(folder)
+        assert list(recorded.stages) == ["pretrain", "sft"]
+        assert {record.reason for record in recorded.stages.values()} == {manifest.NOT_FINISHED}
+        started.append(json.loads((folder / "sft" / "progress.jsonl").read_text().splitlines()[0])["time"])
+    assert started[0] < started[1]
+    assert contents(run) == before
+    # What the run keeps of its data is as it was: nothing is stale.
+    assert cli("plan", path)[1].count("skip: finished, nothing changed") == 2
+    with FileLock(folder / "sft" / LOCK).acquire(timeout=0):
+        code, _, err = cli("run", path, "--smoke", "--until", "sft")
+    assert code == 2 and "another process works in" in err and (folder / "sft" / "output").is_dir()
 
 
 FAILS = """
@@ -160,7 +180,7 @@ def test_a_stage_that_fails_ends_it(tmp_path, rlhf):
     stages = {
         "sft": tiny.SFT,
         "rloo": {"data": "demonstrations", "reward_functions": ["judge:score"], "training": online},
-        "evaluate": {"data": "comparisons", "max_new_tokens": 4},
+        "dpo": tiny.DPO,
     }
     path = tiny.make_run(tmp_path, stages)
     done = rlhf("run", path, "--smoke")
@@ -168,7 +188,7 @@ def test_a_stage_that_fails_ends_it(tmp_path, rlhf):
     assert "stage 'rloo'" in done.stderr and "the judge is out" in done.stderr
     folder = tmp_path / "run-smoke"
     assert list(manifest.read(folder).stages) == ["sft"]
-    assert not (folder / "smoke.json").exists() and not (folder / "evaluate").exists()
+    assert not (folder / "smoke.json").exists() and not (folder / "dpo").exists()
     assert "Every stage works" not in done.stdout
     assert not (tmp_path / "run").exists()
 
@@ -182,8 +202,8 @@ def test_options_that_it_cannot_take(tmp_path, cli):
 def sizes_of(config, per_row=300, parameters=0):
     """Sizes as if every stage had 1000 rows."""
     sizes = {}
-    for name, stage in config.stages.items():
-        steps = 0 if isinstance(stage, Sampled) else 500
+    for name, its in config.stages.items():
+        steps = 0 if isinstance(its, Sampled) else 500
         sizes[name] = Size(1000, 1000 * per_row, 1000, steps, 0, 0, parameters if steps else 0)
     return sizes
 
@@ -205,14 +225,14 @@ def test_every_shipped_config_can_be_made_short(file, device):
     memory = ("per_device_train_batch_size", "max_length", "response_length", "max_completion_length")
     changed = {"total_episodes", "max_steps", "logging_steps", "logging_strategy", "report_to", *memory}
     changed |= {"gradient_accumulation_steps", "num_generations"}
-    for name, stage in short.stages.items():
-        if isinstance(stage, Sampled):
+    for name, its in short.stages.items():
+        if isinstance(its, Sampled):
             continue
         before = config.stages[name].training
-        after = stage.training
+        after = its.training
         if device is GPU:
             assert {key: after.get(key) for key in memory} == {key: before.get(key) for key in memory}, name
-        if isinstance(stage, Ppo):
+        if isinstance(its, Ppo):
             batch = after["per_device_train_batch_size"] * after["gradient_accumulation_steps"]
             assert after["total_episodes"] == smoke.STEPS * batch == short.smoke.rows[name], name
         else:

@@ -37,15 +37,17 @@ FILES = ("cache", "tokenizer", "manifest.json", "chain.json", "last_run.json", "
 
 @dataclass
 class Cut:
-    """Say how a stage is made short: options of `training:` or keys of its own, and the rows it gets (None: a stream).
+    """Say how a stage is made short: options of `training:`, keys of its own, and the rows that it gets.
 
-    `batch`: the rows of a batch on one device. `processes`: those of its launch.
+    `rows`: None for a stream, which is read as far as it is needed. `batch`: the rows of a batch on one device.
+    `new_tokens`: the longest completion; None: it samples none.
     """
 
     options: Options = field(default_factory=dict)
     keys: Options = field(default_factory=dict)
     rows: int | None = None
     batch: int = 1
+    new_tokens: int | None = None
 
 
 def cut(
@@ -100,7 +102,7 @@ def _cut_sampled(config: RunConfig, stage: Sampled, size: Size, limits: _Limits)
     # A report copies the length of the first evaluation, unless it has one of its own.
     copied = [other.max_new_tokens for other in config.stages.values() if isinstance(other, Evaluate)][:1] == [own]
     keys = {} if new == own or (copied and not isinstance(stage, Evaluate)) else {"max_new_tokens": new}
-    return Cut(keys=keys, rows=rows, batch=rows)
+    return Cut(keys=keys, rows=rows, batch=rows, new_tokens=new)
 
 
 def _cut_offline(options: Options, size: Size, limits: _Limits, processes: int) -> Cut:
@@ -138,7 +140,7 @@ def _cut_ppo(stage: Ppo, options: Options, size: Size, limits: _Limits, processe
         "gradient_accumulation_steps": batch // micro,
         "response_length": new,
     }
-    return Cut(changed, rows=STEPS * batch * processes, batch=batch)
+    return Cut(changed, rows=STEPS * batch * processes, batch=batch, new_tokens=new)
 
 
 def _batches_of_ppo(options: Options, group: int) -> Iterator[tuple[int, int]]:
@@ -169,7 +171,7 @@ def _cut_online(options: Options, size: Size, limits: _Limits, processes: int) -
         group = max(FEWEST, min(affordable, options["num_generations"]))
         changed |= {"num_generations": group, "per_device_train_batch_size": group, "gradient_accumulation_steps": 1}
         batch = rows = group
-    return Cut(changed, rows=STEPS * rows * processes, batch=batch)
+    return Cut(changed, rows=STEPS * rows * processes, batch=batch, new_tokens=new)
 
 
 def overrides(config: RunConfig, cuts: Mapping[str, Cut], on_gpu: bool) -> tuple[str, ...]:
@@ -205,9 +207,8 @@ def words(config: RunConfig, sizes: Mapping[str, Size], cuts: Mapping[str, Cut])
         batch = _of(one.batch, full_batch(stage, options))
         key = type_of(stage).new_tokens
         length = ""
-        if key is not None:
-            option = key.removeprefix("training.")
-            length = _of((one.options | one.keys).get(option, value_at(stage, key)), value_at(stage, key))
+        if key is not None and one.new_tokens is not None:
+            length = _of(one.new_tokens, value_at(stage, key))
         yield [name, rows, steps, batch, length]
 
 
