@@ -250,6 +250,9 @@ def test_a_cpu_computes_smaller_batches_of_a_large_model_only():
     assert small["ppo"].options["response_length"] == 48
     large = cuts_of(config, CPU, per_row=30, parameters=10**9)
     assert [large[name].batch for name in ("sft", "ppo", "evaluate")] == [2, 4, 2]  # PPO has 4 mini-batches
+    assert [cuts_of(config, CPU, per_row=300, parameters=10**9)[name].batch for name in ("sft", "dpo")] == [1, 1]
+    other = load(CONFIGS / "qwen2.5-0.5b-lora.yaml")
+    assert cuts_of(other, CPU, parameters=10**9)["kto"].batch == 2  # it compares the rows of a batch
     assert large["ppo"].options["response_length"] == smoke.SHORTEST
 
 

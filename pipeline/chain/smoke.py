@@ -30,7 +30,7 @@ SUFFIX = "-smoke"
 STEPS = 2  # of each stage that trains; the first one warms up
 OPERATIONS = 5e11  # of a step on a CPU, about: a few seconds
 READ = 4e9  # parameters that a CPU reads to sample a completion: as many seconds, about
-FEWEST = 2  # rows: KTO compares those of a batch
+FEWEST = 2  # completions of an update, and prompts that are sampled
 SHORTEST = 16  # tokens of a completion, and of a packed sequence
 FILES = ("cache", "tokenizer", "manifest.json", "chain.json", "last_run.json", "report.html", SMOKE)  # of a run folder
 
@@ -69,7 +69,7 @@ def cut(
         elif isinstance(stage, Online):
             cuts[name] = _cut_online(options, size, limits, processes[name])
         else:
-            cuts[name] = _cut_offline(options, size, limits, processes[name])
+            cuts[name] = _cut_offline(stage, options, size, limits, processes[name])
         cuts[name].options |= {"report_to": "none", "logging_strategy": "steps", "logging_steps": 1}
         if isinstance(stage, Ppo):
             del cuts[name].options["logging_strategy"]
@@ -83,12 +83,12 @@ class _Limits:
     parameters: int
     on_gpu: bool
 
-    def rows(self, wanted: int, per_row: float, passes: float = 3) -> int:
+    def rows(self, wanted: int, per_row: float, passes: float = 3, fewest: int = FEWEST) -> int:
         """Return how many rows of so many tokens a step may have; `passes`: forward passes, or as much work."""
         if self.on_gpu:
             return wanted
         affordable = int(OPERATIONS / max(2 * self.parameters * passes * per_row, 1))
-        return min(wanted, max(FEWEST, affordable))
+        return min(wanted, max(fewest, affordable))
 
     def new_tokens(self, wanted: int) -> int:
         """Return how long a completion may be."""
@@ -105,17 +105,17 @@ def _cut_sampled(config: RunConfig, stage: Sampled, size: Size, limits: _Limits)
     return Cut(keys=keys, rows=rows, batch=rows, new_tokens=new)
 
 
-def _cut_offline(options: Options, size: Size, limits: _Limits, processes: int) -> Cut:
+def _cut_offline(stage: TrainingStage, options: Options, size: Size, limits: _Limits, processes: int) -> Cut:
     length = options["max_length"]
     changed: Options = {"max_steps": STEPS, "gradient_accumulation_steps": 1}
     packs = bool(options.get("packing")) and length is not None
     if packs and not limits.on_gpu:
-        affordable = int(OPERATIONS / max(6 * limits.parameters * FEWEST, 1))
+        affordable = int(OPERATIONS / max(6 * limits.parameters, 1))
         length = min(length, max(SHORTEST, affordable))
         changed["max_length"] = length
     full = options["per_device_train_batch_size"]
     per_row = length if packs or size.rows == 0 else size.per_row
-    batch = limits.rows(full, per_row)
+    batch = limits.rows(full, per_row, fewest=type_of(stage).fewest_rows)
     changed["per_device_train_batch_size"] = batch
     rows: int | None = STEPS * batch * processes
     if size.rows == 0:
