@@ -109,10 +109,13 @@ def run(
                 with last_run.attempt(config.run_path, planned, name), screen.at_work(name) as watch:
                     file = launch_files[name]
                     process.run_stage(config, name, overrides, file, reason, name in redo, console, server, watch)
+    if config.smoke is None:  # after a few steps there is no result
+        _report(config, console, only_if_outdated=not (pending or _settle(config, decisions, planned)))
+        _show_results(config, console)
+
+
+def _show_results(config: RunConfig, console: Console) -> None:
     recorded = run_folder.open_run(config)
-    if config.smoke is not None:
-        return
-    _report(config, console, only_if_outdated=not (pending or _settle(config, decisions, planned)))
     results.shift_table(recorded, console)
     results.result_table(recorded, console)
     say(console, f"Everything is in {config.run_path}; `rlhf status {config.run_path}` shows how to load it.")

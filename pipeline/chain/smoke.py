@@ -267,6 +267,7 @@ def measure(
         options = effective(stage.kind, stage.training) if isinstance(stage, TrainingStage) else {}
         measured[name] = Measured(
             basis=forecast.basis(full, name, devices[name], processes[name]),
+            duration=record.duration,
             fixed=fixed,
             seconds=seconds,
             tokens=tokens,

@@ -98,7 +98,7 @@ def say_result(
     """Say that a smoke run went well, and what the run will take."""
     table = Table(f"{full.name}: what the run will take", ("stage", "smoke run", "run"), right=True)
     for name, one in measured.items():
-        table.add(name, about(one.fixed + sum(one.seconds.values())), about(seconds[name]))
+        table.add(name, about(one.duration), about(seconds[name]))
     show(table, console)
     say(console, f"In all {about(sum(seconds.values()))}, by what was measured, scaled by tokens.")
     smaller = [
