@@ -33,8 +33,8 @@ NUM_TOKENS = "num_tokens"  # what TRL's trainers log as the tokens since the sta
 class Measured(BaseModel):
     """Hold what a smoke run measured of a stage: seconds and tokens by kind of work, and the seconds of all else.
 
-    `basis`: the digest of what must be the same for the figures to count. `duration`: of all of it. `batch` and `full_batch`: the rows of a batch
-    on one device, in the smoke run and in the run.
+    `basis`: the digest of what must be the same for the figures to count. `duration`: the seconds of the whole stage.
+    `batch` and `full_batch`: the rows of a batch on one device, in the smoke run and in the run.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
