@@ -8,6 +8,7 @@ load models, to look at them and to save them.
 import itertools
 import json
 import math
+import platform
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -23,7 +24,7 @@ from pipeline.config.type_row import POLICIES
 from pipeline.records.manifest import Record
 from pipeline.records.progress import FINISHING, HELD_OUT, LOADING, TRAINING, Entry
 from pipeline.records.stage_folder import SMOKE
-from pipeline.system.device import Device
+from pipeline.system.device import Device, num_cores
 from pipeline.system.digests import digest
 
 Work = dict[str, float]  # kind of work -> tokens
@@ -191,7 +192,8 @@ def basis(config: RunConfig, name: str, device: Device, processes: int) -> str:
     stage = config.stages[name]
     own = {"kind": stage.kind, "lora": getattr(stage, "lora", None)}
     model = config.model.model_dump(mode="json")
-    shared = [model, dtype.choose(config).dtype, config.quantization, str(device), device.kind, processes]
+    machine = [platform.node(), num_cores(), str(device), device.kind, processes]
+    shared = [model, dtype.choose(config).dtype, config.quantization, machine]
     options = effective(stage.kind, stage.training) if isinstance(stage, TrainingStage) else {}
     compute = ("bf16", "fp16", "gradient_checkpointing", "num_ppo_epochs", "num_iterations", "optim")
     return digest([own, shared, {key: options.get(key) for key in compute}])

@@ -4,7 +4,6 @@ All of a dataset's rows go through Arrow in batches, in several processes, and a
 library by content, format, template and tokenizer; what is decided per row afterwards (split, lengths) takes no time.
 """
 
-import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +23,7 @@ from pipeline.data.row_kind import RowKind
 from pipeline.data.rows import ROWS, serves
 from pipeline.data.sieve import Sieve, audit_of, column, repeats, row_lengths, spread, weighted
 from pipeline.system.cache import cache_folder
+from pipeline.system.device import num_cores
 from pipeline.system.digests import digest
 from pipeline.system.errors import UserError
 
@@ -178,7 +178,7 @@ def _through_arrow(part: Part, raw: Dataset, step: PromptKeys | TokenIds, settin
     starts = range(0, len(raw), SLICE)
     for number, start in enumerate(starts, 1):
         rows = raw.select(range(start, min(start + SLICE, len(raw))))
-        processes = min(_num_cores(), len(rows) // NUM_PER_PROCESS)
+        processes = min(num_cores(), len(rows) // NUM_PER_PROCESS)
         with sources.progress_bar(len(raw) >= NUM_QUIET), sources.alone_in(cache):
             rows = rows.map(
                 step,
@@ -193,11 +193,6 @@ def _through_arrow(part: Part, raw: Dataset, step: PromptKeys | TokenIds, settin
             )
         slices.append(rows)
     return concatenate_datasets(slices) if len(slices) > 1 else slices[0]
-
-
-def _num_cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _in_pieces(rows: Dataset, length: int) -> Dataset:
