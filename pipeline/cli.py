@@ -42,6 +42,7 @@ def _console() -> "Console":
 @click.option("--only", metavar="STAGE", help="Run this stage alone; those it needs must be finished.")
 @click.option("--redo", metavar="STAGE", multiple=True, help="Run this stage again, and all that depends on it.")
 @click.option("--accelerate-config", metavar="FILE", help="Run stages under `accelerate launch --config_file FILE`.")
+@click.option("--smoke", is_flag=True, help="Take every stage through a few steps, and say what the run will take.")
 def run(
     config: str,
     overrides: tuple[str, ...],
@@ -49,11 +50,17 @@ def run(
     only: str | None,
     redo: tuple[str, ...],
     accelerate_config: str | None,
+    smoke: bool,
 ) -> None:
     """Run what is not finished yet of the run that CONFIG describes, and show the result.
 
     Overrides are dotted and checked like the file: stages.sft.training.learning_rate=1e-4
+
+    With --smoke every stage runs on a few rows and for a few steps, in a run folder of its own, which begins anew each
+    time. It shows within minutes whether model, data, memory and all stages work, and how long the run will take.
     """
+    if smoke and (only or redo):
+        raise click.UsageError("--smoke begins anew with all stages; leave out --only and --redo (--until is allowed)")
     from pipeline import launcher
     from pipeline.config.load import load, recall
     from pipeline.launch.process import environment
@@ -66,6 +73,9 @@ def run(
             server.warm_up()  # meanwhile this process checks the config
         loaded = load(config, overrides)
         with disk.reported(loaded.run_path):
+            if smoke:
+                launcher.smoke_run(loaded, console, overrides, until, accelerate_config, server)
+                return
             launcher.run(loaded, console, overrides, until, only, redo, accelerate_config, server)
 
 

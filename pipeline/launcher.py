@@ -1,33 +1,37 @@
-"""`rlhf run` and `rlhf plan`: decide, check everything, then one process per stage that is not current."""
+"""`rlhf run` and `rlhf plan`: decide, check everything, then one process per stage that is not current.
+
+A smoke run is a run of the same stages, made short.
+"""
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.rule import Rule
 
-from pipeline.chain import other_run, run_folder, staleness
+from pipeline.chain import forecast, other_run, run_folder, smoke, staleness
 from pipeline.chain.staleness import Decision
 from pipeline.config import graph
 from pipeline.config.graph import parents, waits_for
+from pipeline.config.load import load
 from pipeline.config.schema import Reinforced, RunConfig, Taken
 from pipeline.html import place
-from pipeline.launch import devices, process, sharding
+from pipeline.launch import devices, files, process
 from pipeline.launch.stage_server import StageServer
 from pipeline.records import last_run, manifest
 from pipeline.records.last_run import LastRun, Planned
 from pipeline.records.manifest import Manifest
 from pipeline.records.stage_folder import CHECKPOINTS, LOCK
 from pipeline.records.states import Chain, State, this_process
-from pipeline.show import plan, results
+from pipeline.show import plan, results, times
 from pipeline.show.facts import NOTHING, Known, look
 from pipeline.show.screen import say, show
 from pipeline.show.watch import Screen
 from pipeline.system.device import Device
-from pipeline.system.errors import StageFailed, UserError, all_of, unknown
+from pipeline.system.errors import StageFailed, UserError, unknown
 
 
 def select(config: RunConfig, until: str | None, only: str | None, redo: tuple[str, ...]) -> list[str]:
@@ -55,11 +59,11 @@ def select(config: RunConfig, until: str | None, only: str | None, redo: tuple[s
 def show_plan(config: RunConfig, console: Console, accelerate_config: str | None = None) -> None:
     """Check and print what a run would do, without writing to the run folder."""
     recorded, decisions = _decide(config)
-    launch_files = _launch_files(config, list(config.stages), accelerate_config)
+    launch_files = files.of_stages(config, list(config.stages), accelerate_config)
     pending = {one.stage: launch_files[one.stage] for one in decisions if one.run}
     chosen = devices.of_stages(config, pending)
     known = look(config, recorded, list(config.stages))
-    _show(config, decisions, known, chosen, console)
+    _show(config, decisions, known, chosen, launch_files, console)
     for table in known.tables:
         show(table, console)
 
@@ -84,14 +88,15 @@ def run(
     recorded, decisions = _decide(config, redo)
     pending = {one.stage: one.reason for one in decisions if one.run and one.stage in selected}
     _check_parents(config, decisions, selected)
-    launch_files = _launch_files(config, list(pending), accelerate_config)
+    launch_files = files.of_stages(config, list(pending), accelerate_config)
     forgotten = {name for stage in redo for name in (stage, *graph.descendants(config, stage))}
     if server is not None and None in launch_files.values():
         server.warm_up()  # meanwhile this process looks at the data
     chosen = devices.of_stages(config, launch_files)
     # Forgotten before the tokenizer is looked at: if no finished stage is left, it may change.
     known = look(config, recorded.without(forgotten), list(pending)) if pending else NOTHING
-    _show(config, [one for one in decisions if one.stage in selected], known, chosen, console)
+    if config.smoke is None:
+        _show(config, [one for one in decisions if one.stage in selected], known, chosen, launch_files, console)
     _tidy(config, [one.stage for one in decisions if not one.run])
     if forgotten:
         manifest.drop(config.run_path, forgotten)
@@ -104,17 +109,65 @@ def run(
                 with last_run.attempt(config.run_path, planned, name), screen.at_work(name) as watch:
                     file = launch_files[name]
                     process.run_stage(config, name, overrides, file, reason, name in redo, console, server, watch)
+    if config.smoke is None:  # after a few steps there is no result
+        _report(config, console, only_if_outdated=not (pending or _settle(config, decisions, planned)))
+        _show_results(config, console)
+
+
+def _show_results(config: RunConfig, console: Console) -> None:
     recorded = run_folder.open_run(config)
-    _report(config, console, only_if_outdated=not (pending or _settle(config, decisions, planned)))
     results.shift_table(recorded, console)
     results.result_table(recorded, console)
     say(console, f"Everything is in {config.run_path}; `rlhf status {config.run_path}` shows how to load it.")
 
 
-def _show(
-    config: RunConfig, decisions: list[Decision], known: Known, chosen: dict[str, Device], console: Console
+def smoke_run(
+    config: RunConfig,
+    console: Console,
+    overrides: tuple[str, ...],
+    until: str | None,
+    accelerate_config: str | None,
+    server: StageServer,
 ) -> None:
-    plan.plan_table(config, decisions, known.stages, chosen, console)
+    """Run every stage on a few rows in a run folder of its own, and say what the run itself will take.
+
+    Raises:
+        UserError: if anything is wrong with config or data, as in `run`.
+        StageFailed: if a stage's process failed.
+    """
+    selected = select(config, until, None, ())
+    launch_files = files.of_stages(config, selected, accelerate_config)
+    if None in launch_files.values():
+        server.warm_up()
+    chosen = devices.of_stages(config, launch_files)
+    processes = files.processes(launch_files)
+    known = look(config, run_folder.open_run(config), selected)
+    plan.say_warnings(known.warnings, console)
+    cuts = smoke.cut(config, known.sizes, chosen, processes)
+    on_gpu = any(device.kind != "cpu" for device in chosen.values())
+    overrides = (*overrides, *smoke.overrides(config, cuts, on_gpu))
+    short = load(config.source, overrides)
+    smoke.clear(short)
+    sizes = look(short, run_folder.open_run(short), selected).sizes
+    times.say_changes(short, config, smoke.words(config, known.sizes, cuts), on_gpu, console)
+    run(short, console, overrides, until, accelerate_config=accelerate_config, server=server)
+    measured = smoke.measure(short, config, sizes, cuts, chosen, processes)
+    forecast.write(short.run_path, measured)
+    times.say_result(config, measured, times.foretold(config, known.sizes, chosen, processes), console)
+
+
+def _show(
+    config: RunConfig,
+    decisions: list[Decision],
+    known: Known,
+    chosen: dict[str, Device],
+    launch_files: Mapping[str, str | None],
+    console: Console,
+) -> None:
+    processes = files.processes({name: launch_files[name] for name in chosen})
+    seconds = times.foretold(config, known.sizes, chosen, processes)
+    plan.plan_table(config, decisions, known.stages, chosen, seconds, console)
+    times.say_times(config, known, chosen, processes, seconds, console)
     plan.say_warnings(known.warnings, console)
 
 
@@ -234,28 +287,3 @@ def _check_parents(config: RunConfig, decisions: list[Decision], selected: list[
         for parent in parents(config.stages[name]).values():
             if name in waiting and parent in waiting and parent not in selected:
                 raise UserError(f"--only {name}: needs {parent!r} first ({waiting[parent]}); use --until {name}")
-
-
-def _launch_files(config: RunConfig, names: list[str], common: str | None) -> dict[str, str | None]:
-    """Return the accelerate config of each stage: its own (relative to the config), or the command line's.
-
-    Raises:
-        UserError: with a line for each stage whose file is not there or that cannot run under it.
-    """
-    files: dict[str, str | None] = {}
-    problems = []
-    for name in names:
-        own = config.stages[name].accelerate_config
-        path = config.resolve(own) if own else common
-        files[name] = path
-        if path is None:
-            continue
-        where = f"stages.{name}.accelerate_config" if own else "--accelerate-config"
-        if not Path(path).is_file():
-            raise UserError(f"{where}: no such file: {path}")
-        fault = sharding.refusal(config, name, sharding.of_file(path, where))
-        if fault is not None:
-            problems.append(f"stages.{name}: {where} is {path}: {fault}")
-    if problems:
-        raise all_of(config.source, "stage", "cannot run", problems)
-    return files

@@ -122,7 +122,8 @@ def _prepare(config: RunConfig, name: str, launch: Launch, progress: Progress) -
             why = f"which is not finished: {decisions[parent].reason}"
             raise UserError(f"stage {name!r} needs {parent!r} ({role}), {why}. Run it first")
         manifest.verify(config.run_path, parent, recorded.stages[parent])
-    for verdict in gate.check(config, name, recorded):
+    verdicts = gate.check(config, name, recorded)
+    for verdict in verdicts if config.smoke is None else []:  # a few rows say nothing about a model
         progress.say(f"{name}: gate: {verdict}")
     identity = decision.identity or staleness.identify(config, name, recorded)  # it may not be readable
     folder = config.run_path / name / CHECKPOINTS

@@ -221,6 +221,16 @@ def smollm_base(folder: Path) -> None:
     _save(folder, LlamaForCausalLM(config), tokenizer, {}, scale=60)
 
 
+def smollm_instruct(folder: Path) -> None:
+    """For SmolLM2-135M-Instruct: a turn ends with eos, which is pad too, and there is a template."""
+    smollm_base(folder)
+    vocab, merges = _vocabulary()
+    ends = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
+    tokenizer = GPT2Tokenizer(vocab, merges, **ends, extra_special_tokens=SMOLLM_SPECIAL)
+    tokenizer.chat_template = QWEN_TEMPLATE
+    tokenizer.save_pretrained(folder)
+
+
 def _ultrachat(prompt: str) -> Row:
     more = [*dialogue(prompt, good(prompt)), *dialogue("And why?", good(prompt))]
     return {"prompt": prompt, "prompt_id": "0", "messages": more}
@@ -291,6 +301,7 @@ DATASETS: dict[str, tuple[Callable[[str], Row], str, str | None]] = {
 }
 MODELS: dict[str, Callable[[Path], None]] = {
     "HuggingFaceTB/SmolLM2-135M": smollm_base,
+    "HuggingFaceTB/SmolLM2-135M-Instruct": smollm_instruct,
     "Qwen/Qwen2.5-0.5B-Instruct": qwen_instruct,
     "Qwen/Qwen2.5-7B": qwen_base,
     "meta-llama/Llama-3.1-8B": llama_base,

@@ -402,7 +402,7 @@ def test_processes_and_slices_change_nothing(read, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "two"))
     monkeypatch.setattr(prepare, "NUM_PER_PROCESS", 50)
     monkeypatch.setattr(prepare, "SLICE", 250)
-    monkeypatch.setattr(prepare, "_num_cores", lambda: 2)
+    monkeypatch.setattr(prepare, "num_cores", lambda: 2)
     two = read(rows, "reward").prepare("reward", "data")
     assert len(list((tmp_path / "two").rglob("*_of_00002.arrow"))) == 6
     assert two.rows.to_list() == one.rows.to_list()

@@ -17,6 +17,7 @@ from ruamel.yaml import YAML
 from transformers import AutoModelForCausalLM
 from trl import pack_dataset
 
+from pipeline import stage
 from pipeline.chain import preflight, staleness
 from pipeline.config import graph
 from pipeline.config.load import load
@@ -224,10 +225,56 @@ def test_the_table_of_the_plan_says_these_numbers(made, cli):
         left_out = f" ({audit.num_dropped} left out)" if audit.num_dropped else ""
         counts = f"{tables.count(audit.rows)}, {tables.count(audit.tokens)}{left_out}"
         assert row[4].startswith(f"{audit.dataset}: {counts}"), name
-        assert row[5] == (str(fact.steps) if fact.steps else "")
+        amount = amount_of(STEPS[name][0], fact) if fact.steps else f"{tables.count(audit.rows)} prompts"
+        assert row[5] == f"{fact.steps or ''} {amount}".strip()
         if fact.parameters:
             assert row[6] == f"{tables.count(fact.parameters['trainable'])} of {tables.count(fact.parameters['total'])}"
         assert row[7] == "run: not finished yet"
+
+
+def amount_of(stage, fact):
+    """What a stage works on, in the plan's words: the tokens of its epochs, or its own completions."""
+    options, audit = stage["training"], fact.audits["data"]
+    epochs = options.get("num_train_epochs", 3)
+    if stage["type"] == "ppo":
+        return f"{options.get('total_episodes') or int(epochs * audit.rows)} episodes"
+    if stage["type"] in ("rloo", "grpo"):
+        return f"{fact.steps * 4} completions"
+    tokens = audit.tokens * epochs
+    if options.get("max_steps", -1) > 0:
+        tokens = options["max_steps"] * 4 * audit.tokens / audit.rows
+    return f"{tables.count(round(tokens))} tokens"
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """A finished run that packs 1500 texts, and 1500 dialogues by bins; its config, and the facts of its plan."""
+    folder = tmp_path_factory.mktemp("packed")
+    own = {"num_train_epochs": 1, "max_steps": -1, "per_device_train_batch_size": 1, "save_strategy": "no"}
+    stages = {
+        "pretrain": {"data": "many", "lora": None, "training": own | {"max_length": 98}},
+        "sft": {"data": "dialogues", "training": own | {"packing": True, "max_length": 128, "packing_strategy": "bfd"}},
+    }
+    path = tiny.make_run(folder, stages, training=tiny.SMALL | {"logging_steps": 500})
+    topics = itertools.cycle(tiny.TOPICS)
+    tiny.write_rows(folder / "many.jsonl", ({"text": f"On {next(topics)}."} for _ in range(1500)))
+    rows = ({"prompt": f"{next(topics)}?", "completion": "Yes. " * (number % 4 + 1)} for number in range(1500))
+    tiny.write_rows(folder / "dialogues.jsonl", rows)
+    tiny.edit(path, {"data": {name: {"path": f"{name}.jsonl"} for name in ("many", "dialogues")}})
+    config = load(path)
+    tokenizer = run_tokenizer.build(config)
+    return config, preflight.check(config, list(config.stages), tokenizer, run_tokenizer.fingerprint(tokenizer))
+
+
+def test_steps_of_more_rows_than_are_packed_together(packed):
+    """TRL packs 1000 rows at a time, each time with a last piece that is shorter: the plan has the trainer's steps."""
+    config, facts = packed
+    for name in config.stages:
+        stage.run(config, name)
+    done = manifest.read(config.run_path).stages
+    assert {name: fact.steps for name, fact in facts.items()} == {n: done[n].metrics["steps"] for n in facts}
+    tokens = facts["pretrain"].audits["data"].tokens
+    assert facts["pretrain"].steps == math.ceil(tokens / 98) + 1  # a stream of all rows would be one piece shorter
 
 
 def test_how_numbers_are_written():

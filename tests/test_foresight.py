@@ -139,3 +139,20 @@ def test_prompts_that_the_models_positions_cannot_hold_name_the_length_and_the_k
     assert code == 2
     assert "and `training.response_length` = 120 make 1" in err and "but the model has 128 positions" in err
     assert "lower `training.response_length` or `max_prompt_length`" in err
+
+
+def test_an_evaluation_on_a_few_prompts_is_told(tmp_path, cli):
+    path = make(tmp_path, evaluate=EVALUATE | {"num_prompts": 4})
+    (told,) = warnings(cli("plan", path)[1])
+    assert told.startswith("stages.evaluate: 4 held-out prompts of held_out cannot tell policies apart: a win rate of ")
+    assert f"could as well be {0.5 - 1.959964 / 4:.2f} or {0.5 + 1.959964 / 4:.2f}. Name a larger dataset" in told
+    assert warnings(cli("plan", path, f"stages.evaluate.num_prompts={foresight.FEWEST_PROMPTS}")[1]) == []
+
+
+def test_a_model_without_a_template_is_told(tmp_path, cli):
+    path = make(tmp_path)
+    assert warnings(cli("plan", path)[1]) == []
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    (told,) = warnings(cli("plan", path)[1])
+    assert told.startswith("model.path: model has no chat template, so turns are written as `plain` does.")
+    assert warnings(cli("plan", path, "tokenizer.chat_template=plain")[1]) == []

@@ -18,11 +18,11 @@ from accelerate.state import AcceleratorState, PartialState
 from rich.console import Console
 from test_equalities import run
 
-from pipeline import launcher, stage
+from pipeline import stage
 from pipeline.chain import run_folder
 from pipeline.config.load import load
 from pipeline.config.stage_types import STAGE_TYPES
-from pipeline.launch import channel, joining, process, sharding
+from pipeline.launch import channel, files, joining, process, sharding
 from pipeline.records import manifest
 from pipeline.stages import ppo
 from pipeline.system import device
@@ -136,7 +136,7 @@ def test_every_file_is_in_the_table():
 def test_the_plan_refuses_what_a_launch_cannot_carry(every_type, file):
     config = load(every_type)
     try:
-        launcher._launch_files(config, list(config.stages), str(FILES / file))
+        files.of_stages(config, list(config.stages), str(FILES / file))
         refused = []
     except UserError as error:
         _, *refused = str(error).splitlines()
@@ -152,28 +152,28 @@ def test_what_decides_beside_the_type(every_type, monkeypatch):
     with pytest.raises(
         UserError, match=r"stages.sft: stages.sft.accelerate_config is .*zero3.yaml: .* would be merged"
     ):
-        launcher._launch_files(full, ["sft", "reward"], None)
+        files.of_stages(full, ["sft", "reward"], None)
     mixed = load(every_type, ("stages.reward.training.bf16=true",))
     with pytest.raises(UserError, match="reward does not run under DeepSpeed ZeRO-2: in mixed precision it rounds the"):
-        launcher._launch_files(mixed, ["reward"], str(FILES / "zero2.yaml"))
+        files.of_stages(mixed, ["reward"], str(FILES / "zero2.yaml"))
     clipped = load(every_type, ("stages.ppo.training.max_grad_norm=0.5",))
     with pytest.raises(UserError, match="gradients would be clipped as DeepSpeed's options say"):
-        launcher._launch_files(clipped, ["ppo"], str(FILES / "zero2.yaml"))
+        files.of_stages(clipped, ["ppo"], str(FILES / "zero2.yaml"))
     half = load(every_type, ("model.dtype=bfloat16", "stages.sft.training.bf16=true"))
-    assert launcher._launch_files(half, ["sft"], str(FILES / "zero2.yaml"))
+    assert files.of_stages(half, ["sft"], str(FILES / "zero2.yaml"))
     for name in ("ppo", "reward"):
         with pytest.raises(UserError, match=r"without autocast DeepSpeed takes float32 weights only"):
-            launcher._launch_files(half, [name], str(FILES / "zero2.yaml"))
+            files.of_stages(half, [name], str(FILES / "zero2.yaml"))
     # Without instructions for bf16 autocast is off, unless somebody asks for it.
     monkeypatch.setattr(device, "_has_bf16_instructions", lambda: False)
     silent = load(every_type, ("model.dtype=bfloat16", "stages.sft.training.bf16=null"))
     with pytest.raises(UserError, match=r"without autocast DeepSpeed takes float32 weights only"):
-        launcher._launch_files(silent, ["sft"], str(FILES / "zero2.yaml"))
-    assert launcher._launch_files(half, ["sft"], str(FILES / "zero2.yaml"))
+        files.of_stages(silent, ["sft"], str(FILES / "zero2.yaml"))
+    assert files.of_stages(half, ["sft"], str(FILES / "zero2.yaml"))
     with_kl = load(every_type, ("stages.grpo.training.beta=0.04", "stages.rloo.training.beta=0"))
-    assert launcher._launch_files(with_kl, ["rloo"], str(FILES / "zero2.yaml"))
+    assert files.of_stages(with_kl, ["rloo"], str(FILES / "zero2.yaml"))
     with pytest.raises(UserError, match="grpo does not run under DeepSpeed ZeRO-2"):
-        launcher._launch_files(with_kl, ["grpo"], str(FILES / "zero2.yaml"))
+        files.of_stages(with_kl, ["grpo"], str(FILES / "zero2.yaml"))
 
 
 def test_a_deepspeed_file_of_its_own(every_type, tmp_path, monkeypatch):
@@ -184,11 +184,11 @@ def test_a_deepspeed_file_of_its_own(every_type, tmp_path, monkeypatch):
     file = tmp_path / "files" / "own.yaml"
     file.write_text("distributed_type: DEEPSPEED\ndeepspeed_config: {deepspeed_config_file: ds.json}\n")
     with pytest.raises(UserError, match="reward does not run under DeepSpeed ZeRO-3"):
-        launcher._launch_files(load(every_type), ["reward"], str(file))
+        files.of_stages(load(every_type), ["reward"], str(file))
     for content, word in {"[1, 2]": "holds no mapping", "a: [": "cannot be read"}.items():
         file.write_text(content)
         with pytest.raises(UserError, match=f"--accelerate-config: .*own.yaml {word}"):
-            launcher._launch_files(load(every_type), ["reward"], str(file))
+            files.of_stages(load(every_type), ["reward"], str(file))
 
 
 @pytest.mark.parametrize(

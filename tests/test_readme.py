@@ -105,6 +105,7 @@ SECTIONS = {
     "keys: Checks": [("", schema.Checks)],
     "keys: GateLimits": [("", schema.GateLimits)],
     "keys: Taken": [("", schema.Taken)],
+    "keys: Smoke": [("", schema.Smoke)],
 }
 # Every other marker that a test looks for.
 MARKERS = {

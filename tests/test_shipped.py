@@ -28,6 +28,7 @@ Overrides = dict[str, str | int | bool]
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 QUICKSTART = "quickstart.yaml"  # run by test_quickstart.py, with nothing changed
+OWN_DATA = "own-data.yaml"  # on files as people have them
 MULTI_GPU = "qwen2.5-7b-multi-gpu.yaml"
 # What a test may change, by the last part of its key, and why.
 REASONS = {
@@ -221,7 +222,7 @@ def one_process(cli, monkeypatch):
 def test_every_shipped_config_is_run():
     (quickstart,) = fences("command: quickstart")
     assert f"configs/{QUICKSTART}" in quickstart
-    assert {path.name for path in CONFIGS.glob("*.yaml")} == {*SHORT, QUICKSTART}
+    assert {path.name for path in CONFIGS.glob("*.yaml")} == {*SHORT, QUICKSTART, OWN_DATA}
 
 
 def test_the_shipped_configs_show_what_sets_the_project_apart():
@@ -297,3 +298,54 @@ def test_the_readmes_example(tmp_path, one_process):
     run_dir = tmp_path / "runs" / config.name
     check_records(config, run_dir)
     assert "dpo" in one_process("status", run_dir)
+
+
+def alpaca(number: int, prompt: str) -> dict[str, str]:
+    """A demonstration as in files for Alpaca; every third has an input beside its instruction."""
+    words = {"instruction": prompt, "input": ""}
+    if number % 3 == 0:
+        words = {"instruction": "Do as I say.", "input": prompt}
+    return words | {"output": standins.good(prompt)}
+
+
+def sharegpt(number: int, prompt: str) -> dict[str, Any]:
+    """A comparison as in files for ShareGPT; some have a system message, some are in the middle of a dialogue."""
+    turns = [{"from": "human", "value": prompt}]
+    if number % 4 == 0:
+        turns = [{"from": "system", "value": "Be kind."}, *turns]
+    if number % 4 == 1:
+        turns = [{"from": "human", "value": "Hello."}, {"from": "gpt", "value": "Hello."}, *turns]
+    sides = {"chosen": standins.good(prompt), "rejected": standins.bad(prompt)}
+    return {"conversations": turns} | {side: {"from": "gpt", "value": text} for side, text in sides.items()}
+
+
+def with_ppo(text: str) -> str:
+    """Take the # away before the PPO stage."""
+    lines = text.splitlines()
+    (start,) = (at for at, line in enumerate(lines) if line == "  # ppo:")
+    end = lines.index(next(line for line in lines[start:] if not line.startswith("  #")))
+    return "\n".join([*lines[:start], *(line.replace("# ", "", 1) for line in lines[start:end]), *lines[end:]])
+
+
+def test_the_config_for_own_data(tmp_path, one_process):
+    """With PPO switched on: plan, smoke run and run."""
+    shipped = CONFIGS / OWN_DATA
+    path = tmp_path / OWN_DATA
+    path.write_text(with_ppo(shipped.read_text(encoding="utf-8")), encoding="utf-8")
+    config = load(path)
+    assert [name for name in config.stages if name != "ppo"] == list(load(shipped).stages)
+    standins.MODELS[config.model.path](tmp_path / config.model.path)
+    prompts = standins.prompts()[:240]
+    tiny.write_rows(tmp_path / "demonstrations.jsonl", (alpaca(n, prompt) for n, prompt in enumerate(prompts)))
+    tiny.write_rows(tmp_path / "comparisons.jsonl", (sharegpt(n, prompt) for n, prompt in enumerate(prompts)))
+    overrides = {
+        "stages.ppo.training.total_episodes": 32,
+        "stages.ppo.training.response_length": 8,
+        "stages.evaluate.max_new_tokens": 8,
+    }
+    check_overrides(path, overrides)
+    assert "warning" not in one_process("plan", path, "stages.evaluate.max_new_tokens=200")
+    assert "Every stage works." in one_process("run", path, *arguments(overrides), "--smoke")
+    output = one_process("run", path, *arguments(overrides))
+    assert "as the smoke run foretells" in output
+    check_records(config, tmp_path / "runs" / config.name)

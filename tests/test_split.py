@@ -173,7 +173,7 @@ def test_side_does_not_depend_on_processes(make, tmp_path, new_cache, monkeypatc
     found = []
     for cores in (1, 2):
         cache = new_cache()
-        monkeypatch.setattr(prepare, "_num_cores", lambda cores=cores: cores)
+        monkeypatch.setattr(prepare, "num_cores", lambda cores=cores: cores)
         found.append([texts(read, read.prepare(stage, "data")) for stage in ("sft", "evaluate")])
         assert bool(list(cache.rglob("*_of_00002.arrow"))) == (cores == 2)
     assert found[0] == found[1]

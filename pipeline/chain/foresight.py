@@ -6,12 +6,14 @@ from statistics import NormalDist
 
 from pipeline.config import graph
 from pipeline.config.options import value_at
-from pipeline.config.schema import Reinforced, RunConfig, Shift
+from pipeline.config.schema import Evaluate, Reinforced, RunConfig, Shift
 from pipeline.config.stage_types import type_of
+from pipeline.data import chat_templates
 from pipeline.data.audit import QUANTILES, Audit
 from pipeline.shift.estimate import LEVEL
 
 Audits = Mapping[str, Mapping[str, Audit]]  # of each stage that is looked at, by role
+FEWEST_PROMPTS = 10  # of an evaluation; the interval of a win rate is then 0.31 to either side
 FAIR = 0.7  # the accuracy of a reward model that is good enough to learn from
 _NINE_OF_TEN = QUANTILES.index(0.9)
 
@@ -30,6 +32,8 @@ def warnings(config: RunConfig, audits: Audits) -> Iterator[str]:
         stage = config.stages[name]
         if isinstance(stage, Shift) and config.gate != "off":
             yield from _few_prompts(name, stage, by_role["data"])
+        if isinstance(stage, Evaluate):
+            yield from _wide_intervals(config, name, stage, by_role["data"])
         yield from _too_short(config, name, audits)
 
 
@@ -75,6 +79,36 @@ def _few_prompts(name: str, stage: Shift, audit: Audit) -> Iterator[str]:
         mend = f"raise `num_prompts` or `data.{audit.dataset}.heldout`, or name a larger dataset as `data`"
         what = "is too few for the gate's verdicts on scores within a prompt, which need 2 at least"
         yield f"stages.{name}: {prompts} prompt {what}; {mend}"
+
+
+def _wide_intervals(config: RunConfig, name: str, stage: Evaluate, audit: Audit) -> Iterator[str]:
+    """Say whether an evaluation has so few prompts that its win rates say nothing."""
+    prompts = min(audit.rows, stage.num_prompts or audit.rows)
+    if prompts >= FEWEST_PROMPTS:
+        return
+    half = min(NormalDist().inv_cdf((1 + LEVEL) / 2) * 0.5 / math.sqrt(max(prompts, 1)), 0.5)
+    mend = f"Name a larger dataset as `stages.{name}.data`, or add rows to it"
+    if graph.is_shared(config, audit.dataset):
+        share = config.data[audit.dataset].heldout
+        mend = f"Raise `data.{audit.dataset}.heldout` (it is {share:g}), or add rows to it"
+    what = f"{prompts} held-out prompt{'' if prompts == 1 else 's'} of {audit.dataset} cannot tell policies apart"
+    yield f"stages.{name}: {what}: a win rate of 0.50 could as well be {0.5 - half:.2f} or {0.5 + half:.2f}. {mend}"
+
+
+def no_template(config: RunConfig, template: object) -> Iterator[str]:
+    """Say that a model without a chat template gets a built-in one that nobody asked for."""
+    asked = config.tokenizer.chat_template is not None or config.model.scratch is not None
+    if asked or chat_templates.described(template) != f"the chat template {chat_templates.FALLBACK!r}":
+        return
+    if all(type_of(stage).reads_raw_text for stage in config.stages.values()):
+        return
+    others = ", ".join(name for name in chat_templates.built_in_names() if name != chat_templates.FALLBACK)
+    yield (
+        f"model.path: {config.model.path} has no chat template, so turns are written as `{chat_templates.FALLBACK}` "
+        f"does. For a base model that is all right, since SFT teaches the form. Otherwise set "
+        f"`tokenizer.chat_template` to the form that the model knows: {others}, or a Jinja file. "
+        f"`rlhf check-data CONFIG --sample 1` shows rows"
+    )
 
 
 def _more_comparisons(config: RunConfig, reward: str, held_out: Audit) -> str:

@@ -183,8 +183,6 @@ def _steps(stage: TrainingStage, audit: Audit) -> int:
         return math.ceil((options["total_episodes"] or options["num_train_epochs"] * rows) / batch)
     if isinstance(stage, Online):
         rows *= options["num_generations"]
-    if options.get("packing"):
-        rows = math.ceil(audit.tokens / options["max_length"])  # the last piece is shorter
     return math.ceil(math.ceil(rows / batch) * options["num_train_epochs"])
 
 

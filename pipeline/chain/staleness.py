@@ -146,6 +146,8 @@ def _config_of(config: RunConfig, name: str) -> Flat:
     shared = {"model": model, "quantization": config.quantization}
     if not type_of(stage).reads_raw_text:
         shared[_TOO_LONG] = config.too_long
+    if config.smoke is not None and name in config.smoke.rows:
+        shared["smoke"] = {"rows": config.smoke.rows[name], "longest": config.smoke.longest}
     return _flat({key: value for key, value in own.items() if key not in _WIRING} | shared)
 
 

@@ -15,6 +15,19 @@ from pipeline.config.stage_types import type_of
 
 
 @dataclass(frozen=True)
+class Packing:
+    """How a trainer packs rows into sequences of `length` tokens: by TRL's `strategy`, in so many `processes`.
+
+    `seed`: with which rows are shuffled before they are packed; None: they are not.
+    """
+
+    length: int
+    strategy: str
+    processes: int
+    seed: int | None
+
+
+@dataclass(frozen=True)
 class Request:
     """What a stage asks of a dataset.
 
@@ -25,6 +38,8 @@ class Request:
     `takes_tools`: the stage can read prompts with tools.
     `unique_prompts`: every prompt counts once.
     `piece_length`: texts are cut into pieces of so many tokens; None: they stay whole.
+    `packing`: how the trainer packs the rows; None: every row is a sequence of its own.
+    `num_rows`: the stage gets so many of the rows that are left; None: all. `longest`: the longest is among them.
     """
 
     dataset: str
@@ -36,6 +51,9 @@ class Request:
     takes_tools: bool
     unique_prompts: bool
     piece_length: int | None
+    packing: Packing | None
+    num_rows: int | None
+    longest: bool
 
 
 @dataclass(frozen=True)
@@ -87,6 +105,9 @@ def request(config: RunConfig, stage_name: str, role: str) -> Request:
         takes_tools=renders,
         unique_prompts=isinstance(stage, Sampled),  # intervals are over prompts
         piece_length=piece_length,
+        packing=_packing(config, stage_name) if role == "data" else None,
+        num_rows=None if config.smoke is None else config.smoke.rows.get(stage_name),
+        longest=config.smoke is not None and config.smoke.longest,
     )
 
 
@@ -108,3 +129,13 @@ def _piece_length(stage: TrainingStage, role: str) -> int | None:
     if packing and options["packing_strategy"] == "wrapped":
         return None
     return options["max_length"]
+
+
+def _packing(config: RunConfig, name: str) -> Packing | None:
+    """Return how the trainer of a stage packs the rows that it learns from; None: it does not."""
+    stage = config.stages[name]
+    options = effective(stage.kind, stage.training) if isinstance(stage, TrainingStage) else {}
+    if not options.get("packing") or options["max_length"] is None:
+        return None
+    seed = config.seed_of(name) if options["shuffle_dataset"] else None
+    return Packing(options["max_length"], options["packing_strategy"], options["dataset_num_proc"] or 1, seed)

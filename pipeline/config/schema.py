@@ -12,7 +12,7 @@ BASE = "base"  # what `init:` says for the run's base model
 MANIFEST = "manifest.json"  # in every run folder
 LOCK = ".lock"  # in every stage folder that a run has made, as long as dotfiles are copied with it
 # Names in the run folder or in the config that no stage may have.
-RESERVED = (BASE, "cache", "tokenizer", MANIFEST, "last_run.json", "report.html")
+RESERVED = (BASE, "cache", "tokenizer", MANIFEST, "last_run.json", "report.html", "smoke.json")
 Options = dict[str, Any]
 Format = Literal[
     "auto",
@@ -131,6 +131,16 @@ class GateLimits(Strict):
     length_correlation: Share = 0.85
     # The share of prompts whose likeliest first token is eos or another special token.
     first_token: Share = 0.5
+
+
+class Smoke(Strict):
+    """What `rlhf run --smoke` sets: how many rows a stage gets of each of its datasets, spread over their lengths.
+
+    A stage without a number gets all rows. `longest`: the longest row is among them, else all are of the shorter half.
+    """
+
+    rows: dict[str, PositiveInt] = {}
+    longest: bool = False
 
 
 class Stage(Strict):
@@ -266,6 +276,7 @@ class RunConfig(Strict):
     checks: Checks = Checks()
     gate: Literal["stop", "warn", "off"] = "stop"
     gate_limits: GateLimits = GateLimits()
+    smoke: Smoke | None = None
     stages: dict[Name, SerializeAsAny[Stage]]
     source: Path
 

@@ -202,6 +202,7 @@ STAGE_TYPES: Mapping[str, StageType] = {
         has_reference=True,
         length_option="training.max_length",
         trains_on=("completion_ids",),
+        fewest_rows=2,  # the KL is estimated from the other rows
         refused={
             _SAME_POLICIES: "disable_dropout",
             "KTO compares rows with those before them in their batch, so their order is fixed; it is drawn by `seed`": (

@@ -50,6 +50,7 @@ class StageType:
     length_option: str | None = None  # limits a row's tokens; None: rows are cut into pieces
     new_tokens: str | None = None  # limits the tokens of a completion that the stage samples
     trains_on: tuple[str, ...] = ()  # columns of token ids that are trained on where no mask says it
+    fewest_rows: int = 1  # of a batch on one device
     trl_tokenises: bool = False  # TRL renders the prompts itself, in full and without tools
     autocast: bool = True  # computes under autocast where `bf16` or `fp16` is set
     sharded: tuple[str, ...] = ()  # the ways to split a model over processes that it runs under

@@ -28,7 +28,7 @@ class Audit:
     `read` rows are `rows` and those of `dropped`. `lengths` are quantiles (QUANTILES) in tokens, of the whole row
     (`row`) and of its parts. `limit` is the option that limits a row's length, and the limit. `prompts` are the number
     of different prompts in `rows` and their digest, `sequences` what the trainer gets: rows, or pieces of texts. Of a
-    stream only the first documents are known.
+    stream only the first documents are known. `few`: the rows that a smoke run takes of `rows`, and their tokens.
     """
 
     parts: tuple[tuple[Part, int], ...]
@@ -46,6 +46,7 @@ class Audit:
     streamed: bool = False
     head: tuple[list[int], ...] = ()  # of a stream: token ids of its first pieces
     longest_dropped: int = 0  # tokens of the longest row that is left out as too long
+    few: tuple[int, int] | None = None
 
     @property
     def dataset(self) -> str:

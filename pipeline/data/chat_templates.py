@@ -16,6 +16,7 @@ from pipeline.system.errors import UserError, reason_of
 TEMPLATES = Path(__file__).parent / "templates"
 # What the code of a template can raise beside jinja's own errors.
 CODE_ERRORS = (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
+FALLBACK = "plain"  # of a model that has no template
 SECONDS = 5.0  # for two short dialogues, which take a millisecond
 LONGEST = 1_000_000  # characters of a short dialogue
 _QUESTION = {"role": "user", "content": "What is salt?"}

@@ -4,7 +4,6 @@ All of a dataset's rows go through Arrow in batches, in several processes, and a
 library by content, format, template and tokenizer; what is decided per row afterwards (split, lengths) takes no time.
 """
 
-import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,11 +17,13 @@ from pipeline.data.audit import Audit
 from pipeline.data.batches import NO_KEY, PromptKeys, TokenIds
 from pipeline.data.code import CODE
 from pipeline.data.formats import FIELDS, detect, missing
+from pipeline.data.packed import num_packed
 from pipeline.data.places import Part
 from pipeline.data.row_kind import RowKind
 from pipeline.data.rows import ROWS, serves
-from pipeline.data.sieve import Sieve, audit_of, column, repeats, row_lengths, weighted
+from pipeline.data.sieve import Sieve, audit_of, column, repeats, row_lengths, spread, weighted
 from pipeline.system.cache import cache_folder
+from pipeline.system.device import num_cores
 from pipeline.system.digests import digest
 from pipeline.system.errors import UserError
 
@@ -104,12 +105,16 @@ class Datasets:
         sieve = self._sieve(rows, kind, request)
         sieve.drop("weight", ~weighted(sieve.kept, sizes, [part.spec.weight for part in parts]))
         chosen = rows.select_columns([*kind.columns, *kind.extras])
-        if not sieve.kept.all():
-            chosen = chosen.select(np.flatnonzero(sieve.kept))
+        lengths = row_lengths(rows, kind)["row"]
+        taken = sieve.kept
+        if request.num_rows is not None:
+            taken = spread(taken, lengths, request.num_rows, request.longest)
+        if not taken.all():
+            chosen = chosen.select(np.flatnonzero(taken))
         if request.piece_length is not None:
             chosen = _in_pieces(chosen, request.piece_length)
-        audit = audit_of(rows, parts, sizes, request, kind, sieve, sequences=len(chosen))
-        return Prepared(chosen, audit)
+        sequences = len(chosen) if request.packing is None else num_packed(lengths[taken], request)
+        return Prepared(chosen, audit_of(rows, parts, sizes, request, kind, sieve, taken, sequences))
 
     def _tokenised(self, part: Part, kind: RowKind, request: Request) -> Dataset:
         """Return all rows of a source, tokenised and measured."""
@@ -173,7 +178,7 @@ def _through_arrow(part: Part, raw: Dataset, step: PromptKeys | TokenIds, settin
     starts = range(0, len(raw), SLICE)
     for number, start in enumerate(starts, 1):
         rows = raw.select(range(start, min(start + SLICE, len(raw))))
-        processes = min(_num_cores(), len(rows) // NUM_PER_PROCESS)
+        processes = min(num_cores(), len(rows) // NUM_PER_PROCESS)
         with sources.progress_bar(len(raw) >= NUM_QUIET), sources.alone_in(cache):
             rows = rows.map(
                 step,
@@ -188,11 +193,6 @@ def _through_arrow(part: Part, raw: Dataset, step: PromptKeys | TokenIds, settin
             )
         slices.append(rows)
     return concatenate_datasets(slices) if len(slices) > 1 else slices[0]
-
-
-def _num_cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _in_pieces(rows: Dataset, length: int) -> Dataset:

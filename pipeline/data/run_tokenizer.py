@@ -58,7 +58,7 @@ def build(config: RunConfig) -> PreTrainedTokenizerFast:
     _set_special_tokens(config, tokenizer)
     template = config.tokenizer.chat_template
     if template is None and tokenizer.chat_template is None:
-        template = "plain" if scratch is None else "scratch"
+        template = chat_templates.FALLBACK if scratch is None else "scratch"
     if template is not None:
         tokenizer.chat_template = _read_template(template, config.folder, tokenizer)
     _try_template(config, tokenizer)

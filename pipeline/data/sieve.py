@@ -77,10 +77,35 @@ def weighted(kept: np.ndarray, sizes: list[int], weights: list[float | None]) ->
     return chosen
 
 
+def spread(kept: np.ndarray, lengths: np.ndarray, number: int, longest: bool) -> np.ndarray:
+    """Return at most `number` of the kept rows, spread evenly over their lengths.
+
+    `longest`: the longest row is among them; otherwise all are of the shorter half, as far as it goes.
+    """
+    rows = np.flatnonzero(kept)
+    ordered = rows[np.argsort(lengths[rows], kind="stable")]
+    if not longest:
+        ordered = ordered[: max(number, len(ordered) // 2)]
+    number = min(number, len(ordered))
+    chosen = np.zeros(len(kept), bool)
+    chosen[ordered[np.arange(1, number + 1) * len(ordered) // max(number, 1) - 1]] = True
+    return chosen
+
+
 def audit_of(
-    rows: Dataset, parts: list[Part], sizes: list[int], request: Request, kind: RowKind, sieve: Sieve, sequences: int
+    rows: Dataset,
+    parts: list[Part],
+    sizes: list[int],
+    request: Request,
+    kind: RowKind,
+    sieve: Sieve,
+    taken: np.ndarray,
+    sequences: int,
 ) -> Audit:
-    """Return the account of a dataset's rows. `sizes` are the numbers of rows of its `parts`."""
+    """Return the account of a dataset's rows. `sizes` are the numbers of rows of its `parts`.
+
+    `taken` are the rows that the stage gets: those that the sieve kept, or a few of them.
+    """
     kept = sieve.kept
     lengths = row_lengths(rows, kind)
     quantiles: dict[str, list[int]] = {}
@@ -98,7 +123,7 @@ def audit_of(
         split=request.split,
         read=int(kept.sum() + sum(mask.sum() for mask in sieve.dropped.values())),
         rows=int(kept.sum()),
-        tokens=sum(int(column(rows, f"_{name}")[kept].sum()) for name in kind.lengths),
+        tokens=_num_tokens(rows, kind, kept),
         dropped=_findings(rows, sieve.dropped),
         noticed=noticed,
         lengths=quantiles,
@@ -107,7 +132,13 @@ def audit_of(
         sequences=sequences,
         fault=fault,
         longest_dropped=int(too_long.max(initial=0)),
+        few=None if request.num_rows is None else (int(taken.sum()), _num_tokens(rows, kind, taken)),
     )
+
+
+def _num_tokens(rows: Dataset, kind: RowKind, mask: np.ndarray) -> int:
+    """Return the number of tokens in some of the rows."""
+    return sum(int(column(rows, f"_{name}")[mask].sum()) for name in kind.lengths)
 
 
 def _noticed(rows: Dataset, kind: RowKind, lengths: dict[str, np.ndarray], kept: np.ndarray) -> dict[str, np.ndarray]:

@@ -70,7 +70,7 @@ def run_stage(
         except KeyboardInterrupt:
             if process is not None:
                 _stop(process)
-            _say_stopped(name, _record(config, name) not in (None, before), redo, path, console)
+            _say_stopped(config, name, _record(config, name) not in (None, before), redo, path, console)
             raise
         finally:
             if process is not None and process.poll() is None:
@@ -82,8 +82,10 @@ def run_stage(
             raise _failure(name, exit_code, channel.error_in(answers), log)
 
 
-def _say_stopped(name: str, is_finished: bool, redo: bool, log: Path, console: Console) -> None:
+def _say_stopped(config: RunConfig, name: str, is_finished: bool, redo: bool, log: Path, console: Console) -> None:
     """Say where a run was stopped, and how it goes on."""
+    if config.smoke is not None:
+        return say_last(console, f"\nStopped in {name}. The same command begins anew; its log is {log}")
     where = f"after {name}, which is finished" if is_finished else f"in {name}"
     again = ", without --redo," if redo else ""
     place = "there" if is_finished else f"the last checkpoint of {name}, if there is one"

@@ -68,6 +68,14 @@ def asks_for_cpu(path: str | Path) -> bool:
     return is_single and bool(settings.get("use_cpu"))
 
 
+def processes_of(path: str | Path | None) -> int:
+    """Return the number of processes that an accelerate config starts; None is no launch, which is one process."""
+    if path is None:
+        return 1
+    number = _mapping(Path(path), "--accelerate-config", YAML(typ="safe").load).get("num_processes", 1)
+    return number if isinstance(number, int) and number > 0 else 1
+
+
 def _present(environment: Mapping[str, str] | None) -> Mapping[str, str]:
     """Return the environment as it is now, unless another is given.
 

@@ -9,3 +9,4 @@ COMPLETIONS = "completions"  # what a trainer has kept of them, in the checkpoin
 TRACKING = "tracking.json"
 GATE = "gate.json"  # the verdicts on what the stage builds on
 HISTORY = "log_history.json"  # all that the trainer has logged, of a finished stage
+SMOKE = "smoke.json"  # in the run folder: what a smoke run measured of its stages

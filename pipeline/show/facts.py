@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.base import base_model
 from pipeline.chain import run_folder, staleness
+from pipeline.chain.sizes import Size, size_of
 from pipeline.chain.trials import try_functions
 from pipeline.config import validated
 from pipeline.config.graph import datasets
@@ -28,12 +29,15 @@ class Known:
     """What a plan shows beside the decisions: figures of each stage, and the tables of its data.
 
     `prompts`: what the functions of each stage that has some are tried with. `warnings`: what is likely a mistake.
+    `sizes`: of each stage's data and model. `speed`: operations a second of the CPU; None: not measured.
     """
 
     stages: dict[str, Figures] = field(default_factory=dict)
     tables: list[Table] = field(default_factory=list)
     prompts: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    sizes: dict[str, Size] = field(default_factory=dict)
+    speed: float | None = None
 
 
 NOTHING = Known()
@@ -55,8 +59,9 @@ def look(config: RunConfig, recorded: Manifest, names: list[str]) -> Known:
             for name, prompt in value["prompts"].items():
                 try_functions(config, name, prompt)
             tables = [Table(**table) for table in value["tables"]]
-            return Known(value["stages"], tables, value["prompts"], value["warnings"])
-    from pipeline.chain import foresight, preflight
+            sizes = {name: Size(**size) for name, size in value["sizes"].items()}
+            return Known(value["stages"], tables, value["prompts"], value["warnings"], sizes, value["speed"])
+    from pipeline.chain import forecast, foresight, preflight
     from pipeline.show import check_data
 
     tokenizer, tokenizer_record = run_folder.tokenizer_of(config, recorded)
@@ -64,8 +69,10 @@ def look(config: RunConfig, recorded: Manifest, names: list[str]) -> Known:
     audits = {name: fact.audits for name, fact in facts.items()}
     tables = check_data.tables(audits, config.checks.model_dump())
     prompts = {name: fact.prompt for name, fact in facts.items() if fact.prompt is not None}
-    warnings = list(foresight.warnings(config, audits))
-    known = Known({name: figures(fact) for name, fact in facts.items()}, tables, prompts, warnings)
+    warnings = [*foresight.no_template(config, tokenizer.chat_template), *foresight.warnings(config, audits)]
+    sizes = {name: size_of(fact) for name, fact in facts.items()}
+    shown = {name: figures(config, name, fact) for name, fact in facts.items()}
+    known = Known(shown, tables, prompts, warnings, sizes, forecast.speed())
     if key is not None and key == _key(config, recorded, names):  # nothing changed meanwhile
         kept.keep(_KIND, key, dataclasses.asdict(known))
     return known

@@ -6,14 +6,26 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from pipeline.base import dtype
+from pipeline.chain import forecast
+from pipeline.chain.sizes import Size, size_of
 from pipeline.chain.staleness import Decision
 from pipeline.config.lineage import start_of
 from pipeline.config.options import effective
 from pipeline.config.precision import Autocast, autocast
-from pipeline.config.schema import BASE, Evaluate, Online, Ppo, RunConfig, Shift, Taken, TrainingStage
+from pipeline.config.schema import (
+    BASE,
+    Evaluate,
+    Online,
+    Ppo,
+    RunConfig,
+    Sampled,
+    Shift,
+    Taken,
+    TrainingStage,
+)
 from pipeline.config.stage_types import type_of
 from pipeline.show.screen import Cell, Table, say, show
-from pipeline.show.tables import count
+from pipeline.show.tables import about, count
 from pipeline.system.device import Device
 
 if TYPE_CHECKING:
@@ -58,9 +70,11 @@ def describe_reference(config: RunConfig, name: str) -> str:
     return "frozen copy of " + ("base model" if parent == BASE else parent)
 
 
-def figures(facts: "Facts") -> Figures:
+def figures(config: RunConfig, name: str, facts: "Facts") -> Figures:
     """Return what the plan shows of a stage's facts."""
-    known = {"data": "\n".join(map(_rows, facts.audits.values())), "steps": str(facts.steps or ""), "trains": ""}
+    amount = _amount(config, name, size_of(facts))
+    steps = f"{facts.steps}\n{amount}" if facts.steps else amount
+    known = {"data": "\n".join(map(_rows, facts.audits.values())), "steps": steps, "trains": ""}
     if facts.parameters is None:
         return known
     trainable = facts.parameters["trainable"]
@@ -74,18 +88,37 @@ def figures(facts: "Facts") -> Figures:
     return known
 
 
+def _amount(config: RunConfig, name: str, size: Size) -> str:
+    """Say what a stage works on: tokens, its own completions, or prompts."""
+    stage = config.stages[name]
+    if isinstance(stage, Sampled):
+        return f"{count(min(size.rows, stage.num_prompts or size.rows))} prompts"
+    assert isinstance(stage, TrainingStage), "a stage samples or trains"
+    options = effective(stage.kind, stage.training)
+    if isinstance(stage, Ppo):
+        return f"{count(options['total_episodes'] or int(options['num_train_epochs'] * size.rows))} episodes"
+    if isinstance(stage, Online):
+        rows = options["per_device_train_batch_size"] * options["gradient_accumulation_steps"]
+        return f"{count(size.steps * rows)} completions"
+    return f"{count(round(forecast.work(config, name, size)['training']))} tokens"
+
+
 def plan_table(
     config: RunConfig,
     decisions: list[Decision],
     facts: Mapping[str, Figures],
     devices: Mapping[str, Device],
+    seconds: Mapping[str, float],
     console: Console,
 ) -> None:
-    """Show the stages in order: start, reference, rows, tokens, steps, parameters, and what happens to each.
+    """Show the stages in order: start, reference, rows, tokens, steps, parameters, time, and what happens to each.
 
-    Of a stage that is not among the `facts` nothing is known but its config. `devices` are those of the stages to run.
+    Of a stage that is not among the `facts` nothing is known but its config. `devices` are those of the stages to run,
+    `seconds` what those take of which a smoke run has measured it.
     """
-    columns = ("stage", "type", "starts from", "reference", "data (rows, tokens)", "steps", "trains", "will")
+    columns = ["stage", "type", "starts from", "reference", "data (rows, tokens)", "steps", "trains", "will"]
+    if seconds:
+        columns.insert(-1, "time")
     table = Table(f"{config.name}: plan", columns)
     for decision in decisions:
         stage = config.stages[decision.stage]
@@ -93,6 +126,8 @@ def plan_table(
         start = describe_start(config, decision.stage)
         reference = describe_reference(config, decision.stage)
         cells = [known[column] for column in ("data", "steps", "trains")]
+        if seconds:
+            cells.append(about(seconds[decision.stage]) if decision.stage in seconds else "")
         table.add(decision.stage, stage.type, start, reference, *cells, _will(decision))
     show(table, console)
     parameters = _parameters(config, facts)

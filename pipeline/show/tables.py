@@ -26,3 +26,11 @@ def duration(seconds: float) -> str:
     if minutes:
         return f"{minutes}m {rest:02d}s"
     return f"{rest}s"
+
+
+def about(seconds: float) -> str:
+    """Show a time that is foretold: in seconds, minutes, hours or days, of two digits."""
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "min")):
+        if seconds >= 1.5 * size:
+            return f"{float(f'{seconds / size:.2g}'):g} {unit}"
+    return f"{float(f'{seconds:.2g}'):g} s"

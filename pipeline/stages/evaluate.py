@@ -18,6 +18,7 @@ from pipeline.models import scoring
 from pipeline.models.generation import Ids, Sampling
 from pipeline.models.loading import Model, load_policy, load_reward, to_device
 from pipeline.records.figures import figures_of, line_of
+from pipeline.records.progress import LOADING
 from pipeline.shift.estimate import LEVEL, Estimate
 from pipeline.system.json_object import JsonObject
 from pipeline.system.processes import gather_in_order, share_of
@@ -97,6 +98,7 @@ def _sample(ctx: StageContext[Evaluate], policy: str, baseline: Model, rows: Dat
     """
     stage = ctx.stage
     model = baseline
+    ctx.progress.begin(LOADING)
     if policy != stage.baseline:
         model = to_device(load_policy(ctx.loader, weights_of(ctx, policy)))
     sampling = Sampling(stage.temperature, stage.max_new_tokens, stage.batch_size, ctx.seed)
@@ -121,7 +123,6 @@ def _entries(ctx: StageContext[Evaluate], rows: Dataset, sampled: dict[str, list
         sequences = []
         for samples in sampled.values():
             sequences += [prompt + sample.ids for prompt, sample in zip(prompts, samples, strict=True)]
-        ctx.progress.begin(f"scoring with {stage.reward}")
         scores = _scores(ctx, stage.reward, sequences)
     judge = None
     if stage.judge:
@@ -156,7 +157,9 @@ def _scores(ctx: StageContext[Evaluate], reward: str, sequences: list[Ids]) -> d
     policies that say the same would win and lose against each other instead of tying.
     """
     different = list(dict.fromkeys(map(tuple, sequences)))
+    ctx.progress.begin(LOADING)
     model = to_device(load_reward(ctx.loader, ctx.weights_of(reward)))
+    ctx.progress.begin(f"scoring with {reward}")
     scores = scoring.score(model, list(map(list, different)), pad_id(ctx.tokenizer), ctx.stage.batch_size)
     assertions.finite_scores(reward, scores)
     return dict(zip(different, scores, strict=True))

@@ -46,7 +46,8 @@ def run(ctx: StageContext[Shift]) -> Result:
         write_samples(ctx.new_output, ({**p, "completions": t} for p, t in zip(prompts, texts, strict=True)))
         title = f"{stage.reward}: scores of {stage.policy}'s completions"
         shift.table(report, open_console(width=120), title)
-        ctx.progress.note(f"{ctx.name}: {report['advice']}")
+        if ctx.config.smoke is None:  # a few rows say nothing about a model
+            ctx.progress.note(f"{ctx.name}: {report['advice']}")
     datasets["data"]["used"] = len(rows)
     return Result(dict(report), datasets=datasets)
 

@@ -50,6 +50,11 @@ def cpu(why: str) -> Device:
     return Device("cpu", "CPU", why, "native" if _has_bf16_instructions() else "slow")
 
 
+def num_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def wants_cpu() -> bool:
     """Tell whether the environment asks for the CPU."""
     return os.environ.get(USE_CPU, "").lower() in _YES

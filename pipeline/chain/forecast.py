@@ -1,0 +1,214 @@
+"""Foretell how long a run takes: what its smoke run measured, scaled by the tokens that each stage works on.
+
+A stage does three kinds of work, and each is measured and scaled by itself: `training`, `held_out` (the loss on
+`eval_data`) and `sampling` (completions, drawn and scored). The unit of all three is a token. What remains is fixed: to
+load models, to look at them and to save them.
+"""
+
+import itertools
+import json
+import math
+import platform
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline.base import dtype
+from pipeline.chain.sizes import Size
+from pipeline.config.options import effective
+from pipeline.config.schema import Evaluate, Offline, Online, Options, Ppo, RunConfig, Sampled, Shift, TrainingStage
+from pipeline.config.stage_types import makes
+from pipeline.config.type_row import POLICIES
+from pipeline.records.manifest import Record
+from pipeline.records.progress import FINISHING, HELD_OUT, LOADING, TRAINING, Entry
+from pipeline.records.stage_folder import SMOKE
+from pipeline.system.device import Device, num_cores
+from pipeline.system.digests import digest
+
+Work = dict[str, float]  # kind of work -> tokens
+NUM_TOKENS = "num_tokens"  # what TRL's trainers log as the tokens since the start
+
+
+class Measured(BaseModel):
+    """Hold what a smoke run measured of a stage: seconds and tokens by kind of work, and the seconds of all else.
+
+    `basis`: the digest of what must be the same for the figures to count. `duration`: the seconds of the whole stage.
+    `batch` and `full_batch`: the rows of a batch on one device, in the smoke run and in the run.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    basis: str
+    duration: float
+    fixed: float
+    seconds: dict[str, float]
+    tokens: dict[str, float]
+    batch: int | None = None
+    full_batch: int | None = None
+
+
+def work(config: RunConfig, name: str, size: Size, processes: int = 1, evaluations: int | None = None) -> Work:
+    """Return the tokens that a stage works on, in all its processes.
+
+    `evaluations`: how often it measures its loss on `eval_data`; None: as its options say.
+    """
+    stage = config.stages[name]
+    if isinstance(stage, Sampled):
+        prompts = min(size.rows, stage.num_prompts or size.rows)
+        return {"sampling": prompts * _draws(stage) * (size.per_row + stage.max_new_tokens)}
+    assert isinstance(stage, TrainingStage), "a stage samples or trains"
+    options = effective(stage.kind, stage.training)
+    done: Work = {}
+    rows = size.steps * options["per_device_train_batch_size"] * options["gradient_accumulation_steps"] * processes
+    if isinstance(stage, Ppo):
+        episode = size.per_row + options["response_length"]
+        done["training"] = (options["total_episodes"] or options["num_train_epochs"] * size.rows) * episode
+        if stage.prompt_baseline in ("sft_mean", "greedy"):
+            number = stage.baseline_completions if stage.prompt_baseline == "sft_mean" else 1
+            done["sampling"] = size.rows * number * episode
+    elif isinstance(stage, Online):
+        done["training"] = rows * (size.per_row + options["max_completion_length"])
+    elif size.sequences == 0:  # a stream: full sequences, and nobody knows how many there are
+        done["training"] = rows * options["max_length"]
+    elif options["max_steps"] > 0:
+        done["training"] = rows * size.tokens / size.sequences
+    else:
+        done["training"] = size.tokens * options["num_train_epochs"]
+    if isinstance(stage, Offline) and stage.eval_data is not None:
+        number = _evaluations(stage, options, size.steps) if evaluations is None else evaluations
+        done["held_out"] = number * size.eval_tokens
+    return done
+
+
+def _draws(stage: Sampled) -> int:
+    """Return the completions that a stage samples for each prompt."""
+    if isinstance(stage, Shift):
+        return stage.num_completions
+    assert isinstance(stage, Evaluate), "the two stages that sample"
+    return len({"base", stage.baseline, *(stage.policies or ())})
+
+
+def _evaluations(stage: Offline, options: Options, steps: int) -> int:
+    """Return how often a stage measures its loss on `eval_data`: at the end, a policy at the start, and in between."""
+    number = 2 if makes(stage, *POLICIES) else 1
+    if options["eval_strategy"] == "epoch":
+        number += math.ceil(options["num_train_epochs"])
+    elif options["eval_strategy"] == "steps":
+        every = options.get("eval_steps") or options["logging_steps"]
+        number += int(steps // (every if every >= 1 else max(math.ceil(steps * every), 1)))
+    return number
+
+
+def of_stage(
+    config: RunConfig, name: str, size: Size, record: Record, entries: Iterable[Entry], processes: int
+) -> tuple[float, dict[str, float], Work]:
+    """Return what a stage of a smoke run took: the fixed seconds, and by kind of work its seconds and tokens.
+
+    The first step of a training warms up, so that it does not count, unless it is the only one.
+    """
+    placed = [entry for entry in entries if entry.phase is not None]
+    seconds: dict[str, float] = {}
+    evaluations = 0
+    steps = [entry.step or 0 for entry in placed if entry.phase == TRAINING]
+    first = 1 if steps and max(steps) > 1 else 0
+    for before, after in itertools.pairwise(placed):
+        evaluations += after.phase == HELD_OUT and before.phase != HELD_OUT
+        kind = _kind(before.phase)
+        if before.phase == TRAINING and not (
+            after.phase == TRAINING and first <= (before.step or 0) < (after.step or 0)
+        ):
+            continue
+        if kind is not None:
+            seconds[kind] = seconds.get(kind, 0.0) + after.time - before.time
+    tokens = work(config, name, size, processes, evaluations)
+    share = _share(placed, first)
+    whole = sum(value / (share if kind == "training" else 1) for kind, value in seconds.items())
+    if "training" in tokens:
+        tokens["training"] *= share
+    known = {kind: value for kind, value in seconds.items() if tokens.get(kind)}
+    return max(record.duration - whole, 0.0), known, {kind: tokens[kind] for kind in known}
+
+
+def _kind(phase: str | None) -> str | None:
+    """Return the kind of work that a phase is; None: what does not grow with the rows."""
+    fixed = {LOADING: None, FINISHING: None, TRAINING: "training", HELD_OUT: "held_out"}
+    return fixed.get(str(phase), "sampling")
+
+
+def _share(placed: Iterable[Entry], first: int) -> float:
+    """Return the share of a training's tokens that come after its step `first`; of its steps, where none are logged."""
+    steps = [entry for entry in placed if entry.phase == TRAINING and entry.step]
+    if not steps or not first:
+        return 1.0
+    seen = {entry.step: entry.logs[NUM_TOKENS] for entry in steps if entry.logs.get(NUM_TOKENS)}
+    last = max(entry.step or 0 for entry in steps)
+    before = seen.get(first)
+    after = seen.get(last)
+    if before is not None and after:
+        return 1 - before / after
+    return 1 - first / last
+
+
+def seconds(measured: Measured, wanted: Work) -> float:
+    """Return how long a stage takes, in seconds: each kind of work at its measured speed, and what is fixed."""
+    total = measured.fixed
+    for kind, taken in measured.seconds.items():
+        total += taken / measured.tokens[kind] * wanted.get(kind, 0.0)
+    return total
+
+
+def operations(config: RunConfig, name: str, size: Size, parameters: int, processes: int) -> float:
+    """Estimate the floating-point operations of a stage: 6 for each token and parameter, 2 where nothing trains.
+
+    In PPO policy and value model train on every token in each of its epochs.
+    """
+    stage = config.stages[name]
+    done = work(config, name, size, processes)
+    passes = 1
+    if isinstance(stage, Ppo):
+        passes = 2 * effective(stage.kind, stage.training)["num_ppo_epochs"]
+    sampled = done.get("sampling", 0.0) + done.get("held_out", 0.0)
+    return parameters * (6 * passes * done.get("training", 0.0) + 2 * sampled)
+
+
+def speed() -> float:
+    """Measure how many floating-point operations this process computes in a second, by products of matrices."""
+    import torch  # takes seconds
+
+    size = 1024
+    left = torch.ones(size, size)
+    taken: list[float] = []
+    for _ in range(4):
+        begun = time.perf_counter()
+        left @ left
+        taken.append(time.perf_counter() - begun)
+    return 2 * size**3 / min(taken)
+
+
+def basis(config: RunConfig, name: str, device: Device, processes: int) -> str:
+    """Return the digest of what decides a stage's speed beside the sizes of its data."""
+    stage = config.stages[name]
+    own = {"kind": stage.kind, "lora": getattr(stage, "lora", None)}
+    model = config.model.model_dump(mode="json")
+    machine = [platform.node(), num_cores(), str(device), device.kind, processes]
+    shared = [model, dtype.choose(config).dtype, config.quantization, machine]
+    options = effective(stage.kind, stage.training) if isinstance(stage, TrainingStage) else {}
+    compute = ("bf16", "fp16", "gradient_checkpointing", "num_ppo_epochs", "num_iterations", "optim")
+    return digest([own, shared, {key: options.get(key) for key in compute}])
+
+
+def write(folder: Path, measured: Mapping[str, Measured]) -> None:
+    """Write what a smoke run measured of its stages to its run folder."""
+    value = {name: one.model_dump(mode="json") for name, one in measured.items()}
+    (folder / SMOKE).write_text(json.dumps(value, indent=1) + "\n", encoding="ascii")
+
+
+def read(folder: Path) -> dict[str, Measured]:
+    """Read what a smoke run measured; what is not there or cannot be read is not known."""
+    try:
+        value = json.loads((folder / SMOKE).read_bytes())
+        return {name: Measured.model_validate(one) for name, one in value.items()}
+    except (OSError, ValueError, AttributeError, ValidationError):
+        return {}

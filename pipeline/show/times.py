@@ -1,0 +1,114 @@
+"""How long a run takes: foretold by its smoke run, or estimated where there is none and a CPU would take days."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from rich.console import Console
+
+from pipeline.chain import forecast, smoke
+from pipeline.chain.forecast import Measured
+from pipeline.chain.sizes import Size
+from pipeline.config.schema import RunConfig
+from pipeline.show.facts import Known
+from pipeline.show.screen import Table, say, show
+from pipeline.show.tables import about
+from pipeline.system.device import Device
+
+DAY = 86400
+WORTH_SAYING = 1.5  # times as large a batch makes a difference
+
+
+def foretold(
+    config: RunConfig, sizes: Mapping[str, Size], devices: Mapping[str, Device], processes: Mapping[str, int]
+) -> dict[str, float]:
+    """Return the seconds of those stages that a smoke run of this config has measured on this device."""
+    measured = forecast.read(smoke_folder(config))
+    seconds: dict[str, float] = {}
+    for name, device in devices.items():
+        if name not in measured or name not in sizes:
+            continue
+        if measured[name].basis == forecast.basis(config, name, device, processes[name]):
+            seconds[name] = forecast.seconds(measured[name], forecast.work(config, name, sizes[name], processes[name]))
+    return seconds
+
+
+def smoke_folder(config: RunConfig) -> Path:
+    """Return the run folder of a config's smoke run, beside the run's own."""
+    return config.run_path.with_name(config.run_path.name + smoke.SUFFIX)
+
+
+def say_times(
+    config: RunConfig,
+    known: Known,
+    devices: Mapping[str, Device],
+    processes: Mapping[str, int],
+    seconds: Mapping[str, float],
+    console: Console,
+) -> None:
+    """Say how long the stages to run take in all; without a smoke run warn where a CPU would take more than a day."""
+    if seconds:
+        lacking = [name for name in devices if name not in seconds]
+        without = f", without {', '.join(lacking)}, which it did not measure as they are now" if lacking else ""
+        say(console, f"Time: {about(sum(seconds.values()))} in all, as the smoke run foretells{without}")
+    elif known.speed is not None and devices and all(device.kind == "cpu" for device in devices.values()):
+        warning = slow_cpu(config, known.sizes, processes, known.speed)
+        if warning is not None:
+            say(console, f"warning: {warning}", "yellow")
+
+
+def slow_cpu(config: RunConfig, sizes: Mapping[str, Size], processes: Mapping[str, int], speed: float) -> str | None:
+    """Say that a CPU of this speed, in operations a second, would take more than a day; None: it would not."""
+    parameters = max((size.parameters for size in sizes.values()), default=0)
+    seconds = {
+        name: forecast.operations(config, name, size, parameters, processes.get(name, 1)) / speed
+        for name, size in sizes.items()
+    }
+    total = sum(seconds.values())
+    if total < DAY:
+        return None
+    longest = sorted(seconds, key=lambda name: -seconds[name])[:3]
+    most = ", ".join(f"{name} {about(seconds[name])}" for name in longest)
+    return (
+        f"on this CPU the run would take about {about(total)} (most of it: {most}). This is an estimate from "
+        f"parameters, tokens and {speed / 1e9:.0f} billion operations a second, and may be wrong by a factor of 3. "
+        f"`rlhf run CONFIG --smoke` measures it. Take a GPU, a smaller model, or fewer rows, steps or episodes"
+    )
+
+
+def say_changes(
+    config: RunConfig, full: RunConfig, changes: Iterable[list[str]], on_gpu: bool, console: Console
+) -> None:
+    """Say what a smoke run changes, before it begins; `changes` are rows of a table."""
+    table = Table("what is changed", ("stage", "rows", "steps", "batch", "longest completion"), right=True)
+    for cells in changes:
+        table.add(*cells)
+    say(console, f"Smoke run of {full.name}: every stage on a few rows, in {config.run_path}", "bold")
+    show(table, console)
+    why = "batches and lengths decide about memory, so they stay, and the longest rows are among the few"
+    if not on_gpu:
+        why = "rows are of the shorter half; batches and completions are cut where a CPU would take long"
+    say(console, f"On this device {why}. Trackers are off. All else is as in the config.")
+    if config.gate == "warn":
+        say(console, "The gate lets every model pass: after so few steps none is good. Its models are of no use.")
+
+
+def say_result(
+    full: RunConfig, measured: Mapping[str, Measured], seconds: Mapping[str, float], console: Console
+) -> None:
+    """Say that a smoke run went well, and what the run will take."""
+    table = Table(f"{full.name}: what the run will take", ("stage", "smoke run", "run"), right=True)
+    for name, one in measured.items():
+        table.add(name, about(one.duration), about(seconds[name]))
+    show(table, console)
+    say(console, f"In all {about(sum(seconds.values()))}, by what was measured, scaled by tokens.")
+    smaller = [
+        f"{name} ({one.batch} of {one.full_batch} rows)"
+        for name, one in measured.items()
+        if one.batch and one.full_batch and one.full_batch >= WORTH_SAYING * one.batch
+    ]
+    if smaller:
+        say(
+            console, f"Smaller batches than the run's were measured: {', '.join(smaller)}. There it may take less time."
+        )
+    say(console, f"Every stage works. `rlhf plan` shows these times, from {smoke_folder(full)}; nothing else uses it.")
+    say(console, f"The run: rlhf run {full.source}")

@@ -1,0 +1,332 @@
+"""A smoke run takes every stage through two steps beside the run, and foretells what the run takes."""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from filelock import FileLock
+
+from pipeline import stage
+from pipeline.chain import forecast, smoke
+from pipeline.chain.sizes import Size
+from pipeline.config.load import load
+from pipeline.config.schema import Ppo, Sampled
+from pipeline.config.stage_types import KINDS
+from pipeline.data import run_tokenizer
+from pipeline.data.sieve import spread
+from pipeline.launch import process
+from pipeline.records import manifest
+from pipeline.records.progress import Entry, Reader
+from pipeline.records.stage_folder import LOCK
+from pipeline.system.device import Device
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+CPU = Device("cpu", "CPU", "no GPU is visible", "slow")
+GPU = Device("cuda", "a GPU", "a GPU is visible", "native")
+PPO = {"total_episodes": 48, "num_mini_batches": 1, "num_ppo_epochs": 1, "response_length": 8}
+ONLINE = {"num_generations": 2, "max_completion_length": 8, "num_train_epochs": 1}
+EVALUATE = {"data": "comparisons", "policies": [], "max_new_tokens": 4}
+EVERY_TYPE = {
+    "gate": "stop",
+    "data.comparisons.heldout": 0.4,
+    "data.labelled": {"path": "labelled.jsonl"},
+    "stages.pretrain.training": {"num_train_epochs": 3, "max_length": 64},
+    "stages.sft.training": {"num_train_epochs": 2, "learning_rate": 1e-3},
+    "stages.reward": {"data": "comparisons", "eval_data": "comparisons", "training": {"num_train_epochs": 2}},
+    "stages.ppo.training": PPO,
+    "stages.ppo-on-grpo": {"type": "ppo", "trainer": "grpo", "data": "prompts", "training": PPO},
+    "stages.rloo": {"data": "prompts", "training": ONLINE},
+    "stages.grpo": {"data": "prompts", "training": ONLINE},
+    "stages.dpo.training": {"num_train_epochs": 1},
+    "stages.kto": {"data": "labelled", "training": {"num_train_epochs": 1}},
+    "stages.evaluate": {"data": "comparisons", "max_new_tokens": 8, "batch_size": 4},
+}
+
+
+def write(folder):
+    """Write the config of every type of stage with its data; returns its path."""
+    path = tiny.write_config(folder, **EVERY_TYPE)
+    labelled = [row | {"label": number % 2 == 0} for number, row in enumerate(tiny.chain_rows()["demos"])]
+    tiny.write_rows(folder / "labelled.jsonl", labelled)
+    return path
+
+
+def contents(folder):
+    """The digest of every file below a folder."""
+    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
+
+
+def words(text):
+    return " ".join(text.split())
+
+
+def rows_of(shown, title):
+    """The cells of a table that was shown, by their first one."""
+    cells: dict[str, list[str]] = {}
+    name = ""
+    for line in shown.split(title, 1)[1].splitlines():
+        row = [cell.strip() for cell in line.split("│")[1:-1]]
+        if row and row[0]:
+            name = row[0]
+            cells[name] = row
+        elif row:
+            cells[name] = [f"{a} {b}".strip() for a, b in zip(cells[name], row, strict=True)]
+        elif line.startswith("└"):
+            break
+    return cells
+
+
+def test_every_type_of_stage_beside_the_run(tmp_path, rlhf, cli):
+    path = write(tmp_path)
+    config = load(path)
+    assert {its.kind for its in config.stages.values()} == KINDS.keys()
+    before = rows_of(cli("plan", path)[1], "tiny: plan")
+    done = rlhf("run", path, "--smoke")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+    folder = tmp_path / "runs" / "tiny-smoke"
+    assert not folder.with_name("tiny").exists()
+    recorded = manifest.read(folder)
+    assert recorded.name == "tiny-smoke"
+    assert list(recorded.stages) == list(config.stages)
+    for name, record in recorded.stages.items():
+        steps = record.metrics.get("updates", record.metrics.get("steps"))
+        assert steps == (None if isinstance(config.stages[name], Sampled) else 2), name
+    changed = rows_of(done.stdout, "what is changed")
+    rows = recorded.stages["sft"].datasets["data"]["rows"]  # the others are evaluated on
+    assert changed["sft"] == ["sft", f"8 of {rows}", f"2 of {math.ceil(rows / 4) * 2}", "4", ""]
+    assert changed["ppo"] == ["ppo", f"8 of {rows}", "2 of 12", "4", "8"]
+    assert "Every stage works." in done.stdout and "gate:" not in done.stdout
+    measured = forecast.read(folder)
+    assert list(measured) == list(config.stages)
+    check_forecast(config, measured["sft"], folder)
+    code, out, err = cli("plan", path)
+    assert code == 0, err
+    assert "as the smoke run foretells" in out
+    after = rows_of(out, "tiny: plan")
+    for name, row in before.items():
+        time = after[name].pop(-2)
+        assert after[name] == row  # the same rows, tokens, steps and parameters
+        assert float(time.split()[0]) > 0, name
+    # Another device, type or adapter would take another time.
+    other = rows_of(cli("plan", path, "lora.r=2")[1], "tiny: plan")
+    assert other["sft"][-2] == "" and other["pretrain"][-2] != ""
+
+
+def check_forecast(config, one, folder):
+    """What is foretold of SFT is what was measured, times the tokens of the run; told apart from the log's tokens."""
+    times = {entry.step: entry.time for entry in Reader(folder / "sft" / "progress.jsonl").read() if entry.logs}
+    history = json.loads((folder / "sft" / "log_history.json").read_text())
+    seen = {entry["step"]: entry["num_tokens"] for entry in history if "num_tokens" in entry}
+    assert one.tokens["training"] == pytest.approx(seen[2] - seen[1], abs=1e-6)
+    assert 0 < one.seconds["training"] <= times[2] - times[1] + 1e-6
+    data = tiny.StageRows(config, run_tokenizer.open_saved(folder / "tokenizer", False))
+    lengths = [len(ids) for ids in data.prepare("sft", "data").rows["input_ids"]]
+    size = Size(len(lengths), sum(lengths), len(lengths), 8, 0, 0, 0)
+    speed = one.seconds["training"] / one.tokens["training"]
+    assert forecast.seconds(one, forecast.work(config, "sft", size)) == one.fixed + speed * 2 * sum(lengths)
+
+
+def test_a_second_one_begins_anew_and_leaves_the_run_alone(tmp_path, cli, monkeypatch):
+    """In this process, with its stages: each would import for ten seconds in one of its own."""
+
+    def run_stage(config, name, overrides, *_):
+        stage.run(load(config.source, overrides), name)
+
+    monkeypatch.setattr(process, "run_stage", run_stage)
+    path = tiny.write_config(tmp_path)
+    assert cli("run", path, "--until", "sft")[0] == 0
+    run = tmp_path / "runs" / "tiny"
+    before = contents(run)
+    folder = run.with_name("tiny-smoke")
+    started = []
+    for _ in range(2):
+        code, _, err = cli("run", path, "--smoke", "--until", "sft", "training.learning_rate=0.5")
+        assert code == 0, err
+        recorded = manifest.read(folder)
+        assert list(recorded.stages) == ["pretrain", "sft"]
+        assert {record.reason for record in recorded.stages.values()} == {manifest.NOT_FINISHED}
+        started.append(json.loads((folder / "sft" / "progress.jsonl").read_text().splitlines()[0])["time"])
+    assert started[0] < started[1]
+    assert contents(run) == before
+    # What the run keeps of its data is as it was: nothing is stale.
+    plan = rows_of(cli("plan", path)[1], "tiny: plan")
+    assert [plan[name][-1] for name in ("pretrain", "sft")] == ["skip: finished, nothing changed"] * 2
+    with FileLock(folder / "sft" / LOCK).acquire(timeout=0):
+        code, _, err = cli("run", path, "--smoke", "--until", "sft")
+    assert code == 2 and "another process works in" in err and (folder / "sft" / "output").is_dir()
+
+
+FAILS = """
+from pathlib import Path
+
+def score(prompt, completion):
+    if Path(__file__).with_name("run-smoke").joinpath("sft", "output").is_dir():
+        raise ValueError("the judge is out")
+    return 1.0
+"""
+
+
+def test_a_stage_that_fails_ends_it(tmp_path, rlhf):
+    """The function works when it is tried before the first stage, and fails once SFT is finished."""
+    (tmp_path / "judge.py").write_text(FAILS)
+    online = {"num_generations": 2, "max_completion_length": 4}
+    stages = {
+        "sft": tiny.SFT,
+        "rloo": {"data": "demonstrations", "reward_functions": ["judge:score"], "training": online},
+        "dpo": tiny.DPO,
+    }
+    path = tiny.make_run(tmp_path, stages)
+    done = rlhf("run", path, "--smoke")
+    assert done.returncode == 2
+    assert "stage 'rloo'" in done.stderr and "the judge is out" in done.stderr
+    folder = tmp_path / "run-smoke"
+    assert list(manifest.read(folder).stages) == ["sft"]
+    assert not (folder / "smoke.json").exists() and not (folder / "dpo").exists()
+    assert "Every stage works" not in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_options_that_it_cannot_take(tmp_path, cli):
+    path = tiny.make_run(tmp_path, {"sft": tiny.SFT})
+    code, _, err = cli("run", path, "--smoke", "--only", "sft")
+    assert code == 2 and "--smoke begins anew with all stages" in err
+
+
+def sizes_of(config, per_row=300, parameters=0):
+    """Sizes as if every stage had 1000 rows."""
+    sizes = {}
+    for name, its in config.stages.items():
+        steps = 0 if isinstance(its, Sampled) else 500
+        sizes[name] = Size(1000, 1000 * per_row, 1000, steps, 0, 0, parameters if steps else 0)
+    return sizes
+
+
+def cuts_of(config, device, **sizes):
+    devices = dict.fromkeys(config.stages, device)
+    return smoke.cut(config, sizes_of(config, **sizes), devices, dict.fromkeys(config.stages, 1))
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("device", [CPU, GPU], ids=["cpu", "gpu"])
+def test_every_shipped_config_can_be_made_short(file, device):
+    """All that is changed is right for TRL too. A GPU keeps what decides about memory."""
+    config = load(file)
+    cuts = cuts_of(config, device, parameters=500_000_000)
+    short = load(file, smoke.overrides(config, cuts, device is GPU))
+    assert short.run_path == config.run_path.with_name(f"{config.name}-smoke")
+    assert list(short.stages) == list(config.stages)
+    memory = ("per_device_train_batch_size", "max_length", "response_length", "max_completion_length")
+    changed = {"total_episodes", "max_steps", "logging_steps", "logging_strategy", "report_to", *memory}
+    changed |= {"gradient_accumulation_steps", "num_generations"}
+    for name, its in short.stages.items():
+        if isinstance(its, Sampled):
+            continue
+        before = config.stages[name].training
+        after = its.training
+        if device is GPU:
+            assert {key: after.get(key) for key in memory} == {key: before.get(key) for key in memory}, name
+        if isinstance(its, Ppo):
+            batch = after["per_device_train_batch_size"] * after["gradient_accumulation_steps"]
+            assert after["total_episodes"] == smoke.STEPS * batch == short.smoke.rows[name], name
+        else:
+            assert after["max_steps"] == smoke.STEPS
+        others = {key: value for key, value in before.items() if key not in changed}
+        assert {key: value for key, value in after.items() if key not in changed} == others, name
+    for key in ("model", "tokenizer", "quantization", "lora", "data", "checks", "seed"):
+        assert getattr(short, key) == getattr(config, key)
+
+
+def test_a_cpu_computes_smaller_batches_of_a_large_model_only():
+    config = load(CONFIGS / "quickstart.yaml")
+    small = cuts_of(config, CPU, per_row=30, parameters=600_000)
+    assert [small[name].batch for name in ("sft", "ppo", "evaluate")] == [16, 64, 100]
+    assert small["ppo"].options["response_length"] == 48
+    large = cuts_of(config, CPU, per_row=30, parameters=10**9)
+    assert [large[name].batch for name in ("sft", "ppo", "evaluate")] == [2, 4, 2]  # PPO has 4 mini-batches
+    assert [cuts_of(config, CPU, per_row=300, parameters=10**9)[name].batch for name in ("sft", "dpo")] == [1, 1]
+    other = load(CONFIGS / "qwen2.5-0.5b-lora.yaml")
+    assert cuts_of(other, CPU, parameters=10**9)["kto"].batch == 2  # it compares the rows of a batch
+    assert large["ppo"].options["response_length"] == smoke.SHORTEST
+
+
+def test_few_rows_are_spread_over_their_lengths():
+    lengths = np.array([5, 1, 9, 3, 7, 2, 8, 4, 6, 10])
+    kept = lengths != 9
+    assert sorted(lengths[spread(kept, lengths, 3, longest=True)]) == [3, 6, 10]
+    assert sorted(lengths[spread(kept, lengths, 2, longest=False)]) == [2, 4]
+    assert sorted(lengths[spread(kept, lengths, 20, longest=False)]) == sorted(lengths[kept])
+    assert not spread(np.zeros(10, bool), lengths, 3, longest=True).any()
+
+
+def entries(*places):
+    return [Entry(time=time, phase=phase, step=step, of=3, logs=logs) for time, phase, step, logs in places]
+
+
+def test_what_is_measured_of_a_stage(tmp_path):
+    """Seconds by kind of work: of the first step none, nor of what is fixed."""
+    config = load(tiny.make_run(tmp_path, {"sft": tiny.SFT | {"eval_data": "comparisons"}, "evaluate": EVALUATE}))
+    size = Size(12, 240, 12, 3, 4, 50, 1000)
+    log = entries(
+        (0, "loading", None, {}),
+        (10, "held-out batches", 0, {}),
+        (13, "held-out batches", 1, {}),
+        (14, "training", 0, {}),
+        (19, "training", 1, {"num_tokens": 60}),
+        (20, "training", 2, {"num_tokens": 160}),
+        (22, "training", 3, {"num_tokens": 240}),
+        (27, "training", 3, {"loss": 1.0}),  # a checkpoint was saved
+        (28, "finishing", None, {}),
+        (29, "held-out batches", 0, {}),
+        (31, "finishing", None, {}),
+    )
+    record = tiny.make_record(duration=40.0)
+    fixed, seconds, tokens = forecast.of_stage(config, "sft", size, record, log, 1)
+    assert seconds == {"training": 3.0, "held_out": 4.0 + 2.0}
+    assert tokens == {"training": 240 * (1 - 60 / 240), "held_out": 2 * 50}
+    assert fixed == 40 - 3 / (1 - 60 / 240) - 6
+    one = forecast.Measured(basis="", duration=40.0, fixed=fixed, seconds=seconds, tokens=tokens)
+    wanted = {"training": 1800.0, "held_out": 500.0}
+    assert forecast.seconds(one, wanted) == fixed + 3.0 / 180.0 * 1800.0 + 6.0 / 100.0 * 500.0
+    log = entries(
+        (0, "loading", None, {}),
+        (5, "sampling from base", 0, {}),
+        (9, "measuring the KL of base", None, {}),
+        (12, "loading", None, {}),
+        (20, "finishing", None, {}),
+    )
+    fixed, seconds, tokens = forecast.of_stage(config, "evaluate", size, record, log, 1)
+    assert (fixed, seconds) == (40 - 7, {"sampling": 7.0})
+    assert tokens == {"sampling": 2 * 12 * (20 + 4)}  # base and sft
+
+
+def test_work_of_each_kind(tmp_path):
+    """In tokens, by hand: epochs, looks at held-out rows, episodes, completions for a baseline."""
+    stages = {
+        "sft": {"data": "demonstrations", "eval_data": "demonstrations", "training": {"eval_strategy": "epoch"}},
+        "reward": tiny.REWARD | {"eval_data": "comparisons"},
+        "ppo": tiny.PPO | {"data": "comparisons", "prompt_baseline": "sft_mean"},
+        "grpo": {"data": "comparisons", "training": {"max_completion_length": 6, "num_generations": 2}},
+        "evaluate": EVALUATE,
+    }
+    stages["reward"]["training"] = {"eval_strategy": "steps", "eval_steps": 4, "max_length": 64}
+    config = load(tiny.make_run(tmp_path, stages, training=tiny.SMALL | {"num_train_epochs": 3}))
+    size = Size(10, 200, 10, 9, 3, 40, 1000)
+    assert forecast.work(config, "sft", size) == {"training": 600, "held_out": (2 + 3) * 40}
+    assert forecast.work(config, "reward", size) == {"training": 600, "held_out": (1 + 2) * 40}
+    assert forecast.work(config, "ppo", size) == {"training": 24 * (20 + 12), "sampling": 10 * 4 * (20 + 12)}
+    assert forecast.work(config, "grpo", size) == {"training": 9 * 4 * (20 + 6)}
+    assert forecast.operations(config, "sft", size, 1000, 1) == 1000 * (6 * 600 + 2 * 200)
+    assert forecast.operations(config, "ppo", size, 1000, 1) == 1000 * (6 * 2 * 2 * 24 * 32 + 2 * 40 * 32)
+
+
+def test_a_plan_warns_of_days_on_a_cpu(tmp_path, cli):
+    path = tiny.make_run(tmp_path, {"sft": tiny.SFT, "dpo": tiny.DPO})
+    assert "on this CPU" not in cli("plan", path)[1]
+    code, out, _ = cli("plan", path, "stages.sft.training.max_steps=1000000000000")
+    said = words(out).split("warning: ")[1]
+    assert code == 0 and said.startswith("on this CPU the run would take about ")
+    assert "(most of it: sft " in said and "`rlhf run CONFIG --smoke` measures it" in said
