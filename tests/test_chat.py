@@ -23,7 +23,7 @@ from pipeline import stage
 from pipeline.chat import command, page, selection, session, weights
 from pipeline.chat.session import Settings
 from pipeline.config.load import load
-from pipeline.models.loading import Model
+from pipeline.models.loading import Model, is_quantised
 from pipeline.records import manifest
 from pipeline.show import results
 from pipeline.show.screen import open_console
@@ -45,8 +45,8 @@ STAGES = {
         "baseline": "sft",
         "reward": "reward",
         "max_new_tokens": 8,
-        "num_prompts": 2,
-        "batch_size": 1,  # as in a chat, so that figures are equal to the last bit
+        "num_prompts": 1,  # one row at a time, as in a chat: so figures are equal to the last bit
+        "batch_size": 1,
     },
 }
 DATA = {name: {"path": f"{name}.jsonl"} for name in ("comparisons", "demonstrations", "prompts")}
@@ -154,18 +154,15 @@ def test_figures_are_the_evaluations(chat, run_dir):
     recorded = manifest.read(run_dir)
     record = recorded.stages["evaluate"]
     settings = Settings(1.0, 8, record.seed)
-    lines = (run_dir / record.output.path / "samples.jsonl").read_text(encoding="utf-8").splitlines()
-    assert len(lines) == 2
-    for line in lines:
-        row = json.loads(line)
-        (message,) = row.pop("prompt")
-        chat.reset()
-        answers = chat.ask(message["content"], settings, silent).answers
-        assert answers.keys() == row.keys()
-        for name, entry in row.items():
-            answer = answers[name]
-            found = (answer.text, len(answer.ids), answer.ended, answer.score, answer.kl)
-            assert found == (entry["completion"], entry["length"], entry["ended"], entry["score"], entry["kl"]), name
+    (line,) = (run_dir / record.output.path / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    row = json.loads(line)
+    (message,) = row.pop("prompt")
+    answers = chat.ask(message["content"], settings, silent).answers
+    assert answers.keys() == row.keys()
+    for name, entry in row.items():
+        answer = answers[name]
+        found = (answer.text, len(answer.ids), answer.ended, answer.score, answer.kl)
+        assert found == (entry["completion"], entry["length"], entry["ended"], entry["score"], entry["kl"]), name
     assert answers["sft"].kl == 0
     assert "score" in answers["dpo"].figures and "KL" in answers["dpo"].figures
 
@@ -174,8 +171,9 @@ def test_a_reward_model_in_full_scores_apart(run_dir, chat):
     """As loaded alone by the code that `rlhf status` prints."""
     scorer = chat.models.reward("whole_reward")
     ids = chat.tokenizer("<user>Tell me about tea.<assistant>I like tea<eos>")["input_ids"]
+    inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
     with torch.no_grad():
-        expected = alone(run_dir, "whole_reward")[0](input_ids=torch.tensor([ids])).logits.item()
+        expected = alone(run_dir, "whole_reward")[0](**inputs).logits.item()
     assert session.scoring.score(scorer, [ids], 0) == [expected]
 
 
@@ -215,6 +213,22 @@ def test_equal_weights_are_told(chat):
     assert "dpo and dpo.again have the same weights, by their checksums" in chat.notes()
     chat.choose(["dpo", "sft"])
     assert not any("same weights" in note for note in chat.notes())
+
+
+def test_a_quantised_base_loads_as_the_run_does(tmp_path):
+    """In 4 bits, once, with the answers of policies that are loaded alone."""
+    quantization = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "float32"}
+    stages = {"sft": tiny.SFT, "dpo": tiny.DPO | {"init": "sft"}}
+    config = load(tiny.make_run(tmp_path, stages, quantization=quantization))
+    for name in config.stages:
+        stage.run(config, name)
+    run = selection.open_run(config.run_path)
+    talk = command._opened(run, ["sft", "dpo"], None, False, open_console())
+    turns = [talk.ask(question, GREEDY, silent) for question in QUESTIONS]
+    for name in ("sft", "dpo"):
+        assert [turn.answers[name].ids for turn in turns] == dialogue_alone(config.run_path, name), name
+    assert talk.models.policy("sft").shared is talk.models.policy("dpo").shared
+    assert is_quantised(talk.models.policy("dpo").shared.model)
 
 
 # What is refused

@@ -5,14 +5,18 @@ It needs Debian's chromium and chromium-driver; without them these tests are ski
 
 import json
 import shutil
-import subprocess
-import sys
+import threading
+import time
 
 import pytest
 import tiny
 
 from pipeline import stage
+from pipeline.chat import command, selection
+from pipeline.chat import page as page_server
+from pipeline.chat.session import Settings
 from pipeline.config.load import load
+from pipeline.show.screen import open_console
 
 webdriver = pytest.importorskip("selenium.webdriver")
 
@@ -53,15 +57,15 @@ def run_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def address(run_dir):
-    """The page's address, by the real command."""
-    command = [sys.executable, "-m", "pipeline", "chat", run_dir, "sft", "hostile", "--web", "--max-new-tokens", "40"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8")
-    for line in process.stdout:
-        if "http://127.0.0.1:" in line:
-            break
-    yield next(word for word in line.split() if word.startswith("http://127.0.0.1:"))
-    process.kill()
-    process.wait()
+    """The page's address. The server is in this process; `test_chat.py` serves the page by the command."""
+    run = selection.open_run(run_dir)
+    talk = command._opened(run, ["sft", "hostile"], "reward", False, open_console())
+    said = []
+    serving = (talk, Settings(0.0, 40, 0), 0, said.append)
+    threading.Thread(target=page_server.show, args=serving, daemon=True).start()
+    while not said:
+        time.sleep(0.01)
+    return next(word for word in said[0].split() if word.startswith("http://127.0.0.1:"))
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +101,8 @@ def status(browser):
 
 
 def stages(browser):
-    return [
-        item.text.split("\n")[0].rstrip("×").strip() for item in browser.find_elements(By.CSS_SELECTOR, "#stages li")
-    ]
+    """In one step: the list is made anew when stages change."""
+    return browser.execute_script("return [...document.querySelectorAll('#stages li')].map((li) => li.firstChild.data)")
 
 
 def ask(browser, question):

@@ -40,7 +40,7 @@ def chat(
     names = run.checked(stages) if stages else run.compared()
     reward = run.reward(reward)
     settings = Settings(temperature, max_new_tokens or run.max_new_tokens, seed)
-    is_watched = port is not None or (sys.stdin.isatty() and console.is_terminal)
+    is_watched = port is not None or (sys.stdin is not None and sys.stdin.isatty() and console.is_terminal)
     session = _opened(run, names, reward, is_watched, console)
     if port is not None:
         page.show(session, settings, port, lambda text: say(console, text))

@@ -36,7 +36,7 @@ class _Left(Exception):
 def answer_lines(session: Session, settings: Settings, console: Console) -> None:
     """Answer each line of standard input, as the turns of one dialogue. Empty lines count for nothing."""
     _tolerate_bytes()
-    for line in sys.stdin:
+    for line in sys.stdin or ():  # it may be closed
         if not line.strip():
             continue
 

@@ -41,7 +41,7 @@ function turnNode(text, stages) {
   const node = element("article", "turn");
   const grid = element("div", "answers");
   grid.style.setProperty("--columns", stages.length);
-  const heading = element("h2", "question text", text);
+  const heading = element("h3", "question text", text);
   heading.dir = "auto";
   node.append(heading, grid);
   const answers = {};
@@ -51,7 +51,7 @@ function turnNode(text, stages) {
     body.dir = "auto";
     const figures = element("p", "figures soft", "waits");
     card.setAttribute("aria-label", stage);
-    card.append(element("h3", "", stage), body, figures);
+    card.append(element("h4", "", stage), body, figures);
     grid.append(card);
     answers[stage] = { body, figures };
   }
