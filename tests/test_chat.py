@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline import stage
-from pipeline.chat import command, page, selection, session, weights
+from pipeline.chat import command, page, selection, weights
 from pipeline.chat.session import Settings
 from pipeline.config.load import load
 from pipeline.models.loading import Model, is_quantised
@@ -30,6 +30,15 @@ from pipeline.show.screen import open_console
 from pipeline.system.errors import UserError
 
 OTHER_SHAPE = tiny.LORA | {"r": 2}
+EVALUATE = {
+    "type": "evaluate",
+    "data": "prompts",
+    "policies": ["ppo", "dpo", "whole", "reshaped"],
+    "baseline": "sft",
+    "max_new_tokens": 8,
+    "num_prompts": 1,  # one row at a time, as in a chat: so figures are equal to the last bit
+    "batch_size": 1,
+}
 STAGES = {
     "sft": tiny.SFT,
     "reward": tiny.REWARD | {"init": "sft"},
@@ -39,15 +48,8 @@ STAGES = {
     "whole": tiny.SFT | {"type": "sft", "init": "base", "lora": None},
     "reshaped": tiny.DPO | {"type": "dpo", "init": "sft", "lora": OTHER_SHAPE},  # on the merged weights of its parent
     "whole_reward": tiny.REWARD | {"type": "reward", "init": "whole", "lora": None},
-    "evaluate": {
-        "data": "prompts",
-        "policies": ["ppo", "dpo", "whole", "reshaped"],
-        "baseline": "sft",
-        "reward": "reward",
-        "max_new_tokens": 8,
-        "num_prompts": 1,  # one row at a time, as in a chat: so figures are equal to the last bit
-        "batch_size": 1,
-    },
+    "by_whole_reward": EVALUATE | {"reward": "whole_reward"},
+    "evaluate": EVALUATE | {"reward": "reward"},
 }
 DATA = {name: {"path": f"{name}.jsonl"} for name in ("comparisons", "demonstrations", "prompts")}
 POLICIES = ["base", "sft", "ppo", "dpo", "whole", "reshaped"]
@@ -149,17 +151,21 @@ def test_log_probabilities_are_those_of_models_loaded_alone(chat, run_dir):
         assert not any(torch.equal(found[name], found[other]) for other in POLICIES[:i])
 
 
-def test_figures_are_the_evaluations(chat, run_dir):
-    """The same completions, scores and KLs as its samples, at its temperature and seed."""
-    recorded = manifest.read(run_dir)
-    record = recorded.stages["evaluate"]
-    settings = Settings(1.0, 8, record.seed)
+def sampled(run_dir: Path, evaluation: str) -> tuple[str, Settings, dict]:
+    """The question of an evaluation, its settings, and its entries by policy."""
+    record = manifest.read(run_dir).stages[evaluation]
     (line,) = (run_dir / record.output.path / "samples.jsonl").read_text(encoding="utf-8").splitlines()
     row = json.loads(line)
     (message,) = row.pop("prompt")
-    answers = chat.ask(message["content"], settings, silent).answers
-    assert answers.keys() == row.keys()
-    for name, entry in row.items():
+    return message["content"], Settings(1.0, 8, record.seed), row
+
+
+def test_figures_are_the_evaluations(chat, run_dir):
+    """The same completions, scores and KLs as its samples, at its temperature and seed."""
+    question, settings, entries = sampled(run_dir, "evaluate")
+    answers = chat.ask(question, settings, silent).answers
+    assert answers.keys() == entries.keys()
+    for name, entry in entries.items():
         answer = answers[name]
         found = (answer.text, len(answer.ids), answer.ended, answer.score, answer.kl)
         assert found == (entry["completion"], entry["length"], entry["ended"], entry["score"], entry["kl"]), name
@@ -167,14 +173,13 @@ def test_figures_are_the_evaluations(chat, run_dir):
     assert "score" in answers["dpo"].figures and "KL" in answers["dpo"].figures
 
 
-def test_a_reward_model_in_full_scores_apart(run_dir, chat):
-    """As loaded alone by the code that `rlhf status` prints."""
-    scorer = chat.models.reward("whole_reward")
-    ids = chat.tokenizer("<user>Tell me about tea.<assistant>I like tea<eos>")["input_ids"]
-    inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
-    with torch.no_grad():
-        expected = alone(run_dir, "whole_reward")[0](**inputs).logits.item()
-    assert session.scoring.score(scorer, [ids], 0) == [expected]
+def test_a_reward_model_in_full_scores_as_in_its_evaluation(run_dir):
+    question, settings, entries = sampled(run_dir, "by_whole_reward")
+    talk = command._opened(selection.open_run(run_dir), ["whole", "dpo"], "whole_reward", False, open_console())
+    answers = talk.ask(question, settings, silent).answers
+    assert {name: answer.score for name, answer in answers.items()} == {
+        name: entries[name]["score"] for name in ("whole", "dpo")
+    }
 
 
 # One base in memory
@@ -283,7 +288,7 @@ def test_by_default_those_that_the_evaluation_compares(run_dir):
     run = selection.open_run(run_dir)
     assert run.compared() == ["sft", "ppo", "dpo", "whole", "reshaped"]
     assert (run.baseline, run.reward(None), run.max_new_tokens) == ("sft", "reward", 8)
-    without = selection.Run(run_dir, run.recorded.without(["evaluate"]))
+    without = selection.Run(run_dir, run.recorded.without(["evaluate", "by_whole_reward"]))
     assert without.compared() == ["sft", "ppo", "dpo", "dpo.again", "reshaped"]
     assert (without.baseline, without.max_new_tokens) == ("sft", 128)
     only = selection.Run(run_dir, run.recorded.without([name for name in STAGES if name != "whole"]))
@@ -393,6 +398,7 @@ def test_a_pipe_gets_plain_text(run_dir, chat, tmp_path):
         for name, answer in turn.answers.items():
             expected += [f"{name} ({answer.figures})", *answer.text.split("\n"), ""]
     assert done.stdout.split("\n")[:-1] == expected
+    assert "tiny: on the CPU (`use_cpu: true` in the run), weights in float32" in done.stderr
     assert done.returncode == 0 and "is in memory once: sft, dpo, reward use it" in done.stderr
     assert "\x1b" not in done.stdout + done.stderr
 

@@ -126,7 +126,7 @@ class Session:
         if self.baseline is not None:
             lines.append(f"KL: to {self.baseline}, in nats over the answer's tokens")
         for group in same_weights(self.run, self.names):
-            lines.append(f"{' and '.join(group)} have the same weights, by their checksums")
+            lines.append(f"{', '.join(group[:-1])} and {group[-1]} have the same weights, by their checksums")
         return lines
 
     def _prompt(self, name: str, question: str) -> Ids:

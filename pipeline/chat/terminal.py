@@ -22,11 +22,11 @@ PROMPT = "> "
 LEAST = 36  # columns of an answer that stands beside others
 GAP = 2
 HELP = """\
-/stages A B       talk to these stages; a new one begins its dialogue here
-/temperature X    0 takes the likeliest token, 1 samples as the policy was trained
-/reset            begin all dialogues anew
-/quit             leave; Ctrl-D does so too
-Ctrl-C            stop an answer and take the question back; at the prompt: leave"""
+/stages A B      talk to these stages; a new one begins its dialogue here
+/temperature X   0 takes the likeliest token, 1 samples as evaluations do
+/reset           begin all dialogues anew
+/quit            leave; Ctrl-D does so too
+Ctrl-C           stop, and take the question back; at the prompt: leave"""
 
 
 class _Left(Exception):
@@ -134,22 +134,21 @@ def _ask(line: str, session: Session, settings: Settings, console: Console) -> N
     """Show the answers as they come, and at the end as they are kept."""
     answers: dict[str, Answer] = {}
     complete: set[str] = set()
-    with Live(console=console, transient=True, refresh_per_second=10, vertical_overflow="crop") as live:
+    is_stopped = True
+    try:
+        with Live(console=console, transient=True, refresh_per_second=10, vertical_overflow="crop") as live:
 
-        def tell(name: str, answer: Answer, is_complete: bool) -> None:
-            answers[name] = answer
-            if is_complete:
-                complete.add(name)
-            live.update(_Tail(_laid_out(session.names, answers, complete, console)))
+            def tell(name: str, answer: Answer, is_complete: bool) -> None:
+                answers[name] = answer
+                if is_complete:
+                    complete.add(name)
+                live.update(_Tail(_laid_out(session.names, answers, complete, "...", console)))
 
-        try:
-            turn = session.ask(line, settings, tell)
-        except BaseException:
-            live.update(Text())
-            if answers:
-                console.print(_laid_out(list(answers), answers, complete, console))
-            raise
-    console.print(_laid_out(session.names, turn.answers, set(session.names), console))
+            session.ask(line, settings, tell)
+        is_stopped = False
+    finally:
+        if answers:
+            console.print(_laid_out(session.names, answers, complete, "stopped" if is_stopped else "", console))
 
 
 @dataclasses.dataclass
@@ -164,12 +163,17 @@ class _Tail:
             yield Segment.line()
 
 
-def _laid_out(names: Sequence[str], answers: dict[str, Answer], complete: set[str], console: Console) -> RenderableType:
-    """Put the answers side by side if every one has LEAST columns, else one below the other."""
+def _laid_out(
+    names: Sequence[str], answers: dict[str, Answer], complete: set[str], state: str, console: Console
+) -> RenderableType:
+    """Put the answers side by side if every one has LEAST columns, else one below the other.
+
+    `state` stands below an answer that is not complete.
+    """
     parts = []
     for name in names:
         answer = answers.get(name, Answer("", []))
-        figures = answer.figures if name in complete else "..." if name in answers else "waits"
+        figures = answer.figures if name in complete else state
         texts = [(name, "bold"), (answer.text.strip("\n"), ""), (figures, "dim")]
         parts.append([Text(printable(text, console.encoding), style, overflow="fold") for text, style in texts])
     room = (console.width + GAP) // len(parts) - GAP

@@ -211,7 +211,7 @@ def _loader(run: Run, tokenizer: PreTrainedTokenizerFast) -> Loader:
 def choose_device(run: Run, names: Sequence[str]) -> str:
     """Take the device that the stages ran on by their options, and say which it is and why."""
     records = [run.recorded.stages[name] for name in names if name != BASE]
-    asks_for_cpu = any(record.config.get("training", {}).get("use_cpu") for record in records)
+    asks_for_cpu = any(record.config.get("training.use_cpu") for record in records)
     found = device.cpu("`use_cpu: true` in the run") if asks_for_cpu else device.of_torch()
     PartialState(cpu=found.kind == "cpu")
     return str(found)

@@ -2,9 +2,9 @@
 
     python tests/benchmarks/chat.py --model DIR --data DIR --folder DIR
 
-SFT, four DPO policies of different seeds and a reward model are trained for one step each, all as adapters on the base;
-then all of them are loaded as the command loads them. Memory is the bytes of all storages of parameters and buffers,
-against those of the base alone. Times are those of loading, and of one answer of each policy with its figures.
+SFT, four DPO policies of different learning rates and a reward model are trained for one step each, all as adapters on
+the base; then all of them are loaded as the command loads them. Memory is the bytes of all storages of parameters and
+buffers, against those of the base alone. Times are those of loading, and of one answer of each policy with its figures.
 """
 
 import argparse
@@ -28,10 +28,14 @@ def make_run(folder: Path, model: Path, data: Path) -> Path:
         "max_steps": 1,
         "learning_rate": 1e-3,
     }
-    rows = {"data": "comparisons", "training": {"max_length": 192}}
-    stages = {"sft": {"data": "instructions", "init": "base", "training": {"max_length": 192}}, "reward": rows}
-    for seed, name in enumerate(POLICIES[1:]):
-        stages[name] = rows | {"type": "dpo", "seed": seed}
+    length = {"max_length": 192}
+    stages = {
+        "sft": {"data": "instructions", "init": "base", "training": length},
+        "reward": {"data": "comparisons", "training": length},
+    }
+    for number, name in enumerate(POLICIES[1:], 1):
+        own = length | {"learning_rate": number * 1e-3}
+        stages[name] = {"type": "dpo", "data": "comparisons", "training": own}
     config = {
         "name": "chat",
         "gate": "off",
