@@ -20,7 +20,7 @@ class _InOrder(click.Group):
     """List the commands in the order in which people need them."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return ["plan", "check-data", "run", "status", "report", "shift", "export", "push"]
+        return ["plan", "check-data", "run", "status", "report", "chat", "shift", "export", "push"]
 
 
 @click.group(cls=_InOrder, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -209,6 +209,51 @@ def report(run_dirs: tuple[Path, ...], to: Path | None) -> None:
     from pipeline.html import page
 
     page.make(run_dirs, to, _console())
+
+
+@cli.command(short_help="Talk to policies of a run, side by side.")
+@click.argument("run_dir", type=click.Path(path_type=Path))
+@click.argument("stages", nargs=-1, metavar="[STAGE]...")
+@click.option("--web", is_flag=True, help="Talk on a page for this machine's browser, not in the terminal.")
+@click.option("--port", metavar="N", type=click.IntRange(0, 65535), help="Port of the page. By default a free one.")
+@click.option("--reward", metavar="STAGE", help="The reward model that scores. By default the evaluation's.")
+@click.option(
+    "--temperature",
+    metavar="X",
+    type=click.FloatRange(min=0),
+    default=0,
+    help="0, the default, takes the likeliest token: then answers differ by their policies, not by chance. "
+    "1 samples as evaluations do.",
+)
+@click.option(
+    "--max-new-tokens",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="The longest answer, in tokens. By default the evaluation's.",
+)
+@click.option("--seed", metavar="N", type=click.IntRange(min=0), default=0, help="Draws other answers. By default 0.")
+def chat(
+    run_dir: Path,
+    stages: tuple[str, ...],
+    web: bool,
+    port: int | None,
+    reward: str | None,
+    temperature: float,
+    max_new_tokens: int | None,
+    seed: int,
+) -> None:
+    """Talk to finished policies of a run. Every STAGE answers, with its reward model's score and its KL to SFT.
+
+    STAGE is a policy, or `base`; by default those that the run's evaluation compares. From a pipe, each line is a
+    question, and answers are plain text: echo "Why is the sea salty?" | rlhf chat RUN_DIR sft
+    """
+    from pipeline.chat import command
+
+    if port is not None and not web:
+        raise UserError("--port is the page's; say --web too")
+    page = (port or 0) if web else None
+    with stopping():
+        command.chat(run_dir, stages, reward, temperature, max_new_tokens, seed, page, _console())
 
 
 def main() -> None:

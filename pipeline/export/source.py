@@ -1,4 +1,4 @@
-"""Find what an export takes from a run folder: the stage's weights, checked against the record, and held fast."""
+"""Find what is taken from a run folder: a stage's weights, checked against the record, and held fast."""
 
 import contextlib
 import os
@@ -104,8 +104,8 @@ def find(run_dir: Path, stage: str) -> Source:
 
 
 @contextlib.contextmanager
-def held(source: Source) -> Iterator[None]:
-    """Keep other processes from running the stages again whose files are read.
+def held(*sources: Source) -> Iterator[None]:
+    """Keep other processes from running the stages again whose files are read. All are stages of one run.
 
     A run folder that may not be written to cannot be locked, and no stage can run in it.
 
@@ -113,7 +113,8 @@ def held(source: Source) -> Iterator[None]:
         UserError: if one of them is at work.
     """
     with contextlib.ExitStack() as locks:
-        for stage in filter(None, (source.stage, source.below)):
+        stages = {stage: source for source in sources for stage in (source.stage, source.below) if stage is not None}
+        for stage, source in stages.items():
             folder = source.run_dir / stage
             if not os.access(folder, os.W_OK):
                 continue
@@ -126,7 +127,7 @@ def held(source: Source) -> Iterator[None]:
 
 
 def verify(source: Source) -> None:
-    """Compare everything that is exported with the checksums and the fingerprint on record.
+    """Compare everything that is read with the checksums and the fingerprint on record.
 
     Raises:
         UserError: naming the first file that is gone or changed, or the base model, if it is another one.
@@ -142,11 +143,15 @@ def verify(source: Source) -> None:
             raise UserError(f"stage {source.stage!r}: {fault}. Run both again")
         manifest.verify(source.run_dir, source.below, record)
     if source.needs_base and Path(source.full).is_absolute():
-        _verify_base(Path(source.full), source.record)
+        verify_base(Path(source.full), source.record)
 
 
-def _verify_base(folder: Path, record: Record) -> None:
-    """Compare a base model in a folder with the one that the stage was trained on."""
+def verify_base(folder: Path, record: Record) -> None:
+    """Compare a base model in a folder with the one that the stage was trained on.
+
+    Raises:
+        UserError: if it is gone, or another one.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder}: the base model is gone, and the stage is an adapter on it. Restore it")
     expected = record.inputs.get("base model")

@@ -1,12 +1,13 @@
 """Sample completions from a policy, by token ids; nothing here knows of a run."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, set_seed
+from transformers.generation.streamers import BaseStreamer
 
 from pipeline.models import scoring
 from pipeline.models.loading import Model
@@ -51,6 +52,23 @@ def same_random_numbers() -> Iterator[None]:
         set_random_states(states)
 
 
+class _Follower(BaseStreamer):
+    """Hand on the tokens of one completion as they are drawn."""
+
+    def __init__(self, follow: Callable[[Ids], None]):
+        self._follow = follow
+        self._is_prompt = True
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take the prompt, and then each token."""
+        if not self._is_prompt:
+            self._follow(value.flatten().tolist())
+        self._is_prompt = False
+
+    def end(self) -> None:
+        """Do nothing: whoever follows gets the whole completion."""
+
+
 @torch.no_grad()
 def generate(
     model: Model,
@@ -58,15 +76,21 @@ def generate(
     sampling: Sampling,
     tokenizer: PreTrainedTokenizerBase,
     draw: int = 0,
+    follow: Callable[[Ids], None] | None = None,
 ) -> list[Ids]:
-    """Sample one completion of each prompt, as one batch; another `draw` has other random numbers."""
+    """Sample one completion of each prompt, as one batch; another `draw` has other random numbers.
+
+    `follow` gets the tokens of a single prompt's completion as they are drawn; what it raises ends the sampling.
+    """
     eos = tokenizer.eos_token_id
     assert isinstance(tokenizer.pad_token_id, int), "the run's tokenizer has a padding token"
+    streamer = None if follow is None else _Follower(follow)
     inputs = scoring.padded(prompts, tokenizer.pad_token_id, next(model.parameters()).device, "left")
     with same_random_numbers():
         set_seed(hash64(str([sampling.seed, draw, prompts])) % 2**32)
         # Any: `generate` is a mixin of every causal model, which the common class does not have.
-        output = cast(Any, model).generate(**inputs, generation_config=sampling.config(tokenizer))
+        config = sampling.config(tokenizer)
+        output = cast(Any, model).generate(**inputs, generation_config=config, streamer=streamer)
     rows = output[:, inputs["input_ids"].shape[1] :].tolist()
     return [row[: row.index(eos) + 1] if eos in row else row for row in rows]
 

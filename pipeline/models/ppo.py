@@ -6,6 +6,7 @@ from the reward model in both.
 
 from dataclasses import dataclass
 
+import torch
 from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from torch import nn
@@ -28,18 +29,11 @@ def shared_models(policy: PeftModel, reward: Weights) -> Models:
     """Build the four models as views of one backbone, the policy's."""
     assert reward.adapter is not None, "a reward model in full has a backbone of its own"
     _add_copy(policy, POLICY, REFERENCE)
-    state = load_peft_weights(reward.adapter, device="cpu")
-    (head_name,) = (name for name in state if name.endswith(".score.weight"))
-    head = state.pop(head_name)
-    config = LoraConfig.from_pretrained(reward.adapter)
-    assert isinstance(config, LoraConfig)
-    config.task_type = "CAUSAL_LM"
-    config.modules_to_save = None
-    config.inference_mode = False
-    for adapter in (REWARD, VALUE):
-        policy.add_adapter(adapter, config)
-        result = set_peft_model_state_dict(policy, state, adapter_name=adapter)
-        assert not result.unexpected_keys, f"the reward adapter does not fit the backbone: {result.unexpected_keys[:3]}"
+    adapter = read_reward_adapter(reward.adapter)
+    head = adapter.head
+    for role in (REWARD, VALUE):
+        policy.add_adapter(role, adapter.config)
+        fill_reward_adapter(policy, role, adapter)
     for name, parameter in policy.named_parameters():
         parameter.requires_grad_(f".{POLICY}." in name or f".{VALUE}." in name)
     backbone = Backbone(policy)
@@ -50,6 +44,34 @@ def shared_models(policy: PeftModel, reward: Weights) -> Models:
         reward=ScoreView(backbone, REWARD, ScoreHead(head.to(policy.device)), trainable=False),
         value=ScoreView(backbone, VALUE, ScoreHead(head.to(policy.device)), trainable=True),
     )
+
+
+@dataclass(frozen=True)
+class RewardAdapter:
+    """Hold a reward model's adapter as one of a language model: its options, its weights, and apart the score head."""
+
+    config: LoraConfig
+    state: dict[str, torch.Tensor]
+    head: torch.Tensor
+
+
+def read_reward_adapter(folder: str) -> RewardAdapter:
+    """Read a reward model's adapter, to be put on a backbone that policies share."""
+    state = load_peft_weights(folder, device="cpu")
+    (head_name,) = (name for name in state if name.endswith(".score.weight"))
+    head = state.pop(head_name)
+    config = LoraConfig.from_pretrained(folder)
+    assert isinstance(config, LoraConfig)
+    config.task_type = "CAUSAL_LM"
+    config.modules_to_save = None
+    config.inference_mode = False
+    return RewardAdapter(config, state, head)
+
+
+def fill_reward_adapter(model: PeftModel, name: str, adapter: RewardAdapter) -> None:
+    """Give the adapter `name`, which was made with the reward adapter's options, its weights."""
+    result = set_peft_model_state_dict(model, adapter.state, adapter_name=name)
+    assert not result.unexpected_keys, f"the reward adapter does not fit the backbone: {result.unexpected_keys[:3]}"
 
 
 def _add_copy(model: PeftModel, adapter: str, copy: str) -> None:

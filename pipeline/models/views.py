@@ -35,7 +35,11 @@ class Backbone:
     def __init__(self, model: PeftModel):
         self.model = model
         self.active = POLICY
-        self._layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+        self.find_layers()
+
+    def find_layers(self) -> None:
+        """Note which layers have adapters; to be called again when an adapter was added, which may have others."""
+        self._layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
 
     def _activate(self, adapter: str) -> None:
         for layer in self._layers:
