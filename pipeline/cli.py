@@ -214,7 +214,13 @@ def report(run_dirs: tuple[Path, ...], to: Path | None) -> None:
 @click.option("--max-new-tokens", metavar="N", type=click.IntRange(1), help="The same.")
 @click.option("--seed", metavar="N", type=click.IntRange(0), help="By default the run's.")
 @click.option("--judge", metavar="MODULE:FUNCTION", help="Let this function answer, for every pair in both orders.")
-@click.option("--config", metavar="FILE", type=click.Path(path_type=Path), help="The run's config, if it has moved.")
+@click.option(
+    "--config",
+    "config_file",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="The run's config, if it has moved.",
+)
 @click.option("--port", type=click.IntRange(0, 65535), default=0, help="Port of the page. By default a free one.")
 def label(port: int, **options: Any) -> None:
     """Let a person compare answers of a run's policies on a page, and make comparisons for step 2 of it.

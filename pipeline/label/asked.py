@@ -42,7 +42,7 @@ class Asked:
     max_new_tokens: int | None = None
     seed: int | None = None
     judge: str | None = None
-    config: Path | None = None
+    config_file: Path | None = None
 
     def name(self) -> str:
         """Return who answers: the name that is given, or that of the judge or of this machine's user.

@@ -44,7 +44,7 @@ def _opened(asked: Asked, by: str, place: Path, recorded: Manifest, console: Con
     if about is None:
         from pipeline.label.begin import begin  # imports torch, which an answer does not need
 
-        config = run.config_of(asked.run_dir, recorded, asked.config)
+        config = run.config_of(asked.run_dir, recorded, asked.config_file)
         if asked.judge is not None:
             from pipeline.label import judging
 
@@ -64,9 +64,9 @@ def _answered(labels: Labels, asked: Asked, recorded: Manifest, port: int, conso
     if asked.judge is not None:
         from pipeline.label import judging
 
-        config = run.config_of(asked.run_dir, recorded, asked.config)
+        config = run.config_of(asked.run_dir, recorded, asked.config_file)
         say(console, f"asking {asked.judge} for {len(labels.pairs)} pairs, each in both orders")
-        judging.answer_all(labels, judging.find(asked.judge, config.folder))
+        judging.answer_all(labels, judging.find(asked.judge, config.folder), lambda text: say(console, text))
         return
     twice = len(labels.questions) - len(labels.pairs)
     answered = len(labels.answers.standing)

@@ -50,15 +50,24 @@ def check(target: Path) -> None:
 def held(target: Path) -> Iterator[None]:
     """Make the folder, and keep other commands from it. A killed command holds it no longer.
 
+    If no labels have begun in the block, nothing is left of the folder.
+
     Raises:
         UserError: if another command has it.
     """
     target.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(target / _LOCK).acquire(timeout=2):
-            yield
+        lock = FileLock(target / _LOCK).acquire(timeout=2)
     except Timeout:
         raise UserError(f"{target} is open in another `rlhf label`; go on there, or end it first") from None
+    with lock:
+        try:
+            yield
+        finally:
+            if {path.name for path in target.iterdir()} == {_LOCK}:
+                (target / _LOCK).unlink()
+                with contextlib.suppress(OSError):  # another command may have come
+                    target.rmdir()
 
 
 def read(target: Path) -> JsonObject | None:

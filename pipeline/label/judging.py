@@ -10,6 +10,7 @@ from pipeline.label.labels import Labels
 from pipeline.system.errors import UserError
 
 KEY = "--judge"
+_SECONDS = 10  # between two lines that say how far it is
 Ask = Callable[[str, str, str, str], float]
 
 
@@ -38,12 +39,15 @@ def find(reference: str, place: Path) -> Ask:
     return difference
 
 
-def answer_all(labels: Labels, ask: Ask) -> None:
+def answer_all(labels: Labels, ask: Ask, say: Callable[[str], None]) -> None:
     """Let the function answer what has no answer yet; each answer is on disk before the next is asked for.
+
+    `say` tells now and then how far a slow one is.
 
     Raises:
         UserError: if the function fails, or gives no number.
     """
+    told = time.monotonic()
     while (question := labels.next) is not None:
         pair = labels.pairs[question.pair]
         left = pair.completions[question.left].text
@@ -54,4 +58,7 @@ def answer_all(labels: Labels, ask: Ask) -> None:
         if value != 0:
             opinion = "left" if value > 0 else "right"
         labels.answers.add(question.number, opinion, time.perf_counter() - started)
+        if time.monotonic() - told > _SECONDS:
+            told = time.monotonic()
+            say(f"{len(labels.answers.standing)} of {len(labels.questions)} answers")
     labels.write()
