@@ -3,7 +3,7 @@
 import contextlib
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -20,7 +20,7 @@ class _InOrder(click.Group):
     """List the commands in the order in which people need them."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return ["plan", "check-data", "run", "status", "report", "chat", "shift", "export", "push"]
+        return ["plan", "check-data", "run", "status", "report", "chat", "shift", "label", "export", "push"]
 
 
 @click.group(cls=_InOrder, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -254,6 +254,44 @@ def chat(
     page = (port or 0) if web else None
     with stopping():
         command.chat(run_dir, stages, reward, temperature, max_new_tokens, seed, page, _console())
+
+
+@cli.command(short_help="Compare answers of a run's policies, by a person or a judge.")
+@click.argument("run_dir", type=click.Path(path_type=Path))
+@click.option("--policy", "policies", metavar="STAGE", multiple=True, help="Complete with this stage; give one or two.")
+@click.option("--prompts", metavar="DATASET", help="A dataset of the run's config, or a file of prompts.")
+@click.option("--to", metavar="DIR", type=click.Path(path_type=Path), help="Folder of the labels.")
+@click.option("--pairs", metavar="N", type=click.IntRange(1), help="Compare N pairs. By default 100.")
+@click.option("--by", metavar="NAME", help="Who answers. By default the name of this machine's user.")
+@click.option("--order", type=click.Choice(["unsure", "random"]), help="Which pairs come first.")
+@click.option("--twice", metavar="SHARE", type=click.FloatRange(0, 1), help="Ask this share twice. By default 0.1.")
+@click.option("--temperature", type=click.FloatRange(0), help="By default as the run's evaluation samples.")
+@click.option("--max-new-tokens", metavar="N", type=click.IntRange(1), help="The same.")
+@click.option("--seed", metavar="N", type=click.IntRange(0), help="By default the run's.")
+@click.option("--judge", metavar="MODULE:FUNCTION", help="Let this function answer, for every pair in both orders.")
+@click.option(
+    "--config",
+    "config_file",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="The run's config, if it has moved.",
+)
+@click.option("--port", type=click.IntRange(0, 65535), default=0, help="Port of the page. By default a free one.")
+def label(port: int, **options: Any) -> None:
+    """Let a person compare answers of a run's policies on a page, and make comparisons for step 2 of it.
+
+    Each pair has two completions of one policy, or one of each of two. By default they are of the last policy, for
+    prompts that it was trained on. Prompts that the run is evaluated on are left out. The pairs on which the reward
+    model is least sure come first (`--order unsure`), where there is one. The same command goes on where it was.
+
+    The labels are written to labels/RUN/NAME, or to the folder of `--to`: comparisons.jsonl for `data:` of a config,
+    and label.json, which says where they are from.
+    """
+    from pipeline.label import command
+    from pipeline.label.asked import Asked
+
+    with stopping():
+        command.label(Asked(**options), port, _console())
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ FLOORS = (
     ("training",),
     ("show",),
     ("export", "rl"),
-    ("chat", "html", "stages"),
+    ("chat", "html", "label", "stages"),
 )
 DOORS = ("cli", "launcher", "stage", "stage_server", "__main__")
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -19,6 +19,7 @@ from typing import SupportsFloat, cast
 from pipeline.system.errors import UserError, nearest
 
 Judge = Callable[[str, str], float]
+Comparing = Callable[[str, str, str], float]
 PACKAGE = Path(__file__).resolve().parents[1]
 FORM = "def {name}(prompt: str, completion: str) -> float"
 TRIED = ("Yes.", "")  # completions of the first prompt that a function is tried on; a policy may say nothing at all
@@ -117,23 +118,48 @@ def function(reference: str, folder: Path, key: str) -> Judge:
     Raises:
         UserError: if it cannot be imported, whatever its module does instead, or cannot be called with two texts.
     """
+    judge, name = _imported(reference, folder, key)
+    form = f"expected `{FORM.format(name=name)}`"
+    if not callable(judge):
+        raise UserError(f"{key}: {reference!r} is {judge!r}; {form}")
+    if fault := _fault_of_call(judge, "prompt", "completion"):
+        raise UserError(f"{key}: {reference!r} cannot be called with a prompt and a completion ({fault}); {form}")
+    return cast(Judge, judge)
+
+
+def comparison(reference: str, folder: Path, key: str) -> Comparing | None:
+    """Import a `module:function` of the form (prompt, left, right) -> float, where above 0 says that left is better.
+
+    None: it does not take three texts.
+
+    Raises:
+        UserError: if it cannot be imported, whatever its module does instead.
+    """
+    judge, _ = _imported(reference, folder, key)
+    if not callable(judge) or _fault_of_call(judge, "prompt", "completion") is None:
+        return None
+    return None if _fault_of_call(judge, "prompt", "left", "right") else cast(Comparing, judge)
+
+
+def _imported(reference: str, folder: Path, key: str) -> tuple[object, str]:
+    """Import what a `module:function` names; return it with its name."""
     module, name = _split(reference, folder, key)
     with _named(f"{key}: cannot import {reference!r}"):
         imported = importlib.import_module(module)
     if not hasattr(imported, name):
         raise UserError(f"{key}: {module!r} has no function {name!r}; {nearest(name, dir(imported))}")
-    judge = getattr(imported, name)
-    form = f"expected `{FORM.format(name=name)}`"
-    if not callable(judge):
-        raise UserError(f"{key}: {reference!r} is {judge!r}; {form}")
+    return getattr(imported, name), name
+
+
+def _fault_of_call(judge: Callable[..., object], *texts: str) -> str | None:
+    """Say why a function cannot be called with so many texts, or return None. Some of C do not tell their arguments."""
     try:
-        inspect.signature(judge).bind("prompt", "completion")
+        inspect.signature(judge).bind(*texts)
     except TypeError as error:
-        fault = f"{reference!r} cannot be called with a prompt and a completion ({error})"
-        raise UserError(f"{key}: {fault}; {form}") from None
+        return str(error)
     except ValueError:
-        pass  # a function of C that does not tell its arguments
-    return cast(Judge, judge)
+        pass
+    return None
 
 
 def check(reference: str, folder: Path, key: str, prompt: str) -> None:
@@ -183,8 +209,22 @@ def judged(judge: Judge, reference: str, prompt: str, completion: str, where: st
         UserError: if it is no number, or the function fails. A NaN would lose every comparison, on either side.
     """
     asked = f"the completion {completion[:200]!r} of the prompt {prompt[:200]!r} ({where})"
+    return _called(lambda: judge(prompt, completion), reference, asked)
+
+
+def compared(judge: Comparing, reference: str, prompt: str, left: str, right: str, where: str) -> float:
+    """Return what a function gives to two completions: above 0 where the left one is better, and 0 for a tie.
+
+    Raises:
+        UserError: if it is no finite number, or the function fails.
+    """
+    asked = f"the completions {left[:200]!r} and {right[:200]!r} of the prompt {prompt[:200]!r} ({where})"
+    return _called(lambda: judge(prompt, left, right), reference, asked)
+
+
+def _called(call: Callable[[], object], reference: str, asked: str) -> float:
     with _named(f"function {reference} fails at {asked}"):
-        value = judge(prompt, completion)
+        value = call()
     number = _number(value)
     if not math.isfinite(number):
         raise UserError(f"function {reference} gives {_shown(value)} to {asked}; expected a finite number")

@@ -1,0 +1,135 @@
+"""Begin labels: find what is compared, sample the pairs, and say where they are from."""
+
+import contextlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerFast
+
+from pipeline.config import functions
+from pipeline.config.schema import RunConfig
+from pipeline.data import run_tokenizer
+from pipeline.export import source
+from pipeline.label import folder, pairs, prompts, run, sample
+from pipeline.label.asked import NUM_PAIRS, TWICE, Asked, Order
+from pipeline.label.prompts import Prompts
+from pipeline.label.run import Parts
+from pipeline.models.generation import Sampling
+from pipeline.records.last_run import now
+from pipeline.records.manifest import Manifest
+from pipeline.show.tables import duration
+from pipeline.system import digests, versions
+from pipeline.system.errors import UserError
+from pipeline.system.json_object import JsonObject
+
+Say = Callable[[str], None]
+
+
+def begin(asked: Asked, by: str, place: Path, recorded: Manifest, config: RunConfig, say: Say) -> JsonObject:
+    """Sample the pairs and put them in the folder; return what label.json says of them.
+
+    Raises:
+        UserError: if a stage, the prompts or an option cannot be used, or no two completions differ.
+    """
+    run_dir = asked.run_dir
+    parts = run.parts_of(run_dir, recorded, config, asked.policies)
+    order: Order = asked.order or ("random" if parts.reward is None else "unsure")
+    if order == "unsure" and parts.reward is None:
+        raise UserError("--order unsure: the run has no finished reward model to be unsure; say `--order random`")
+    given = asked.prompts or prompts.default(config, parts.policies[0].stage)
+    given = prompts.place_of(config, given)
+    section = run.sampling_of(config)
+    settings = {
+        "policies": [one.stage for one in parts.policies],
+        "prompts": given,
+        "pairs": asked.pairs or NUM_PAIRS,
+        "order": order,
+        "twice": _twice(asked),
+        "temperature": section.temperature if asked.temperature is None else asked.temperature,
+        "max_new_tokens": asked.max_new_tokens or section.max_new_tokens,
+        "seed": config.seed if asked.seed is None else asked.seed,
+        "by": by,
+        "judge": asked.judge,
+    }
+    sampling = Sampling(settings["temperature"], settings["max_new_tokens"], section.batch_size, settings["seed"])
+    with contextlib.ExitStack() as locks:
+        for one in parts.all:
+            locks.enter_context(source.held(one))
+            source.verify(one)
+        tokenizer = _tokenizer(run_dir, recorded)
+        read = prompts.read(config, given, section.max_prompt_length, tokenizer)
+        for remark in read.remarks:
+            say(remark)
+        started = time.monotonic()
+        drawn, passed_over = _pairs(parts, read, settings, sampling, tokenizer, say)
+    drawn = pairs.arranged(drawn, settings["twice"], settings["seed"])
+    say(f"sampled in {duration(time.monotonic() - started)}")
+    about = _about(config, run_dir, parts, read, settings, sampling) | {"passed_over": passed_over}
+    folder.begin(place, about, drawn)
+    return about
+
+
+def _twice(asked: Asked) -> float:
+    """Return the share of pairs that are asked twice. A judge is asked for all, since it does not tire."""
+    if asked.judge is not None and asked.twice not in (None, 1):
+        raise UserError("--twice: a judge is asked for every pair in both orders; leave the option out")
+    if asked.judge is not None:
+        return 1.0
+    return TWICE if asked.twice is None else asked.twice
+
+
+def _tokenizer(run_dir: Path, recorded: Manifest) -> PreTrainedTokenizerFast:
+    """Open the tokenizer of the run.
+
+    Raises:
+        UserError: if it is not the one on record.
+    """
+    tokenizer = run_tokenizer.open_saved(run_dir / "tokenizer", recorded.model.get("trust_remote_code", False))
+    if recorded.tokenizer is None or run_tokenizer.fingerprint(tokenizer) != recorded.tokenizer.fingerprint:
+        raise UserError(f"{run_dir / 'tokenizer'} is not the tokenizer of the run; restore it")
+    return tokenizer
+
+
+def _pairs(
+    parts: Parts,
+    read: Prompts,
+    settings: JsonObject,
+    sampling: Sampling,
+    tokenizer: PreTrainedTokenizerFast,
+    say: Say,
+) -> tuple[list[pairs.Pair], JsonObject]:
+    """Sample, score and order the pairs; return them with the numbers of those that were passed over."""
+    sampled = sample.sample(parts, read.rows, settings["pairs"], sampling, tokenizer, say)
+    for remark in sampled.passed_over():
+        say(remark)
+    if len(sampled.pairs) < settings["pairs"]:
+        lacking = f"only {len(sampled.pairs)} pairs of different completions were found"
+        say(f"{lacking}; for more, give more prompts, or a higher --temperature")
+    drawn = sampled.pairs
+    if parts.reward is not None:
+        say(f"scoring with {parts.reward.stage}")
+        drawn = sample.scored(sampled, parts.reward, sampling.batch_size, tokenizer)
+    passed_over = {"identical": sampled.identical, "empty": sampled.empty, "repeated": sampled.repeated}
+    return sample.ordered(drawn, settings["order"]), passed_over
+
+
+def _about(
+    config: RunConfig, run_dir: Path, parts: Parts, read: Prompts, settings: JsonObject, sampling: Sampling
+) -> JsonObject:
+    """Return where the labels are from: all that decides which pairs are asked, and who answers."""
+    judge = None
+    if settings["judge"] is not None:
+        files = functions.sources_of(settings["judge"], config.folder, "--judge")
+        judge = {"function": settings["judge"], "files": {file.name: digests.file_digest(file) for file in files}}
+    return {
+        "settings": settings,
+        "run": {"name": config.name, "path": str(run_dir), "config": str(config.source)},
+        "policies": [run.about(one) for one in parts.policies],
+        "reward_model": None if parts.reward is None else run.about(parts.reward),
+        "prompts": read.about,
+        "batch_size": sampling.batch_size,
+        "judge": judge,
+        "begun": now(),
+        "versions": versions.of_packages(),
+    }

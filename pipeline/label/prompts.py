@@ -1,0 +1,125 @@
+"""Read the prompts that are completed, without those that the run is evaluated on: what is labelled is trained on."""
+
+import dataclasses
+from pathlib import Path
+from typing import NamedTuple
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerFast
+
+from pipeline.config import graph
+from pipeline.config.requests import Request, RunData, run_data
+from pipeline.config.schema import Data, RunConfig
+from pipeline.config.stage_types import type_of
+from pipeline.data import fingerprints, run_tokenizer
+from pipeline.data.audit import Audit
+from pipeline.data.prepare import Datasets
+from pipeline.system.errors import UserError, nearest
+from pipeline.system.json_object import JsonObject
+
+
+class Prompts(NamedTuple):
+    """Rows with `prompt` (messages) and `prompt_ids`, what to record of their dataset, and what to say of the rest."""
+
+    rows: Dataset
+    about: JsonObject
+    remarks: list[str]
+
+
+def default(config: RunConfig, policy: str) -> str:
+    """Name the dataset that a policy was trained on.
+
+    Raises:
+        UserError: if the config does not have its stage, or it has no prompts.
+    """
+    stage = config.stages.get(policy)
+    if stage is None:
+        raise UserError(f"{config.source} has no stage {policy!r} any more; name the prompts with --prompts")
+    if stage.data in _texts(config):
+        raise UserError(f"stage {policy!r} was trained on raw text, which has no prompts; name some with --prompts")
+    return stage.data
+
+
+def place_of(config: RunConfig, given: str) -> str:
+    """Return the name of a dataset of the run, or the absolute path of a file.
+
+    Raises:
+        UserError: if it is neither.
+    """
+    if given in config.data:
+        return given
+    path = Path(given).expanduser().absolute()
+    if path.exists():
+        return str(path)
+    hint = nearest(given, config.data)
+    raise UserError(f"--prompts: {given!r} is neither a file nor a dataset of {config.source}; {hint}")
+
+
+def read(config: RunConfig, given: str, max_length: int, tokenizer: PreTrainedTokenizerFast) -> Prompts:
+    """Return the prompts of a dataset or a file, each once.
+
+    Raises:
+        UserError: if it cannot be read, too many rows do not fit, or all prompts are held out.
+    """
+    data = _with(config, given)
+    datasets = Datasets(data, tokenizer, run_tokenizer.fingerprint(tokenizer))
+    request = Request(
+        dataset=given,
+        rows="prompts",
+        split=graph.TRAIN,
+        length_option="max_prompt_length",
+        max_length=max_length,
+        truncates=False,
+        takes_tools=False,
+        unique_prompts=True,
+        piece_length=None,
+    )
+    prepared = datasets.prepare(request)
+    rows = prepared.rows
+    audit = prepared.audit
+    total = sum(size for _, size in audit.parts)
+    held_out = total - audit.read + audit.dropped["held_out"].count
+    if held_out == total:
+        mend = "What is labelled is trained on, so name other prompts"
+        raise UserError(f"--prompts: the run is evaluated on all {total} prompts of {given}. {mend}")
+    problems = audit.problems(config.checks.model_dump())
+    if problems:
+        raise UserError("\n  ".join(problems))
+    about = {
+        "given": given,
+        "fingerprint": fingerprints.of_dataset(given, data.sections[given], config.folder),
+        "rows": total,
+        "held_out": held_out,
+        "used": len(rows),
+    }
+    return Prompts(rows, about, _remarks(given, audit, total, held_out))
+
+
+def _remarks(given: str, audit: Audit, total: int, held_out: int) -> list[str]:
+    """Say how many rows were left out, and why."""
+    remarks = []
+    if held_out:
+        why = "have a prompt that the run is evaluated on"
+        remarks.append(f"{held_out} of {total} rows of {given} {why}: left out, since labels are trained on")
+    for kind, finding in audit.dropped.items():
+        if finding.count and kind != "held_out":
+            remarks.append(f"{finding.count} of {audit.read} rows of {given} {audit.what(kind)}: left out")
+    return remarks
+
+
+def _with(config: RunConfig, given: str) -> RunData:
+    """Return the run's datasets, a file among them if one is given, beside all prompts that the run is evaluated on."""
+    data = run_data(config)
+    sections = dict(data.sections)
+    if given not in sections:
+        sections[given] = Data(path=given)
+    evaluated = graph.evaluated_beside(config, given)
+    if given in graph.uses(config, graph.HELD_OUT) and given not in data.shared:
+        evaluated.append(given)  # the run is evaluated on all of it
+    beside = {**data.evaluated_beside, given: tuple(evaluated)}
+    return dataclasses.replace(data, sections=sections, evaluated_beside=beside)
+
+
+def _texts(config: RunConfig) -> set[str]:
+    """Return the datasets of raw text."""
+    return {stage.data for stage in config.stages.values() if type_of(stage).reads_raw_text}

@@ -1,0 +1,214 @@
+"""`rlhf label` in headless Chromium: answers by keyboard, and a server that is killed while somebody answers.
+
+It needs Debian's chromium and chromium-driver; without them these tests are skipped.
+"""
+
+import json
+import random
+import shutil
+import threading
+import time
+
+import pytest
+from test_label import about, opened, rows_of, start
+
+from pipeline.label import folder, pairs
+from pipeline.label.answers import Answers
+from pipeline.label.pairs import Completion, Pair
+
+webdriver = pytest.importorskip("selenium.webdriver")
+
+from selenium.webdriver.common.by import By  # noqa: E402
+from selenium.webdriver.common.keys import Keys  # noqa: E402
+from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+DRIVER = shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(not CHROMIUM or not DRIVER, reason="needs chromium and chromium-driver (Debian)")
+
+KEYS = {"left": Keys.ARROW_LEFT, "right": Keys.ARROW_RIGHT, "tie": "t", "skip": "s"}
+HOSTILE = '<script>window.broken = true</script><img src="http://127.0.0.1:1/x" onerror="window.broken = true">'
+
+
+@pytest.fixture(scope="module")
+def browser():
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for argument in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "window-size=1280,900"):
+        options.add_argument(f"--{argument}")
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def begun_once(finished_run, tmp_path_factory, _imported):
+    place = tmp_path_factory.mktemp("labels") / "ann"
+    opened(place, finished_run / "runs" / "tiny", pairs=18, twice=2 / 18, by="ann")
+    return place
+
+
+@pytest.fixture
+def place(begun_once, tmp_path):
+    """A copy of labels with 20 questions, none answered."""
+    return shutil.copytree(begun_once, tmp_path / "ann")
+
+
+def state(driver) -> tuple[str, str]:
+    """The question on the page, and the number of answers that the page knows of; waits until keys count."""
+    body = driver.find_element(By.TAG_NAME, "body")
+    WebDriverWait(driver, 10, 0.02).until(lambda _: body.get_attribute("data-ready") == "yes")
+    return body.get_attribute("data-number"), body.get_attribute("data-answered")
+
+
+def press(driver, key: str) -> None:
+    driver.find_element(By.TAG_NAME, "body").send_keys(key)
+
+
+def fault(driver) -> str:
+    return driver.find_element(By.ID, "fault").text
+
+
+def open_page(driver, port: int, secret: str) -> None:
+    driver.get(f"http://127.0.0.1:{port}{secret}")
+    state(driver)
+
+
+def test_a_person_answers_and_the_server_is_killed_meanwhile(browser, place, finished_run, tmp_path):
+    """Each question is asked until its answer is on disk, and then never again; what was shown as kept is kept."""
+    drawn = random.Random(time.time_ns())
+    run_dir = finished_run / "runs" / "tiny"
+    pressed: dict[str, str] = {}
+    kept: dict[str, str] = {}
+    kills = 0
+    while len(kept) < 20:
+        process, port, secret = start(run_dir, tmp_path, "--to", place)
+        open_page(browser, port, secret)
+        number, answered = state(browser)
+        on_disk = {str(one.question): one.opinion for one in Answers(place / "answers.jsonl").standing}
+        assert kept.items() <= on_disk.items() <= pressed.items(), "nothing is lost, nothing is made up"
+        assert int(answered) == len(on_disk) and number not in on_disk
+        kept = on_disk
+        if kills < 3:
+            threading.Timer(drawn.uniform(0.2, 2.5), process.kill).start()
+        while number != "end":
+            pressed[number] = drawn.choice(list(KEYS))
+            press(browser, KEYS[pressed[number]])
+            body = browser.find_element(By.TAG_NAME, "body")
+            before = number
+            WebDriverWait(browser, 10, 0.02).until(
+                lambda _, body=body, before=before: fault(browser) or body.get_attribute("data-number") != before
+            )
+            if fault(browser):
+                assert "No answer is lost: give the same command again" in fault(browser)
+                break
+            kept[number] = pressed[number]
+            number, _ = state(browser)
+        process.kill()
+        process.wait()
+        kills += 1
+    assert kills >= 3
+    lines = (place / "answers.jsonl").read_text().splitlines()
+    entries = [json.loads(line) for line in lines if line.endswith("}")]
+    assert sorted(entry["question"] for entry in entries) == sorted(map(int, pressed))
+    assert {str(entry["question"]): entry["opinion"] for entry in entries} == pressed
+    assert all(0 <= entry["seconds"] < 30 for entry in entries)
+    labels = opened(place, run_dir)
+    assert labels.next is None
+    labels.write()
+    assert len(rows_of(place)) == about(place)["comparisons"]["rows"] == labels.figures()["comparisons"]
+
+
+@pytest.fixture
+def page(browser, place, finished_run, tmp_path):
+    """The page of these labels, with a hostile first pair; its driver."""
+    sampled = pairs.read(place / folder.PAIRS)
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "What is salt?"},
+        {"role": "assistant", "content": "A mineral."},
+        {"role": "user", "content": HOSTILE},
+    ]
+    first, second = sampled[0].completions
+    both = (Completion(first.policy, HOSTILE, 9, True, 1.0), Completion(second.policy, "two\n\nlines", 9, True, 0.0))
+    pairs.write(place / folder.PAIRS, [Pair(turns, both, 0), *sampled[1:]])
+    process, port, secret = start(finished_run / "runs" / "tiny", tmp_path, "--to", place)
+    open_page(browser, port, secret)
+    yield browser
+    process.kill()
+    process.wait()
+
+
+def texts(driver, selector: str) -> list[str]:
+    script = "return [...document.querySelectorAll(arguments[0])].map(node => node.textContent)"
+    return driver.execute_script(script, selector)
+
+
+def test_what_the_page_shows(page):
+    assert texts(page, "#prompt .who") == ["System", "User", "Assistant", "User"]
+    assert texts(page, "#prompt .text") == ["Be brief.", "What is salt?", "A mineral.", HOSTILE]
+    assert (texts(page, "#left"), texts(page, "#right")) == ([HOSTILE], ["two\n\nlines"])
+    assert page.execute_script("return window.broken === undefined && document.querySelector('main img') === null")
+    assert page.find_element(By.ID, "count").text == "Question 1 of 20"
+    assert page.find_element(By.ID, "right").size["height"] > 60  # its lines stay lines
+    nodes = page.find_elements(By.CSS_SELECTOR, "button, section[aria-labelledby], nav, progress")
+    assert len(nodes) == 10
+    assert [node.get_attribute("outerHTML")[:80] for node in nodes if not node.accessible_name.strip()] == []
+    keys = [button.text for button in page.find_elements(By.CSS_SELECTOR, "nav button")]
+    assert keys == ["← Left is better", "T Equally good", "Right is better →", "S Skip", "U Undo"]
+
+
+def test_undo_and_what_is_no_answer(page, place):
+    """Undo is on disk too. Keys with Ctrl, other keys, and a second press at once answer nothing."""
+    first, _ = state(page)
+    press(page, Keys.ARROW_LEFT)
+    press(page, Keys.ARROW_LEFT)  # at once: nobody has read the next question
+    second, answered = state(page)
+    assert (answered, second != first) == ("1", True)
+    for key in ("x", Keys.ARROW_DOWN, Keys.CONTROL + "s", "1"):
+        press(page, key)
+        press(page, Keys.NULL)
+    assert state(page) == (second, "1")
+    press(page, "U")
+    assert state(page) == (first, "0")
+    assert Answers(place / "answers.jsonl").standing == [] and rows_of(place) == []
+    press(page, "u")
+    assert state(page) == (first, "0")
+    page.find_element(By.CSS_SELECTOR, "[data-answer=tie]").send_keys(Keys.ENTER)  # a button, by the keyboard
+    assert state(page) == (second, "1")
+    (answer,) = Answers(place / "answers.jsonl").standing
+    assert answer.opinion == "tie" and answer.seconds > 0.2
+
+
+def test_the_end_of_the_page(page, place):
+    number, _ = state(page)
+    while number != "end":
+        press(page, Keys.ARROW_LEFT)
+        number, _ = state(page)
+    rows = texts(page, "#end tbody tr")
+    assert len(rows) == 5 and rows[1].startswith("left side chosen1.00 [0.84, 1.00]20 answers for a side")
+    assert not page.find_element(By.ID, "question").is_displayed()
+    assert [b.text for b in page.find_elements(By.CSS_SELECTOR, "nav button") if b.is_displayed()] == ["U Undo"]
+    press(page, "u")
+    assert state(page)[1] == "19" and page.find_element(By.ID, "question").is_displayed()
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_the_page_is_never_wider_than_the_window(page, width):
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    assert page.execute_script("return window.innerWidth") == width
+    too_wide = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    assert page.execute_script(too_wide) <= 0
+    page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_no_request_leaves_this_machine_and_nothing_is_refused(page):
+    """Last of all: the browser has logged what all tests of this file did."""
+    entries = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
+    requests = [one["params"]["request"]["url"] for one in entries if one["method"] == "Network.requestWillBeSent"]
+    assert requests
+    assert [url for url in requests if not url.startswith(("http://127.0.0.1:", "data:"))] == []
+    severe = [entry["message"] for entry in page.get_log("browser") if entry["level"] == "SEVERE"]
+    assert [message for message in severe if "ERR_CONNECTION" not in message and "favicon" not in message] == []
