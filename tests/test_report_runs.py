@@ -20,6 +20,7 @@ from pipeline.config.load import load
 from pipeline.html import page, reading
 from pipeline.launch import process
 from pipeline.records import last_run, manifest
+from pipeline.records.last_run import Attempt, LastRun, Planned
 from pipeline.system.errors import StageFailed, UserError
 
 TOKENIZER = manifest.TokenizerRecord(source="0", fingerprint="2", pad_token="p", eos_token="e", template="t")
@@ -94,25 +95,43 @@ def test_how_a_stage_ended_stays_until_its_next_start(chain):
     assert {name: attempt.state for name, attempt in kept.attempts.items()} == {"sft": "stopped", "dpo": "failed"}
 
 
-def test_a_change_that_is_taken_back_leaves_nothing(chain):
-    """The stage was to run again and did not begin; it has its record, and its last attempt is that of its run."""
-    chain({"sft": None, "dpo": None})
-    config, _ = chain({"sft": KeyboardInterrupt()}, "stages.dpo.seed=7", "stages.sft.seed=7")
-    assert last_run.read(config.run_path).stages["dpo"].reason is not None
-    assert states(config.run_path) == {"sft": "interrupted", "dpo": "stale"}
-    config, _ = chain({})
-    assert {name: stage.reason for name, stage in last_run.read(config.run_path).stages.items()} == {
-        "sft": None,
-        "dpo": None,
-    }
-    assert states(config.run_path) == {"sft": "finished", "dpo": "finished"}
+def planned(**reasons):
+    stages = {name: Planned(type="sft", parents={}, reason=reason) for name, reason in reasons.items()}
+    return LastRun(started=report_runs.STARTED, command=["rlhf"], folder="/", config="", stages=stages)
 
 
-def test_a_finished_run_keeps_its_file(chain):
-    config, _ = chain({"sft": None, "dpo": None})
-    before = (config.run_path / last_run.FILE).read_bytes()
-    chain({})
-    assert (config.run_path / last_run.FILE).read_bytes() == before
+@pytest.mark.parametrize(
+    ("attempts", "is_left"),
+    [
+        ({}, True),  # it was not reached
+        ({"sft": Attempt(state="finished", at=report_runs.EARLY)}, True),  # by an earlier command
+        ({"sft": Attempt(state="finished", at=report_runs.LATE)}, False),
+        ({"sft": Attempt(state="stopped", at=report_runs.LATE)}, True),
+        ({"sft": Attempt(state="refused", at=report_runs.EARLY)}, True),
+    ],
+)
+def test_a_change_that_is_taken_back_leaves_nothing(tmp_path, attempts, is_left):
+    """A stage was to run again and has its record all the same: why it was to run is forgotten too."""
+    path = tmp_path / last_run.FILE
+    path.write_text(planned(sft="config changed").model_copy(update={"attempts": attempts}).model_dump_json())
+    before = path.read_bytes()
+    assert last_run.settle(tmp_path, planned(sft=None)) is is_left
+    kept = last_run.read(tmp_path)
+    if is_left:
+        assert kept.stages["sft"].reason is None
+        assert {one.state for one in kept.attempts.values()} <= {"finished"}
+    else:
+        assert path.read_bytes() == before  # of a run that has just finished
+    assert last_run.settle(tmp_path, planned(sft=None)) is False
+
+
+def test_a_stage_that_is_still_to_run_is_left(tmp_path):
+    stopped = {"sft": Attempt(state="stopped", at=report_runs.LATE)}
+    (tmp_path / last_run.FILE).write_text(
+        planned(sft="config changed").model_copy(update={"attempts": stopped}).model_dump_json()
+    )
+    assert last_run.settle(tmp_path, planned(sft="config changed")) is False
+    assert last_run.read(tmp_path).attempts == stopped
 
 
 def test_a_report_that_cannot_be_made_fails_no_run(chain, monkeypatch):

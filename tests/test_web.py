@@ -185,7 +185,8 @@ except Stopped as stopped:
 @pytest.mark.parametrize(("number", "code", "text"), [(signal.SIGINT, 0, "ended\n"), (signal.SIGTERM, 143, "")])
 def test_it_ends_at_a_signal(number, code, text):
     process = subprocess.Popen([sys.executable, "-c", SERVE], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout.readline().startswith("http://127.0.0.1:")
+    port = int(process.stdout.readline().removeprefix("http://127.0.0.1:").split("/")[0])
+    assert ask((port, "/"))[0] == 404  # it is at work
     os.kill(process.pid, number)
     out, err = process.communicate(timeout=20)
     assert (process.returncode, out, err) == (code, text, "")
