@@ -43,6 +43,7 @@ ELSEWHERE = {
     "stages.sft.too_long": "unknown key; it belongs at the top level",
     "stages.sft.prompt_baseline": "unknown key; it belongs in `stages.NAME` of a stage of type ppo",
     "stages.sft.training.held_out": "unknown option of SFTConfig; it belongs in `checks`",
+    "stages.sft.path": "unknown key; it belongs in `data.NAME`",
     "model.load_in_4bit": "unknown key; it belongs in `quantization`",
     "stages.sft.training.learning_rat": "unknown option of SFTConfig; did you mean 'learning_rate'?",
 }

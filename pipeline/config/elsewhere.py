@@ -6,7 +6,7 @@ from pydantic import BaseModel
 
 from pipeline.config import rehearsal
 from pipeline.config.options import LIBRARY_SECTIONS, names_of
-from pipeline.config.schema import RunConfig, TrainingStage
+from pipeline.config.schema import Data, RunConfig, TrainingStage
 from pipeline.config.stage_types import KINDS, STAGE_TYPES
 from pipeline.config.type_row import StageType
 
@@ -22,6 +22,8 @@ def hint(key: str, loc: tuple[str, ...], kind: str | None) -> str | None:
         for place in _in_stage(key, kind):
             if (*loc[:2], *place) != (*loc, key):
                 return f"it belongs in `{'.'.join((*loc[:2], *place[:-1]))}`"
+    if key in Data.model_fields:
+        return "it belongs in `data.NAME`"
     for place in _in_run(key):
         if place != (*loc, key):
             return f"it belongs in `{'.'.join(place[:-1])}`" if place[:-1] else "it belongs at the top level"

@@ -144,7 +144,8 @@ def _validated(model: type[M], values: Options, problems: Problems, *loc: str) -
             for part in item["loc"][:-1]:
                 level = _model_at(level, part)
             *above, key = map(str, item["loc"])
-            kind = str(values["type"]) if loc else None
+            kind = variant_of(str(values["type"]), values.get("trainer")) if loc else None
+            kind = kind if kind in KINDS else None  # of a trainer that is not known
             hint = elsewhere.hint(key, (*loc, *above), kind) or nearest(key, level.model_fields.keys() - {"source"})
             message = f"unknown key; {hint}"
         else:

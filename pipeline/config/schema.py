@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, SerializeAsAny
 
-from pipeline.config.values import Name, PathText, Seed, Text
+from pipeline.config.values import Format, Name, PathText, Seed, Text
 
 REPORT = "-shift"  # ends the name of the report that every reward model gets by itself
 BASE = "base"  # what `init:` says for the run's base model
@@ -14,19 +14,6 @@ LOCK = ".lock"  # in every stage folder that a run has made, as long as dotfiles
 # Names in the run folder or in the config that no stage may have.
 RESERVED = (BASE, "cache", "tokenizer", MANIFEST, "last_run.json", "report.html", "smoke.json")
 Options = dict[str, Any]
-Format = Literal[
-    "auto",
-    "text",
-    "prompt",
-    "prompt_completion",
-    "messages",
-    "alpaca",
-    "sharegpt",
-    "unpaired",
-    "comparison",
-    "hh",
-    "scored",
-]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 

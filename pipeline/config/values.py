@@ -1,7 +1,7 @@
 """Define kinds of values that pydantic does not have: texts, paths, names, seeds."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -41,3 +41,16 @@ Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # what numpy's generators take
 # Names are names of folders too, and stages have `-shift` added.
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 Name = Annotated[str, Field(pattern=NAME, max_length=100)]
+Format = Literal[
+    "auto",
+    "text",
+    "prompt",
+    "prompt_completion",
+    "messages",
+    "alpaca",
+    "sharegpt",
+    "unpaired",
+    "comparison",
+    "hh",
+    "scored",
+]
