@@ -135,10 +135,10 @@ class OnTerminal:
         self.seen = []  # what was on the screen, each time that something was printed
         self.pid, self.terminal = pty.fork()
         if self.pid == 0:
-            os.environ["TERM"] = "xterm-256color"
-            os.environ.pop("COLUMNS", None)
+            # pytest imports readline, which sets COLUMNS behind the back of os.environ.
+            environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
             os.chdir(ROOT)
-            os.execv(sys.executable, [*RUN, *map(str, arguments)])
+            os.execve(sys.executable, [*RUN, *map(str, arguments)], environment | {"TERM": "xterm-256color"})
         termios.tcsetwinsize(self.terminal, (lines, columns))
 
     def read_until(self, condition, seconds=240):
