@@ -106,23 +106,20 @@ def _cut_sampled(config: RunConfig, stage: Sampled, size: Size, limits: _Limits)
 
 
 def _cut_offline(stage: TrainingStage, options: Options, size: Size, limits: _Limits, processes: int) -> Cut:
-    length = options["max_length"]
     changed: Options = {"max_steps": STEPS, "gradient_accumulation_steps": 1}
-    packs = bool(options.get("packing")) and length is not None
-    if packs and not limits.on_gpu:
+    is_streamed = size.rows == 0
+    length: int | None = options["max_length"] if options.get("packing") or is_streamed else None
+    if length is not None and not limits.on_gpu:  # of a sequence that rows are packed into
         affordable = int(OPERATIONS / max(6 * limits.parameters, 1))
         length = min(length, max(SHORTEST, affordable))
         changed["max_length"] = length
     full = options["per_device_train_batch_size"]
-    per_row = length if packs or size.rows == 0 else size.per_row
-    batch = limits.rows(full, per_row, fewest=type_of(stage).fewest_rows)
+    batch = limits.rows(full, length or size.per_row, fewest=type_of(stage).fewest_rows)
     changed["per_device_train_batch_size"] = batch
-    rows: int | None = STEPS * batch * processes
-    if size.rows == 0:
-        rows = None
-    elif packs:
-        rows = -(-rows * length // max(int(size.per_row / 2), 1))
-    return Cut(changed, rows=rows, batch=batch)
+    rows = STEPS * batch * processes
+    if length is not None:
+        rows = -(-rows * length // max(int(size.per_row / 2), 1))  # texts of the shorter half
+    return Cut(changed, rows=None if is_streamed else rows, batch=batch)
 
 
 def _cut_ppo(stage: Ppo, options: Options, size: Size, limits: _Limits, processes: int) -> Cut:
