@@ -21,6 +21,7 @@ from pipeline.config.options import effective, value_at
 from pipeline.config.schema import Evaluate, Online, Options, Ppo, RunConfig, Sampled, TrainingStage
 from pipeline.config.stage_types import type_of
 from pipeline.records import manifest
+from pipeline.records.manifest import Manifest
 from pipeline.records.progress import Reader
 from pipeline.records.stage_folder import LOCK, PROGRESS, SMOKE
 from pipeline.system.device import Device
@@ -224,13 +225,25 @@ def _of(part: int, whole: int) -> str:
 def clear(config: RunConfig) -> None:
     """Remove what an earlier smoke run has left in its run folder, so that this one begins anew.
 
+    It leaves an empty file of measurements there, which tells the next one that the folder is a smoke run's.
+
     Raises:
-        UserError: if the folder is another run's, or a process is at work in it.
+        UserError: if the folder is another run's, or no smoke run's, or a process is at work in it.
     """
     recorded = run_folder.open_run(config)
     folder = config.run_path
-    if manifest.read(folder) is None:
-        return
+    if manifest.read(folder) is not None:
+        _remove(config, recorded)
+    folder.mkdir(parents=True, exist_ok=True)
+    forecast.write(folder, {})
+
+
+def _remove(config: RunConfig, recorded: Manifest) -> None:
+    """Remove a smoke run's stages and its own files."""
+    folder = config.run_path
+    if not (folder / SMOKE).is_file():
+        mend = "move it away, or give this config another `run_dir`"
+        raise UserError(f"{folder} holds a run that is no smoke run, and a smoke run would remove it; {mend}")
     names = [name for name in {*config.stages, *recorded.stages} if (folder / name / LOCK).is_file()]
     for name in names:
         try:
