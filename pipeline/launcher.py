@@ -145,7 +145,8 @@ def smoke_run(
     plan.say_warnings(known.warnings, console)
     cuts = smoke.cut(config, known.sizes, chosen, processes)
     on_gpu = any(device.kind != "cpu" for device in chosen.values())
-    overrides = (*overrides, *smoke.overrides(config, cuts, on_gpu))
+    of_run = overrides
+    overrides = (*of_run, *smoke.overrides(config, cuts, on_gpu))
     short = load(config.source, overrides)
     smoke.clear(short)
     sizes = look(short, run_folder.open_run(short), selected).sizes
@@ -153,7 +154,8 @@ def smoke_run(
     run(short, console, overrides, until, accelerate_config=accelerate_config, server=server)
     measured = smoke.measure(short, config, sizes, cuts, chosen, processes)
     forecast.write(short.run_path, measured)
-    times.say_result(config, measured, times.foretold(config, known.sizes, chosen, processes), console)
+    seconds = times.foretold(config, known.sizes, chosen, processes)
+    times.say_result(config, measured, seconds, _command(config, of_run, accelerate_config), console)
 
 
 def _show(
@@ -190,13 +192,16 @@ def _report(config: RunConfig, console: Console, only_if_outdated: bool = False)
     page.at_end(config.run_path, console)
 
 
+def _command(config: RunConfig, overrides: tuple[str, ...], accelerate_config: str | None) -> list[str]:
+    """Return the command that starts a run."""
+    options = [] if accelerate_config is None else ["--accelerate-config", accelerate_config]
+    return ["rlhf", "run", str(config.source), *overrides, *options]
+
+
 def _planned(
     config: RunConfig, decisions: list[Decision], overrides: tuple[str, ...], accelerate_config: str | None
 ) -> LastRun:
     """Say what this command sets out to do, for the report."""
-    command = ["rlhf", "run", str(config.source), *overrides]
-    if accelerate_config is not None:
-        command += ["--accelerate-config", accelerate_config]
     stages: dict[str, Planned] = {}
     for decision in decisions:
         stage = config.stages[decision.stage]
@@ -207,7 +212,7 @@ def _planned(
         stages[decision.stage] = Planned(type=stage.type, parents=roles, reason=reason)
     return LastRun(
         started=last_run.now(),
-        command=command,
+        command=_command(config, overrides, accelerate_config),
         folder=str(Path.cwd()),
         config=config.source.read_text(encoding="utf-8", errors="replace"),
         stages=stages,

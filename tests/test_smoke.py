@@ -160,6 +160,19 @@ def test_a_second_one_begins_anew_and_leaves_the_run_alone(tmp_path, cli, monkey
     assert code == 2 and "another process works in" in err and (folder / "sft" / "output").is_dir()
 
 
+def test_a_run_that_has_the_name_of_a_smoke_run_is_left_alone(tmp_path, cli):
+    path = tiny.write_config(tmp_path)
+    folder = tmp_path / "runs" / "tiny-smoke"
+    (folder / "sft" / "output").mkdir(parents=True)
+    (folder / "sft" / LOCK).touch()
+    (folder / "sft" / "output" / "weights").write_text("dear")
+    manifest.update(folder, "tiny-smoke")
+    before = contents(folder)
+    code, _, err = cli("run", path, "--smoke")
+    assert code == 2 and "holds a run that is no smoke run, and a smoke run would remove it" in err
+    assert contents(folder) == before
+
+
 FAILS = """
 from pathlib import Path
 
@@ -185,7 +198,7 @@ def test_a_stage_that_fails_ends_it(tmp_path, rlhf):
     assert "stage 'rloo'" in done.stderr and "the judge is out" in done.stderr
     folder = tmp_path / "run-smoke"
     assert list(manifest.read(folder).stages) == ["sft"]
-    assert not (folder / "smoke.json").exists() and not (folder / "dpo").exists()
+    assert forecast.read(folder) == {} and not (folder / "dpo").exists()
     assert "Every stage works" not in done.stdout
     assert not (tmp_path / "run").exists()
 

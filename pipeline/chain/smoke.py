@@ -21,6 +21,7 @@ from pipeline.config.options import effective, value_at
 from pipeline.config.schema import Evaluate, Online, Options, Ppo, RunConfig, Sampled, TrainingStage
 from pipeline.config.stage_types import type_of
 from pipeline.records import manifest
+from pipeline.records.manifest import Manifest
 from pipeline.records.progress import Reader
 from pipeline.records.stage_folder import LOCK, PROGRESS, SMOKE
 from pipeline.system.device import Device
@@ -106,23 +107,20 @@ def _cut_sampled(config: RunConfig, stage: Sampled, size: Size, limits: _Limits)
 
 
 def _cut_offline(stage: TrainingStage, options: Options, size: Size, limits: _Limits, processes: int) -> Cut:
-    length = options["max_length"]
     changed: Options = {"max_steps": STEPS, "gradient_accumulation_steps": 1}
-    packs = bool(options.get("packing")) and length is not None
-    if packs and not limits.on_gpu:
+    is_streamed = size.rows == 0
+    length: int | None = options["max_length"] if options.get("packing") or is_streamed else None
+    if length is not None and not limits.on_gpu:  # of a sequence that rows are packed into
         affordable = int(OPERATIONS / max(6 * limits.parameters, 1))
         length = min(length, max(SHORTEST, affordable))
         changed["max_length"] = length
     full = options["per_device_train_batch_size"]
-    per_row = length if packs or size.rows == 0 else size.per_row
-    batch = limits.rows(full, per_row, fewest=type_of(stage).fewest_rows)
+    batch = limits.rows(full, length or size.per_row, fewest=type_of(stage).fewest_rows)
     changed["per_device_train_batch_size"] = batch
-    rows: int | None = STEPS * batch * processes
-    if size.rows == 0:
-        rows = None
-    elif packs:
-        rows = -(-rows * length // max(int(size.per_row / 2), 1))
-    return Cut(changed, rows=rows, batch=batch)
+    rows = STEPS * batch * processes
+    if length is not None:
+        rows = -(-rows * length // max(int(size.per_row / 2), 1))  # texts of the shorter half
+    return Cut(changed, rows=None if is_streamed else rows, batch=batch)
 
 
 def _cut_ppo(stage: Ppo, options: Options, size: Size, limits: _Limits, processes: int) -> Cut:
@@ -227,13 +225,25 @@ def _of(part: int, whole: int) -> str:
 def clear(config: RunConfig) -> None:
     """Remove what an earlier smoke run has left in its run folder, so that this one begins anew.
 
+    It leaves an empty file of measurements there, which tells the next one that the folder is a smoke run's.
+
     Raises:
-        UserError: if the folder is another run's, or a process is at work in it.
+        UserError: if the folder is another run's, or no smoke run's, or a process is at work in it.
     """
     recorded = run_folder.open_run(config)
     folder = config.run_path
-    if manifest.read(folder) is None:
-        return
+    if manifest.read(folder) is not None:
+        _remove(config, recorded)
+    folder.mkdir(parents=True, exist_ok=True)
+    forecast.write(folder, {})
+
+
+def _remove(config: RunConfig, recorded: Manifest) -> None:
+    """Remove a smoke run's stages and its own files."""
+    folder = config.run_path
+    if not (folder / SMOKE).is_file():
+        mend = "move it away, or give this config another `run_dir`"
+        raise UserError(f"{folder} holds a run that is no smoke run, and a smoke run would remove it; {mend}")
     names = [name for name in {*config.stages, *recorded.stages} if (folder / name / LOCK).is_file()]
     for name in names:
         try:

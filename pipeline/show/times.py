@@ -1,6 +1,7 @@
 """How long a run takes: foretold by its smoke run, or estimated where there is none and a CPU would take days."""
 
-from collections.abc import Iterable, Mapping
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -93,9 +94,13 @@ def say_changes(
 
 
 def say_result(
-    full: RunConfig, measured: Mapping[str, Measured], seconds: Mapping[str, float], console: Console
+    full: RunConfig,
+    measured: Mapping[str, Measured],
+    seconds: Mapping[str, float],
+    command: Sequence[str],
+    console: Console,
 ) -> None:
-    """Say that a smoke run went well, and what the run will take."""
+    """Say that a smoke run went well, what the run will take, and the command that starts the run."""
     table = Table(f"{full.name}: what the run will take", ("stage", "smoke run", "run"), right=True)
     for name, one in measured.items():
         table.add(name, about(one.duration), about(seconds[name]))
@@ -111,4 +116,4 @@ def say_result(
             console, f"Smaller batches than the run's were measured: {', '.join(smaller)}. There it may take less time."
         )
     say(console, f"Every stage works. `rlhf plan` shows these times, from {smoke_folder(full)}; nothing else uses it.")
-    say(console, f"The run: rlhf run {full.source}")
+    say(console, f"The run: {shlex.join(command)}")
