@@ -1,4 +1,4 @@
-"""Every shipped config and the README's example run to their ends, each from its own file.
+"""Every shipped config runs to its end from its own file, the one for own data by the README's commands.
 
 The model and the data are small stand-ins of the same kind, and what is long is cut short. Each test says which keys
 that changes, and that all others are as shipped: precision, quantisation, adapters, batch sizes, learning rates,
@@ -72,10 +72,6 @@ SHORT: dict[str, Overrides] = {
         "stages.ppo.training.response_length": 8,
         "stages.evaluate.max_new_tokens": 8,
     },
-}
-EXAMPLE: Overrides = {
-    "stages.ppo.training.total_episodes": 32,
-    "stages.evaluate.max_new_tokens": 8,
 }
 ONE_PROCESS = sorted(SHORT.keys() - {MULTI_GPU})
 NUM_ROWS = 64  # of a dataset to train on
@@ -275,31 +271,6 @@ def test_the_config_for_several_gpus(tmp_path, rlhf):
     assert status.returncode == 0 and "dpo" in status.stdout
 
 
-def test_the_readmes_example(tmp_path, one_process):
-    """The example as it stands, beside files of the names it gives, by the commands that follow it."""
-    (text,) = fences("config")
-    (commands,) = fences("commands: own data")
-    look, trial, run = (shlex.split(line)[1:] for line in commands.splitlines())
-    path = tmp_path / "my-run.yaml"
-    path.write_text(text, encoding="utf-8")
-    config = load(path)
-    standins.MODELS[config.model.path](tmp_path / config.model.path)
-    prompts = standins.prompts()[:160]
-    comparisons = [{"prompt": p, "chosen": standins.good(p), "rejected": standins.bad(p)} for p in prompts]
-    demonstrations = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in comparisons]
-    tiny.write_rows(tmp_path / "demonstrations.jsonl", demonstrations)
-    tiny.write_rows(tmp_path / "comparisons.jsonl", comparisons)
-    check_overrides(path, EXAMPLE)
-    assert "\u27e6" in one_process(*look)
-    small = {key: value for key, value in EXAMPLE.items() if "total_episodes" not in key}
-    one_process(*trial, *arguments(small))
-    check_records(load(path, tuple(trial[2:])), tmp_path / "runs" / "trial")
-    one_process(*run, *arguments(EXAMPLE))
-    run_dir = tmp_path / "runs" / config.name
-    check_records(config, run_dir)
-    assert "dpo" in one_process("status", run_dir)
-
-
 def alpaca(number: int, prompt: str) -> dict[str, str]:
     """A demonstration as in files for Alpaca; every third has an input beside its instruction."""
     words = {"instruction": prompt, "input": ""}
@@ -344,8 +315,11 @@ def test_the_config_for_own_data(tmp_path, one_process):
         "stages.evaluate.max_new_tokens": 8,
     }
     check_overrides(path, overrides)
-    assert "warning" not in one_process("plan", path, "stages.evaluate.max_new_tokens=200")
-    assert "Every stage works." in one_process("run", path, *arguments(overrides), "--smoke")
-    output = one_process("run", path, *arguments(overrides))
-    assert "as the smoke run foretells" in output
+    (commands,) = fences("commands: own data")
+    copy, look, plan, trial, run = (shlex.split(line)[1:] for line in commands.splitlines())
+    assert copy[0] == f"configs/{OWN_DATA}"
+    assert "\u27e6" in one_process(*look)
+    assert "warning" not in one_process(*plan, "stages.evaluate.max_new_tokens=200")
+    assert "Every stage works." in one_process(*trial, *arguments(overrides))
+    assert "as the smoke run foretells" in one_process(*run, *arguments(overrides))
     check_records(config, tmp_path / "runs" / config.name)
