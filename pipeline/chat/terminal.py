@@ -142,7 +142,8 @@ def _ask(line: str, session: Session, settings: Settings, console: Console) -> N
                 answers[name] = answer
                 if is_complete:
                     complete.add(name)
-                live.update(_Tail(_laid_out(session.names, answers, complete, "...", console)))
+                is_first = len(answer.ids) == 1
+                live.update(_Tail(_laid_out(session.names, answers, complete, "...", console)), refresh=is_first)
 
             session.ask(line, settings, tell)
         is_stopped = False
