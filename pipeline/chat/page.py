@@ -4,6 +4,7 @@ import dataclasses
 import math
 import queue
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -112,6 +113,8 @@ def _events(session: Session, question: str, settings: Settings) -> Iterator[Jso
             session.ask(question, settings, tell)
             events.put(None)
         except BaseException as error:  # it is raised where it is waited for
+            if not isinstance(error, (UserError, _Left)):
+                traceback.print_exc()  # the page can say no more than that there was a fault
             events.put(error)
 
     thread = threading.Thread(target=work, daemon=True)

@@ -21,6 +21,7 @@ from pipeline.system.streams import printable
 PROMPT = "> "
 LEAST = 36  # columns of an answer that stands beside others
 GAP = 2
+ECHO = 3  # columns that stay free at the right, where the terminal shows Ctrl-C: a new line would upset the display
 HELP = """\
 /stages A B      talk to these stages; a new one begins its dialogue here
 /temperature X   0 takes the likeliest token, 1 samples as evaluations do
@@ -142,7 +143,8 @@ def _ask(line: str, session: Session, settings: Settings, console: Console) -> N
                 answers[name] = answer
                 if is_complete:
                     complete.add(name)
-                live.update(_Tail(_laid_out(session.names, answers, complete, "...", console)))
+                is_first = len(answer.ids) == 1
+                live.update(_Tail(_laid_out(session.names, answers, complete, "...", console)), refresh=is_first)
 
             session.ask(line, settings, tell)
         is_stopped = False
@@ -176,7 +178,7 @@ def _laid_out(
         figures = answer.figures if name in complete else state
         texts = [(name, "bold"), (answer.text.strip("\n"), ""), (figures, "dim")]
         parts.append([Text(printable(text, console.encoding), style, overflow="fold") for text, style in texts])
-    room = (console.width + GAP) // len(parts) - GAP
+    room = (console.width - ECHO + GAP) // len(parts) - GAP
     if room < LEAST or len(parts) == 1:
         return Group(*(Group(name, text, figures, Text()) for name, text, figures in parts[:-1]), *parts[-1])
     grid = Grid.grid(padding=(0, GAP, 0, 0))

@@ -198,7 +198,9 @@ def _readable(full: str) -> Iterator[None]:
 def _loader(run: Run, tokenizer: PreTrainedTokenizerFast) -> Loader:
     """Return what loads the run's weights as its stages do."""
     attention = run.recorded.model.get("attn_implementation")
-    if attention is not None and attention.startswith("flash_attention") and PartialState().device.type == "cpu":
+    place = PartialState().device
+    assert place is not None, "the device is chosen before anything is loaded"
+    if attention is not None and attention.startswith("flash_attention") and place.type == "cpu":
         attention = None  # it needs a GPU
     return Loader(
         **run.source(next(iter(run.recorded.stages))).loader_options(),
