@@ -52,7 +52,7 @@ def begun(begun_once, finished_run, tmp_path):
 
 
 def rows_of(place: Path) -> list[dict]:
-    return [json.loads(line) for line in (place / "comparisons.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (place / "comparisons.jsonl").read_text().split("\n") if line]
 
 
 def about(place: Path) -> dict:
@@ -221,8 +221,9 @@ def test_answers_become_comparisons(begun):
     assert len(rows_of(begun.place)) == len({question.pair for question in begun.questions[: N // 2]})
     begun.undo()
     begun.answer(begun.next, "tie", 1.0)
-    begun.undo()
-    begun.undo()
+    while begun.answers.standing:
+        begun.undo()
+    assert rows_of(begun.place) == []
     while begun.next is not None:
         question = begun.next
         opinion = "skip" if question.pair == 0 else "tie" if question.pair == 1 else None
@@ -392,6 +393,7 @@ def test_judges(finished, cli, tmp_path):
 
 
 def test_lineage(begun, finished_run):
+    begun.write()
     shown = about(begun.place)
     recorded = manifest.read(finished_run / "runs" / "tiny")
     (policy,) = shown["policies"]
@@ -420,8 +422,8 @@ def test_lineage(begun, finished_run):
         (["--policy", "reward"], "'reward' is a reward model, which completes nothing; policies here: pretrain, sft"),
         (["--policy", "sft", "--policy", "sft"], "expected one stage or two different ones, got sft, sft"),
         (["--prompts", "promts"], "'promts' is neither a file nor a dataset of"),
-        (["--policy", "pretrain"], "stage 'pretrain' was trained on raw text, which has no prompts"),
-        (["--prompts", "corpus"], "fit"),
+        (["--policy", "pretrain"], "does not say which prompts pretrain learned from; name some with --prompts"),
+        (["--prompts", "corpus"], "holds text rows (columns text), expected prompts"),
         (["--temperature", "0"], "at 0 both completions of a policy are the same"),
         (["--max-new-tokens", "1000"], "1000 are too many: the longest prompt has"),
         (["--to", "x.jsonl"], "is a file's name; give a folder"),

@@ -104,7 +104,7 @@ def find(run_dir: Path, stage: str) -> Source:
 
 
 @contextlib.contextmanager
-def held(source: Source) -> Iterator[None]:
+def held(*sources: Source) -> Iterator[None]:
     """Keep other processes from running the stages again whose files are read.
 
     A run folder that may not be written to cannot be locked, and no stage can run in it.
@@ -112,9 +112,10 @@ def held(source: Source) -> Iterator[None]:
     Raises:
         UserError: if one of them is at work.
     """
+    stages = {stage: source.run_dir for source in sources for stage in (source.stage, source.below) if stage}
     with contextlib.ExitStack() as locks:
-        for stage in filter(None, (source.stage, source.below)):
-            folder = source.run_dir / stage
+        for stage, run_dir in stages.items():
+            folder = run_dir / stage
             if not os.access(folder, os.W_OK):
                 continue
             try:
