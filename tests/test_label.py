@@ -15,6 +15,7 @@ import pytest
 import tiny
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from pipeline.config.load import load
 from pipeline.data import heldout
@@ -25,6 +26,7 @@ from pipeline.label.labels import Labels
 from pipeline.label.pairs import Completion, Pair
 from pipeline.records import manifest
 from pipeline.show import results
+from pipeline.system import digests
 
 N = 12
 
@@ -103,14 +105,25 @@ def test_pairs_are_of_the_last_policy_and_the_least_sure_come_first(begun, finis
                     assert shown["model"](**ids).logits.item() == pytest.approx(one.score, abs=1e-5)
 
 
-def test_one_completion_of_each_of_two_policies(finished_run, tmp_path):
-    """At temperature 0 they are what transformers' greedy search gives."""
-    run_dir = finished_run / "runs" / "tiny"
-    labels = opened(tmp_path / "two", run_dir, policies=("pretrain", "sft"), pairs=3, temperature=0.0, order="random")
-    recorded = manifest.read(run_dir)
+def test_one_completion_of_each_of_two_policies(finished, cli, tmp_path):
+    """At temperature 0 they are what transformers' greedy search gives; where they are equal, there is no pair."""
+    options = ("--policy", "pretrain", "--policy", "sft", "--temperature", 0, "--order", "random")
+    code, _, error = cli("label", finished.run_dir, *options)
+    assert code == 2 and "all pairs of completions were equal or empty" in error  # two steps have changed no token
+    recorded = manifest.read(finished.run_dir)
+    adapter = finished.run_dir / "sft" / "output" / "adapter_model.safetensors"
+    save_file({name: 100 * weight for name, weight in load_file(adapter).items()}, adapter)
+    record = recorded.stages["sft"]
+    files = record.output.files | digests.checksums(finished.run_dir, [adapter.parent])
+    output = record.output.model_copy(update={"files": files})
+    record = record.model_copy(update={"output": output})
+    manifest.write(finished.run_dir, recorded.model_copy(update={"stages": recorded.stages | {"sft": record}}))
+    labels = opened(
+        tmp_path / "two", finished.run_dir, policies=("pretrain", "sft"), pairs=3, temperature=0.0, order="random"
+    )
     for number, name in enumerate(("pretrain", "sft")):
         shown: dict = {}
-        exec(results.snippet(run_dir, recorded, recorded.stages[name]), shown)
+        exec(results.snippet(finished.run_dir, recorded, recorded.stages[name]), shown)
         for pair in labels.pairs:
             assert pair.completions[number].policy == name
             text = shown["tokenizer"].apply_chat_template(pair.prompt, tokenize=False, add_generation_prompt=True)

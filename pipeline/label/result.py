@@ -7,6 +7,7 @@ from pipeline.label.figures import Figures, Share
 from pipeline.label.labels import Labels
 from pipeline.shift.estimate import estimate
 from pipeline.show.screen import Table, say, show
+from pipeline.show.tables import number
 
 # Of each share: its name, and what it is of.
 _SHARES = (
@@ -21,7 +22,8 @@ def lines(figures: Figures) -> list[list[str]]:
     """Return the figures as rows: name, value with its interval, and of how many. No policy is named."""
     found = [[label, *_cells(figures[key], what)] for key, label, what in _SHARES]
     seconds = figures["seconds"]
-    found.append(["median time", "-" if seconds is None else f"{seconds:.1f} s", f"{figures['answered']} answers"])
+    time = "-" if seconds is None else f"{number(seconds, 1 if seconds >= 1 else 3)} s"
+    found.append(["median time", time, f"{figures['answered']} answers"])
     return found
 
 

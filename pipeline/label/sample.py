@@ -106,17 +106,21 @@ def sample(
     order = list(range(len(rows)))
     random.Random(f"{sampling.seed} prompts").shuffle(order)
     rounds = math.ceil(number / len(order)) + NUM_SPARE_ROUNDS
+    if sampling.temperature == 0:  # a second round would give the same
+        rounds = 1
     waiting = [(turn, i) for turn in range(rounds) for i in order]
     policies = _Policies(tokenizer, sampling, say)
     result = Sampled()
     known: set[tuple[int, frozenset[str]]] = set()
+    least = sampling.batch_size
     while waiting and len(result.pairs) < number:
         turn = waiting[0][0]
-        wanted = max(number - len(result.pairs), sampling.batch_size)
+        wanted = max(number - len(result.pairs), least)
+        least *= 2  # where few completions differ, models would be loaded for each few prompts
         now = [i for its_turn, i in waiting[:wanted] if its_turn == turn]
         waiting = waiting[len(now) :]
         prompts = rows.select(now)["prompt_ids"][:]
-        draws = (2 * turn, 2 * turn + 1) if one_policy else (turn, turn)
+        draws = (2 * turn, 2 * turn + 1)  # with the same random numbers policies that are near say the same
         sides = (parts.policies[0], parts.policies[-1])
         drawn = [policies.complete(side, prompts, draw) for side, draw in zip(sides, draws, strict=True)]
         for i, prompt, *both in zip(now, prompts, *drawn, strict=True):
