@@ -9,11 +9,11 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.rule import Rule
 
-from pipeline.chain import run_folder, staleness
+from pipeline.chain import other_run, run_folder, staleness
 from pipeline.chain.staleness import Decision
 from pipeline.config import graph
 from pipeline.config.graph import parents, waits_for
-from pipeline.config.schema import Reinforced, RunConfig
+from pipeline.config.schema import Reinforced, RunConfig, Taken
 from pipeline.html import place
 from pipeline.launch import devices, process, sharding
 from pipeline.launch.stage_server import StageServer
@@ -190,13 +190,20 @@ def _decide(config: RunConfig, redo: tuple[str, ...] = ()) -> tuple[Manifest, li
     """Read the run's manifest and decide what happens to each stage.
 
     Raises:
-        UserError: if a file of a stage that is skipped is not as recorded: then it is not true that nothing changed.
+        UserError: if a file of a stage that is skipped is not as recorded: then it is not true that nothing changed;
+            or if a stage cannot be taken from another run.
     """
     recorded = run_folder.open_run(config)
     decisions = staleness.decide(config, recorded, redo)
     for decision in decisions:
         if not decision.run:
             manifest.verify(config.run_path, decision.stage, recorded.stages[decision.stage])
+    taken = [one.stage for one in decisions if one.run and isinstance(config.stages[one.stage], Taken)]
+    if taken:
+        others = recorded.without([one.stage for one in decisions if one.run])
+        _, tokenizer = run_folder.tokenizer_of(config, others)
+        for name in taken:
+            other_run.check(config, name, recorded, tokenizer)
     return recorded, decisions
 
 

@@ -29,7 +29,7 @@ from pipeline.config import graph, precision
 from pipeline.config.graph import parents
 from pipeline.config.lineage import output_folder, place_of
 from pipeline.config.load import load
-from pipeline.config.schema import RunConfig, Stage, TrainingStage
+from pipeline.config.schema import RunConfig, Stage, Taken, TrainingStage
 from pipeline.config.stage_types import type_of
 from pipeline.data import run_tokenizer
 from pipeline.launch import channel, sharding
@@ -172,6 +172,8 @@ def _say_device(ctx: StageContext[Stage]) -> None:
     faults = precision.faults(ctx.config, ctx.name, ctx.device)
     if faults:
         raise UserError("\n  ".join(f"stages.{ctx.name}: {fault}" for fault in faults))
+    if isinstance(ctx.stage, Taken):  # it computes nothing
+        return
     words = f"on the {ctx.device}, weights in {ctx.loader.dtype}"
     if isinstance(ctx.stage, TrainingStage):
         choice = precision.autocast(ctx.stage, ctx.device)
@@ -185,7 +187,7 @@ def _finish(ctx: StageContext[Stage], decision: Decision, result: Result, starte
     run_dir = ctx.config.run_path
     record = Record(
         **vars(decision.identity),  # config, inputs
-        **vars(result),  # metrics, parameters, datasets, resumed_from_step
+        **vars(result),  # metrics, parameters, datasets, resumed_from_step, origin
         type=ctx.stage.type,
         parents=parents(ctx.stage),
         config_digest=digests.digest(decision.identity.config),
@@ -217,6 +219,7 @@ def _replace_output(ctx: StageContext[Stage]) -> Output:
     full = None
     if isinstance(ctx.stage, TrainingStage):
         ctx.tokenizer.save_pretrained(ctx.new_output)
+    if isinstance(ctx.stage, TrainingStage | Taken):
         place = place_of(ctx.config, ctx.name)
         kind = "full" if place.adapter is None else "adapter"
         full = None if place.adapter is None else place.full

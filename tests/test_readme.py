@@ -86,6 +86,8 @@ def fields_of(model: type[BaseModel], prefix: str = "") -> dict[str, str]:
     own = {name: shown_default(field) for name, field in model.model_fields.items()}
     if model is schema.RunConfig:
         del own["source"]  # the file itself
+    if model is schema.Taken:
+        own = {name: own[name] for name in ("run", "stage")}  # the rest is found in the other run
     return {prefix + name: default for name, default in own.items()}
 
 
@@ -102,6 +104,7 @@ SECTIONS = {
     "keys: Data": [("", schema.Data)],
     "keys: Checks": [("", schema.Checks)],
     "keys: GateLimits": [("", schema.GateLimits)],
+    "keys: Taken": [("", schema.Taken)],
 }
 # Every other marker that a test looks for.
 MARKERS = {
@@ -111,6 +114,7 @@ MARKERS = {
     "command: tests",
     "commands: own data",
     "config",
+    "config: second round",
     "data",
     "defaults",
     "experiment",

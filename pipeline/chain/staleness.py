@@ -11,7 +11,6 @@ which is on record, so an option that is added or taken out is a change even if 
 `model.dtype` is on record as the type that the weights had: `auto` is a change only where it stands for another one.
 """
 
-import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,11 +18,12 @@ from typing import Any
 from pydantic import BaseModel
 
 from pipeline.base import base_model, dtype
+from pipeline.chain import other_run
 from pipeline.config import functions, graph
 from pipeline.config.graph import datasets, functions_of, parents
 from pipeline.config.options import with_defaults
 from pipeline.config.requests import run_data
-from pipeline.config.schema import RunConfig, TrainingStage
+from pipeline.config.schema import RunConfig, Taken, TrainingStage
 from pipeline.config.stage_types import type_of
 from pipeline.data import fingerprints
 from pipeline.data.removed import Removed
@@ -36,6 +36,7 @@ from pipeline.system.errors import UserError
 _LOADING = ("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers")
 NEUTRAL = ("logging_", "log_", "save_", "report_to", "disable_tqdm", *_LOADING)
 _WIRING = {"init", "reward", "shift", "policy", "baseline", "policies", "data", "eval_data", "accelerate_config"}
+_OTHER_RUN = "stage of another run"  # among the inputs
 CURRENT = "finished, nothing changed"
 _UNSET = "unset"  # shown for a key that one side lacks
 _MISSING = object()  # equal to no value
@@ -87,28 +88,33 @@ def _decide_one(
     record = recorded.stages.get(name)
     identity = None
     defaults: Flat = {}
+    current = CURRENT
     if record is not None and not first:
-        with contextlib.suppress(UserError):
+        try:
             defaults = _defaults(config, name)
             identity = identify(config, name, recorded, data)
+        except UserError as error:
+            current = f"finished, cannot be compared: {error}"
     if redo:
         reason = "asked for with --redo"
     elif record is None:
         reason = NOT_FINISHED
     elif first:
         reason = f"{', '.join(first)} {'runs' if len(first) == 1 else 'run'} again"
-    elif identity is None:
-        reason = "its data or functions cannot be read"
-    else:
+    elif identity is not None:
         reason = _stale(identity, record, defaults)
-    return Decision(name, reason is not None, reason or CURRENT, identity)
+    elif isinstance(config.stages[name], Taken):  # what was copied is usable without the other run
+        reason = None
+    else:
+        reason = "its data or functions cannot be read"
+    return Decision(name, reason is not None, reason or current, identity)
 
 
 def identify(config: RunConfig, name: str, recorded: Manifest, data: Removed | None = None) -> Identity:
     """Return the identity of a stage whose parents are finished; a parent that is not has an empty digest.
 
     Raises:
-        UserError: if its data or functions cannot be read.
+        UserError: if its data or functions cannot be read, or the other run that it is taken from.
     """
     inputs = _data_inputs(config, name, data or Removed(run_data(config)))
     inputs |= function_inputs(config, name)
@@ -117,6 +123,8 @@ def identify(config: RunConfig, name: str, recorded: Manifest, data: Removed | N
     for role, parent in parents(config.stages[name]).items():
         record = recorded.stages.get(parent)
         inputs[role] = digest(record.output.files) if record else ""
+    if isinstance(config.stages[name], Taken):
+        inputs[_OTHER_RUN] = other_run.find(config, name).content()
     return Identity(_config_of(config, name), inputs)
 
 
@@ -124,6 +132,8 @@ def _config_of(config: RunConfig, name: str) -> Flat:
     """Return the part of the config that decides a stage's result."""
     stage = config.stages[name]
     own = stage.model_dump(mode="json")
+    if isinstance(stage, Taken):  # what else it depends on is in the other run
+        return _flat({key: own[key] for key in ("type", "lora", "weights")} | {"quantization": config.quantization})
     if isinstance(stage, TrainingStage):
         training = with_defaults(stage.kind, stage.training)
         own["training"] = {key: value for key, value in training.items() if not key.startswith(NEUTRAL)}
@@ -205,6 +215,8 @@ def _stale(identity: Identity, record: Record, defaults: Flat) -> str | None:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         return f"config changed: {', '.join(words)}{more}"
     changed = _changed(record.inputs, identity.inputs)
+    if _OTHER_RUN in changed and record.origin is not None:
+        return f"{record.origin} has changed: it was run again there, or this config names another one"
     return f"input changed: {', '.join(changed)}" if changed else None
 
 

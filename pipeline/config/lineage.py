@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pipeline.config.schema import BASE, Options, Ppo, RunConfig, TrainingStage
+from pipeline.config.schema import BASE, Options, Ppo, RunConfig, Taken, TrainingStage
 from pipeline.config.stage_types import type_of
 
 
@@ -35,17 +35,33 @@ def start_of(config: RunConfig, name: str) -> Start:
     """Find the weights a training stage starts from."""
     stage = config.section(name, TrainingStage)
     assert stage.init is not None, "`references` has filled it in"
-    parent = None if stage.init == BASE else config.section(stage.init, TrainingStage)
+    parent = parent_of(config, stage)
     place = Place() if parent is None else place_of(config, stage.init)
     return Start(stage.init, place, merge=place.adapter is not None and not continues(parent, stage))
 
 
+def parent_of(config: RunConfig, stage: TrainingStage) -> TrainingStage | Taken | None:
+    """Return the stage that a training stage starts from; None: it starts from the base model."""
+    parent = None if stage.init in (None, BASE) else config.stages[stage.init]
+    assert parent is None or isinstance(parent, TrainingStage | Taken), "`references` has checked it"
+    return parent
+
+
 def place_of(config: RunConfig, name: str) -> Place:
-    """Find the weights a training stage hands on."""
+    """Find the weights that a stage hands on: one that trains, or one that is taken from another run."""
+    stage = config.stages[name]
+    if isinstance(stage, Taken):
+        return _place_of_taken(name, stage)
     if config.section(name, TrainingStage).lora is None:
         return Place(full=output_folder(name))
     start = start_of(config, name)
     return Place(f"{name}/merged" if start.merge else start.place.full, output_folder(name))
+
+
+def _place_of_taken(name: str, stage: Taken) -> Place:
+    if stage.weights == "full":
+        return Place(full=output_folder(name))
+    return Place(f"{name}/merged" if stage.weights == "with base" else None, output_folder(name))
 
 
 def shares_backbone(config: RunConfig, name: str) -> bool:
@@ -62,6 +78,8 @@ def needs_float32(config: RunConfig) -> str | None:
     if config.model.scratch:
         return "the model is new"
     for name, stage in config.stages.items():
+        if isinstance(stage, Taken) and stage.weights != "on base":
+            return f"{name} brings full weights"
         if not isinstance(stage, TrainingStage):
             continue
         if stage.lora is None:
@@ -78,7 +96,7 @@ def root(config: RunConfig) -> Place:
     return place_of(config, next(name for name, stage in config.stages.items() if type_of(stage).reads_raw_text))
 
 
-def continues(parent: TrainingStage | None, stage: TrainingStage) -> bool:
+def continues(parent: TrainingStage | Taken | None, stage: TrainingStage) -> bool:
     """Tell whether a stage can train on in the adapter of its parent."""
     return parent is not None and stage.lora is not None and same_shape(parent.lora or {}, stage.lora)
 

@@ -8,10 +8,10 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from pipeline.config import architecture, options, ranges, rehearsal, validated
+from pipeline.config import architecture, options, ranges, rehearsal, taken, validated
 from pipeline.config.document import Document, Problems, kind_of, plain, shown
 from pipeline.config.references import wire
-from pipeline.config.schema import REPORT, RESERVED, Options, RunConfig, TrainingStage, variant_of
+from pipeline.config.schema import REPORT, RESERVED, Options, RunConfig, Stage, Taken, TrainingStage, variant_of
 from pipeline.config.stage_types import KINDS, STAGE_TYPES
 from pipeline.system.errors import all_of, nearest, reason_of
 
@@ -36,7 +36,7 @@ def load(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
 def recall(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig | None:
     """Return a config that was checked before and is still right; None: `load` would import all libraries to tell."""
     config = validated.recall(Path(path), overrides)
-    if config is None or _fault_of_run_dir(config) is not None:
+    if config is None or _fault_of_run_dir(config) is not None or not taken.is_current(config):
         return None
     return config
 
@@ -50,6 +50,8 @@ def _check(path: Path, overrides: tuple[str, ...]) -> RunConfig:
     _check_trainers(raw, problems)
     _coerce_options(raw, problems)
     config = _parse(raw, document.path.resolve(), problems)
+    if config is not None and not problems:
+        config = taken.fill_in(config, problems)
     if config is not None and not problems:
         config = wire(config, problems)
     if config is not None and not problems:
@@ -82,6 +84,11 @@ def _parse(raw: Options, source: Path, problems: Problems) -> RunConfig | None:
         if not isinstance(section, dict):
             problems.add(f"expected a section, got {kind_of(section)}", "stages", name)
             continue
+        if "run" in section:
+            stage = _taken(name, section, problems)
+            if stage is not None:
+                parsed[name] = stage
+            continue
         measured = name.removesuffix(REPORT)
         if measured != name and measured in stages and "type" not in section:  # the report that is added by itself
             section = {"type": "shift", "reward": measured} | section
@@ -105,6 +112,15 @@ def _parse(raw: Options, source: Path, problems: Problems) -> RunConfig | None:
     if "source" in raw:
         problems.add(f"unknown key; {nearest('source', RunConfig.model_fields)}", "source")
     return config
+
+
+def _taken(name: str, section: Options, problems: Problems) -> Stage | None:
+    """Parse a stage that is taken from another run: a section with a `run`."""
+    for key in section.keys() - {"run", "stage"}:
+        wrong = "a stage of another run is taken as it is, so its section has `run` and `stage` alone"
+        problems.add(f"{wrong}; leave this key out", "stages", name, key)
+    own = {key: section[key] for key in ("run", "stage") if key in section}
+    return _validated(Taken, {"stage": name} | own, problems, "stages", name)
 
 
 def _validated(model: type[M], values: Options, problems: Problems, *loc: str) -> M | None:
@@ -182,6 +198,8 @@ def _trained_stages(raw: Options) -> Iterator[tuple[str, str]]:
     """Return the names of the stages that train, each with its type, or the variant that its `trainer` asks for."""
     stages = raw.get("stages")
     for name in stages if isinstance(stages, dict) else ():
+        if _at(raw, "stages", name, "run") is not None:  # it is taken from another run
+            continue
         stage_type = str(_at(raw, "stages", name, "type") or name)
         if stage_type in STAGE_TYPES and issubclass(STAGE_TYPES[stage_type].section, TrainingStage):
             kind = variant_of(stage_type, _at(raw, "stages", name, "trainer"))

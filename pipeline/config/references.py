@@ -17,6 +17,7 @@ from pipeline.config.schema import (
     Sampled,
     Shift,
     Stage,
+    Taken,
     TrainingStage,
 )
 from pipeline.config.stage_types import STAGE_TYPES, makes, stages_that_make, type_of
@@ -116,9 +117,12 @@ def _check_reference(config: RunConfig, name: str, reference: Reference, problem
 
 
 def _fill_in(config: RunConfig, name: str, reference: Reference, changes: Changes, problems: Problems) -> None:
-    """Let an empty field name the only stage of its default type."""
-    others = config.stages.items()
-    candidates = [other for other, stage in others if stage.type == reference.default and other != name]
+    """Let an empty field name the only stage of its default type, or else the only one of another run that fits."""
+    others = {other: stage for other, stage in config.stages.items() if other != name}
+    candidates = [other for other, stage in others.items() if stage.type == reference.default]
+    if not candidates and reference.missing is not None:
+        taken = {other: stage for other, stage in others.items() if isinstance(stage, Taken)}
+        candidates = [other for other, stage in taken.items() if makes(stage, *reference.makes)]
     if len(candidates) == 1:
         changes[reference.field] = candidates[0]
     elif candidates:
@@ -134,11 +138,14 @@ def _fill_in_report(config: RunConfig, name: str, policies: list[str], changes: 
     """Let a shift stage measure the policy that its reward model started from, sampled as the evaluation does."""
     stage = config.section(name, Shift)
     reward = config.stages.get(str(changes.get("reward", stage.reward)))
-    if not isinstance(reward, TrainingStage):  # that is a problem already
+    if not isinstance(reward, TrainingStage | Taken):  # that is a problem already
         reward = None
     if stage.policy is None and reward is not None:
-        sft = [other for other, its in config.stages.items() if type_of(its).rows == "demonstrations"]
-        changes["policy"] = reward.init or next(iter(sft), BASE)
+        policy = _policy_below(reward, config.stages)
+        if policy is None:
+            missing = "is required: the reward model is of another run, so name the policy that is to be sampled"
+            problems.add(missing, "stages", name, "policy")
+        changes["policy"] = policy
     elif stage.policy not in (None, BASE, *policies):
         problems.add(unknown("policy", stage.policy, policies), "stages", name, "policy")
     if reward is not None:
@@ -146,6 +153,27 @@ def _fill_in_report(config: RunConfig, name: str, policies: list[str], changes: 
         if changes.get("data", stage.data) is None:
             missing = "is required where there is no evaluate stage and the reward model has no `eval_data`"
             problems.add(missing, "stages", name, "data")
+
+
+def _policy_below(reward: TrainingStage | Taken, stages: Stages) -> str | None:
+    """Return the policy that a reward model started from, at any distance; None: it is in another run."""
+    stage: Stage | None = reward
+    policy = None
+    for _ in stages:  # no longer than that, since references may still make a circle
+        if stage is None or not makes(stage, "reward model"):
+            break
+        if not isinstance(stage, TrainingStage):
+            return None
+        sft = [other for other, its in stages.items() if type_of(its).rows == "demonstrations"]
+        policy = stage.init or next(iter(sft), BASE)
+        stage = stages.get(policy)
+    return policy
+
+
+def _policy_before_rl(reward: str, stages: Stages) -> str:
+    """Return the policy from which RL against a reward model starts, or the base where there is no RL."""
+    learners = [stage for stage in stages.values() if isinstance(stage, Reinforced) and stage.reward == reward]
+    return next((stage.init for stage in learners if stage.init is not None), BASE)
 
 
 def _with_reports(stages: Stages) -> Stages:
@@ -159,7 +187,8 @@ def _with_reports(stages: Stages) -> Stages:
             continue
         if name in measured or name + REPORT in stages:
             continue
-        report = Shift(type="shift", reward=name, policy=stage.init)
+        policy = _policy_below(stage, stages) or _policy_before_rl(name, stages)
+        report = Shift(type="shift", reward=name, policy=policy)
         report = report.model_copy(update=_sampling_settings(report, stage, stages))
         if report.data is not None:
             extended[name + REPORT] = report
@@ -175,10 +204,10 @@ def _comes_before_rl(name: str, stages: Stages) -> bool:
     if not isinstance(report, Shift):
         return False
     policy = stages.get(str(report.policy))
-    return policy is None or not makes(policy, "aligned policy")
+    return policy is None or isinstance(policy, Taken) or not makes(policy, "aligned policy")
 
 
-def _sampling_settings(report: Shift, reward: TrainingStage, stages: Stages) -> Changes:
+def _sampling_settings(report: Shift, reward: TrainingStage | Taken, stages: Stages) -> Changes:
     """Return sampling settings copied from the first evaluate stage into a shift stage where the user gave none.
 
     Both stages then use the same stored completions.

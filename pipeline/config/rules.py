@@ -3,8 +3,8 @@
 from pipeline.config import options, rehearsal
 from pipeline.config.document import Problems
 from pipeline.config.graph import datasets
-from pipeline.config.lineage import continues, needs_float32, shares_backbone
-from pipeline.config.schema import BASE, Online, Options, Ppo, Reinforced, RunConfig, Source, TrainingStage
+from pipeline.config.lineage import continues, needs_float32, parent_of, shares_backbone
+from pipeline.config.schema import BASE, Online, Options, Ppo, Reinforced, RunConfig, Source, Taken, TrainingStage
 from pipeline.config.stage_types import type_of
 from pipeline.system.errors import unknown
 
@@ -116,6 +116,9 @@ def check_weights(config: RunConfig, problems: Problems) -> None:
     for name, stage in config.stages.items():
         if isinstance(stage, TrainingStage):
             _check_start(config, name, stage, problems)
+        if isinstance(stage, Taken) and config.quantization and stage.weights != "on base":
+            mend = "set `model.path` to the folder of these weights, which is quantised then, or drop `quantization`"
+            problems.add(f"brings full weights, beside a base that is quantised; {mend}", "stages", name, "run")
         if isinstance(stage, Ppo) and stage.trainer == "grpo" and not shares_backbone(config, name):
             wrong = "needs adapters: policy and reward model as LoRA adapters on the same weights"
             problems.add(
@@ -128,6 +131,10 @@ def check_weights(config: RunConfig, problems: Problems) -> None:
             problems.add(unknown("dataset", dataset, config.data), "model", "scratch", "tokenizer", "data")
     if config.quantization:
         problems.add("a model from scratch cannot be quantised", "quantization")
+    is_taken = any(isinstance(stage, Taken) for stage in config.stages.values())
+    if is_taken and not any(type_of(stage).reads_raw_text for stage in config.stages.values()):
+        mend = "take the other run's pretrain stage too, or set `model.path` to its output instead of `scratch`"
+        problems.add(f"no stage makes the weights of this model; {mend}", "model", "scratch")
 
 
 def uses_flash_attention(config: RunConfig) -> bool:
@@ -138,7 +145,7 @@ def uses_flash_attention(config: RunConfig) -> bool:
 def _check_start(config: RunConfig, name: str, stage: TrainingStage, problems: Problems) -> None:
     """Check that a stage can train what its parent hands on, as its `lora` asks."""
     where = ("stages", name, "lora")
-    parent = None if stage.init in (None, BASE) else config.section(stage.init, TrainingStage)
+    parent = parent_of(config, stage)
     if config.quantization and stage.lora is None:
         problems.add("a quantised base cannot be trained in full; give LoRA options or drop `quantization`", *where)
     elif stage.lora is None and config.model.dtype not in ("float32", "auto"):

@@ -9,14 +9,10 @@ from pipeline.config.values import Name, PathText, Seed, Text
 
 REPORT = "-shift"  # ends the name of the report that every reward model gets by itself
 BASE = "base"  # what `init:` says for the run's base model
-RESERVED = (
-    BASE,
-    "cache",
-    "tokenizer",
-    "manifest.json",
-    "last_run.json",
-    "report.html",
-)  # names in the run folder or in the config that no stage may have
+MANIFEST = "manifest.json"  # in every run folder
+LOCK = ".lock"  # in every stage folder that a run has made, as long as dotfiles are copied with it
+# Names in the run folder or in the config that no stage may have.
+RESERVED = (BASE, "cache", "tokenizer", MANIFEST, "last_run.json", "report.html")
 Options = dict[str, Any]
 Format = Literal[
     "auto",
@@ -231,6 +227,20 @@ class Shift(Sampled):
     policy: Text | None = None
     num_prompts: PositiveInt = 200  # pyright: ignore[reportIncompatibleVariableOverride]
     num_completions: Annotated[int, Field(ge=2)] = 4
+
+
+class Taken(Stage):
+    """A finished stage of another run: the user gives `run` and `stage`, `taken.py` finds the rest in that run.
+
+    `weights`: its own full weights, or an adapter on this run's base, or on full weights that are taken with it.
+    """
+
+    type: str = ""
+    data: Text | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    run: PathText
+    stage: Name | None = None
+    lora: Options | None = None
+    weights: Literal["full", "on base", "with base"] | None = None
 
 
 S = TypeVar("S", bound=Stage)

@@ -15,7 +15,7 @@ from pipeline.config.batch_sizes import fault_of_ppo
 from pipeline.config.grpo_options import NOT_OF_PPO
 from pipeline.config.logged_figures import LENGTH
 from pipeline.config.ranges import NOT_NEGATIVE, POSITIVE
-from pipeline.config.schema import BASE, Evaluate, Offline, Online, Ppo, RunConfig, Shift, Stage
+from pipeline.config.schema import BASE, Evaluate, Offline, Online, Ppo, RunConfig, Shift, Stage, Taken
 from pipeline.config.type_row import POLICIES, REWARD_MODELS, ZERO_2, ZERO_3, Makes, Reference, StageType
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ STAGE_TYPES: Mapping[str, StageType] = {
         rows="comparisons",
         makes="reward model",
         trl_config="trl:RewardConfig",
-        references=(_START_FROM_SFT,),
+        references=(dataclasses.replace(_START_FROM_SFT, makes=(*POLICIES, *REWARD_MODELS)),),
         length_option="training.max_length",
         sharded=(ZERO_2,),
         headline=("loss", "accuracy", "eval_accuracy", "margin"),
@@ -271,8 +271,14 @@ def row_of(kind: str) -> StageType:
 
 
 def type_of(stage: Stage) -> StageType:
-    """Return the row of a stage: its type's, or that of the variant which its `trainer` asks for."""
-    return row_of(stage.kind)
+    """Return the row of a stage: its type's, or that of the variant which its `trainer` asks for.
+
+    A stage that is taken from another run hands on what its type does, and trains nothing.
+    """
+    row = row_of(stage.kind)
+    if not isinstance(stage, Taken):
+        return row
+    return StageType(section=Taken, module="taken", rows=row.rows, makes=row.makes, sharded=(ZERO_2, ZERO_3))
 
 
 def makes(stage: Stage, *kinds: Makes) -> bool:

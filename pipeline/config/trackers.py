@@ -4,7 +4,7 @@ import importlib.metadata
 
 from packaging.requirements import Requirement
 
-from pipeline.config.schema import RunConfig, TrainingStage
+from pipeline.config.schema import RunConfig, Taken, TrainingStage
 
 KEY = "report_to"
 NONE = "none"
@@ -15,6 +15,8 @@ _INSTALL = "pip install 'rlhf-pipeline[trackers]'"
 def trackers_of(config: RunConfig, stage: str) -> list[str]:
     """Return the trackers that a stage reports to; one that trains nothing takes what the run says for all stages."""
     section = config.stages[stage]
+    if isinstance(section, Taken):  # there is nothing to log
+        return []
     training = section.training if isinstance(section, TrainingStage) else config.training
     return [word for word in dict.fromkeys(_words(training.get(KEY))) if word != NONE]
 

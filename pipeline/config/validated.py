@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.schema import RunConfig
+from pipeline.config.schema import RunConfig, Taken
 from pipeline.config.stage_types import STAGE_TYPES
 from pipeline.config.yaml_text import LARGEST_FILE
 from pipeline.system import digests, kept
@@ -50,7 +50,8 @@ def to_plain(config: RunConfig) -> dict[str, Any]:
 def _from_plain(values: dict[str, Any], source: Path) -> RunConfig:
     stages = {}
     for name, section in values["stages"].items():
-        stages[name] = STAGE_TYPES[section["type"]].section.model_validate(section)
+        kind = Taken if "run" in section else STAGE_TYPES[section["type"]].section
+        stages[name] = kind.model_validate(section)
     return RunConfig.model_validate(values | {"stages": stages, "source": source.resolve()})
 
 

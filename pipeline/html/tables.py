@@ -29,7 +29,9 @@ def state(stage: Stage) -> str:
 
 
 def _lineage(stage: Stage) -> str:
-    """Name what a stage takes from which other: `init: sft`."""
+    """Name what a stage takes from which other: `init: sft`; or the other run that all of it is taken from."""
+    if stage.record is not None and stage.record.origin is not None:
+        return str(stage.record.origin)
     return "\n".join(f"{role.partition('.')[0]}: {parent}" for role, parent in stage.parents.items()) or NOTHING
 
 
@@ -97,6 +99,9 @@ def facts(stage: Stage) -> Table | None:
     if record is None:
         return None
     table = Table(f"How {stage.name} ran", ("what", "value"))
+    if record.origin is not None:
+        origin = record.origin
+        table.add("taken from", f"{origin.stage} of the run {origin.name}, in {origin.path}")
     table.add("started", record.started)
     table.add("took", duration(record.duration))
     table.add("seed", str(record.seed))

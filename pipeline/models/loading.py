@@ -173,9 +173,9 @@ def load_reward(loader: Loader, weights: Weights, trainable: bool = False) -> Mo
 
 
 def new_reward(loader: Loader, parent: Weights, lora: Options | None, seed: int) -> Model:
-    """Make a reward model that starts from a policy's weights, with a new score head.
+    """Make a reward model that starts from a policy's weights, with a new score head, or from a reward model's.
 
-    With LoRA its adapter starts from the parent's adapter.
+    With LoRA its adapter starts from the parent's adapter, of a reward model with its head.
     """
     set_seed(seed)
     full = loader.score(parent.full)
@@ -192,13 +192,18 @@ def new_reward(loader: Loader, parent: Weights, lora: Options | None, seed: int)
     return model
 
 
-def merge(loader: Loader, weights: Weights, folder: Path, tokenizer: PreTrainedTokenizerBase) -> Weights:
-    """Write a policy's adapter merged into its base as a full folder. Never done on a quantised base."""
+def merge(
+    loader: Loader, weights: Weights, folder: Path, tokenizer: PreTrainedTokenizerBase, scores: bool = False
+) -> Weights:
+    """Write an adapter merged into its base as a full folder. Never done on a quantised base.
+
+    `scores`: it is a reward model's, whose score head goes with it.
+    """
     quantised = loader.quantization and weights.full == loader.base
     assert not quantised, "the config refuses merging into quantised weights"
-    policy = load_policy(loader, weights)
-    assert isinstance(policy, PeftModel), "only an adapter is merged"
-    policy.merge_and_unload().save_pretrained(folder)
+    model = load_reward(loader, weights) if scores else load_policy(loader, weights)
+    assert isinstance(model, PeftModel), "only an adapter is merged"
+    model.merge_and_unload().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return Weights(str(folder))
 

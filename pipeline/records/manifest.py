@@ -14,7 +14,7 @@ from typing import Any, Literal
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 
-from pipeline.config.schema import Dtype
+from pipeline.config.schema import MANIFEST, Dtype
 from pipeline.config.stage_types import STAGE_TYPES
 from pipeline.config.values import NAME
 from pipeline.records import metrics
@@ -24,7 +24,7 @@ from pipeline.system.errors import UserError
 from pipeline.system.json_object import JsonObject
 
 SCHEMA_VERSION = 1
-FILE = "manifest.json"
+FILE = MANIFEST
 PARTIAL = f"{FILE}.tmp"
 NOT_FINISHED = "not finished yet"  # the reason of a stage that had no record
 _LOCK = ".manifest.lock"
@@ -50,11 +50,28 @@ class Output(Frozen):
     files: dict[str, str]
 
 
+class Origin(Frozen):
+    """Say which stage of another run a stage was taken from.
+
+    `run` is what the config says, `path` the folder that was there, `name` the name of that run. `stages` are the
+    records there of the stage and of all that it was made from, ancestors first.
+    """
+
+    run: str
+    path: str
+    name: str
+    stage: str
+    stages: "dict[str, Record]"
+
+    def __str__(self) -> str:
+        return f"{self.stage} of {self.run}"
+
+
 class Record(Frozen):
     """Say how a finished stage was made and what it measured. The duration is in seconds.
 
     `inputs` has the fingerprints of its datasets and of the base model, and digests of its parents' outputs and of the
-    user's functions. `tokenizer` is the fingerprint of the run's tokenizer.
+    user's functions. `tokenizer` is the fingerprint of the run's tokenizer. `origin`: it was taken from another run.
     """
 
     type: str
@@ -75,6 +92,7 @@ class Record(Frozen):
     resumed_from_step: int | None = None
     git_revision: str | None = None
     reason: str | None = None  # why the stage ran, in words; records of earlier versions lack it
+    origin: Origin | None = None
 
 
 class TokenizerRecord(Frozen):
@@ -182,9 +200,20 @@ def _fault_of_record(name: str, record: Record, manifest: Manifest) -> Fault | N
     if fault := _fault_of_output(record.output, manifest):
         loc, words = fault
         return ("output", *loc), words
+    return _fault_of_metrics(record)
+
+
+def _fault_of_metrics(record: Record) -> Fault | None:
+    """Look also at what is on record of the other run that a stage was taken from."""
     if fault := metrics.check(record.type, record.metrics):
         loc, words = fault
         return ("metrics", *loc), words
+    for name, other in ({} if record.origin is None else record.origin.stages).items():
+        loc = ("origin", "stages", name)
+        if other.type not in STAGE_TYPES:
+            return (*loc, "type"), f"expected a type of stage, got {metrics.as_json(other.type)}"
+        if fault := _fault_of_metrics(other):
+            return (*loc, *fault[0]), fault[1]
     return None
 
 

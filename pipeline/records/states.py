@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Literal
 
 import psutil
-from filelock import FileLock, Timeout
 from pydantic import BaseModel, ValidationError
 
 from pipeline.records.stage_folder import LOCK
+from pipeline.system import locks
 
 FILE = "chain.json"
 State = Literal["finished", "at work", "waiting", "failed", "stopped"]
@@ -83,16 +83,7 @@ def now(chain: Chain, run_dir: Path, recorded: Container[str]) -> dict[str, Stat
 
 def is_locked(folder: Path) -> bool:
     """Tell whether a process is at work on the stage of this folder: its lock ends with the process."""
-    lock = folder / LOCK
-    if not lock.is_file():
-        return False
-    try:
-        with FileLock(lock).acquire(timeout=0):
-            return False
-    except Timeout:
-        return True
-    except OSError:  # not ours to lock
-        return False
+    return locks.is_held(folder / LOCK)
 
 
 def _is_alive(launcher: Launcher) -> bool:

@@ -10,7 +10,7 @@ from pipeline.chain.staleness import Decision
 from pipeline.config.lineage import start_of
 from pipeline.config.options import effective
 from pipeline.config.precision import Autocast, autocast
-from pipeline.config.schema import BASE, Evaluate, Online, Ppo, RunConfig, Shift, TrainingStage
+from pipeline.config.schema import BASE, Evaluate, Online, Ppo, RunConfig, Shift, Taken, TrainingStage
 from pipeline.config.stage_types import type_of
 from pipeline.show.screen import Cell, Table, say, show
 from pipeline.show.tables import count
@@ -31,6 +31,8 @@ def describe_start(config: RunConfig, name: str) -> str:
         return f"{stage.policy}, {stage.reward}"
     if isinstance(stage, Evaluate):
         return ", ".join([f"base, {stage.baseline}", *(stage.policies or [])])
+    if isinstance(stage, Taken):
+        return f"{stage.stage} of {stage.run}, copied"
     assert isinstance(stage, TrainingStage), "of the other stages each has its own words"
     if stage.init == BASE and config.model.scratch:
         return "new weights"
@@ -87,7 +89,7 @@ def plan_table(
     table = Table(f"{config.name}: plan", columns)
     for decision in decisions:
         stage = config.stages[decision.stage]
-        known = facts.get(decision.stage, {"data": stage.data, "steps": "", "trains": ""})
+        known = facts.get(decision.stage, {"data": stage.data or "", "steps": "", "trains": ""})
         start = describe_start(config, decision.stage)
         reference = describe_reference(config, decision.stage)
         cells = [known[column] for column in ("data", "steps", "trains")]

@@ -170,13 +170,16 @@ def status(run_dir: Path, console: Console) -> None:
     table = Table(f"{recorded.name}: {run_dir}", ("stage", "type", "from", "took", "metrics", "output"))
     for name, record in recorded.stages.items():
         parents = ", ".join(dict.fromkeys(record.parents.values())) or "-"
+        source = parents if record.origin is None else str(record.origin)
         took = duration(record.duration)
-        table.add(name, record.type, parents, took, headline(record), record.output.path)
+        table.add(name, record.type, source, took, headline(record), record.output.path)
     show(table, console)
     shift_table(recorded, console)
     result_table(recorded, console)
     for name, record in recorded.stages.items():
         say(console, f"\n{name}", "bold")
+        if record.origin is not None:
+            say(console, f"taken from {record.origin.stage} of the run {record.origin.name}, in {record.origin.path}")
         if record.reason not in (None, manifest.NOT_FINISHED):  # of a first run there is nothing to tell
             say(console, f"why it ran: {record.reason}")
         code = printable(snippet(run_dir, recorded, record), console.encoding)

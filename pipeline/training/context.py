@@ -15,14 +15,14 @@ from pipeline.config.graph import datasets
 from pipeline.config.lineage import Place, place_of, start_of
 from pipeline.config.options import with_defaults
 from pipeline.config.requests import request, run_data
-from pipeline.config.schema import RunConfig, Stage, TrainingStage
-from pipeline.config.stage_types import config_class
+from pipeline.config.schema import BASE, RunConfig, Stage, TrainingStage
+from pipeline.config.stage_types import config_class, makes
 from pipeline.data import fingerprints
 from pipeline.data.audit import Audit
 from pipeline.data.prepare import Datasets
 from pipeline.models.loading import Loader, Weights, merge
 from pipeline.records import manifest
-from pipeline.records.manifest import Record
+from pipeline.records.manifest import Origin, Record
 from pipeline.records.progress import Progress
 from pipeline.records.stage_folder import CHECKPOINTS
 from pipeline.system.device import Device, of_torch
@@ -33,12 +33,16 @@ from pipeline.tracking.trackers import Trackers
 
 @dataclass
 class Result:
-    """Hold what a stage's module returns: metrics, parameter counts, and rows used and dropped per dataset."""
+    """Hold what a stage's module returns: metrics, parameter counts, and rows used and dropped per dataset.
+
+    `origin`: the stage of another run that it has taken.
+    """
 
     metrics: JsonObject
     parameters: dict[str, int] = field(default_factory=dict)
     datasets: dict[str, JsonObject] = field(default_factory=dict)
     resumed_from_step: int | None = None
+    origin: Origin | None = None
 
 
 S = TypeVar("S", bound=Stage, covariant=True)
@@ -110,7 +114,8 @@ class StageContext(Generic[S]):
         merged = self.folder / "merged"
         if PartialState().is_main_process:
             self.say(f"{self.name}: merging the adapter of {start.parent} into its base, in {merged}")
-            merge(self.loader, weights, merged, self.tokenizer)
+            scores = start.parent != BASE and makes(self.config.stages[start.parent], "reward model")
+            merge(self.loader, weights, merged, self.tokenizer, scores)
         PartialState().wait_for_everyone()
         return Weights(str(merged))
 
