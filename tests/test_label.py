@@ -390,7 +390,7 @@ def test_judges(finished, cli, tmp_path):
     assert (code, error) == (0, "") and (tmp_path / "calls.txt").stat().st_size == 21
     found = about(tmp_path / "left")["figures"]
     assert found["left"]["value"]["value"] == 1.0 and found["same_answer"]["value"]["value"] == 0.0
-    assert rows_of(tmp_path / "left") == [] and "10 pairs were asked twice and got two answers" in shown
+    assert rows_of(tmp_path / "left") == [] and "Left out, since two answers to them differ: 10 pairs" in shown
     assert {path: path.read_bytes() for path in finished.run_dir.rglob("*") if path.is_file()} == before
 
     for name, message in (

@@ -44,10 +44,9 @@ def terminal(labels: Labels, console: Console) -> None:
         table.add(f"{policy} chosen", *_cells(first, "answers for a side"))
     show(table, console)
     counts = f"{figures['answered']} of {figures['questions']} questions are answered"
-    say(console, f"{counts}: {figures['ties']} ties and {figures['skips']} skips among them.")
+    say(console, f"{counts} (ties: {figures['ties']}, skips: {figures['skips']}).")
     if figures["disagreeing"]:
-        why = "were asked twice and got two answers: they are left out"
-        say(console, f"{figures['disagreeing']} pairs {why}.")
+        say(console, f"Left out, since two answers to them differ: {figures['disagreeing']} pairs.")
     path = labels.place / folder.COMPARISONS
     if figures["comparisons"]:
         say(console, f"{figures['comparisons']} comparisons are in {path}. For a config:")
