@@ -4,16 +4,14 @@ import hashlib
 import http.client
 import json
 import random
-import re
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from label_runs import about, made, rows_of, start
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
@@ -51,24 +49,6 @@ def begun(begun_once, finished_run, tmp_path):
     """A copy of the labels, opened."""
     place = shutil.copytree(begun_once, tmp_path / "ann")
     return opened(place, finished_run / "runs" / "tiny")
-
-
-def rows_of(place: Path) -> list[dict]:
-    return [json.loads(line) for line in (place / "comparisons.jsonl").read_text().split("\n") if line]
-
-
-def about(place: Path) -> dict:
-    return json.loads((place / "label.json").read_text())
-
-
-def start(run_dir: Path, folder: Path, *options) -> tuple[subprocess.Popen, int, str]:
-    """The real command at work: its process, its port and the secret path."""
-    words = [sys.executable, "-m", "pipeline", "label", run_dir, *options]
-    process = subprocess.Popen(list(map(str, words)), cwd=folder, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if match := re.fullmatch(r"http://127\.0\.0\.1:(\d+)(/.*/)", line.strip()):
-            return process, int(match[1]), match[2]
-    raise AssertionError(f"no address was shown; exit code {process.wait()}")
 
 
 def ask(port: int, path: str, body: object = None, **headers: str) -> tuple[int, bytes]:
@@ -162,19 +142,6 @@ def test_prompts_of_the_evaluation_are_left_out(finished, cli, tmp_path):
         }
         texts = [tuple(sorted(c.text for c in pair.completions)) for pair in pairs.read(place / "pairs.jsonl")]
         assert len(set(texts)) == len(texts) == 30
-
-
-def made(number: int, **scores) -> list[Pair]:
-    """Pairs of two policies; the second completion is longer in every other pair."""
-    found = []
-    for i in range(number):
-        texts = (f"answer {i}", f"another {'long ' * (i % 2)}")
-        first, second = (
-            Completion(policy, text, 3, True, scores.get(policy, float(i % 3)))
-            for policy, text in zip(("a", "b"), texts, strict=True)
-        )
-        found.append(Pair([{"role": "user", "content": f"prompt {i}"}], (first, second)))
-    return found
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 19, 100])

@@ -66,11 +66,11 @@ def verdicts(questions: Sequence[Question], answers: Mapping[int, Answer]) -> di
             by_pair.setdefault(question.pair, []).append(opinion)
     result: dict[int, int | Verdict] = {}
     for pair in sorted(by_pair):
-        different = {opinion for opinion in by_pair[pair] if opinion != "skip"}
-        if len(different) > 1:
+        opinions: list[int | Verdict] = [opinion for opinion in by_pair[pair] if opinion != "skip"]
+        if len(set(opinions)) > 1:
             result[pair] = "disagree"
         else:
-            result[pair] = different.pop() if different else "skip"
+            result[pair] = opinions[0] if opinions else "skip"
     return result
 
 
