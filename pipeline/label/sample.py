@@ -18,7 +18,7 @@ from pipeline.label.run import Parts
 from pipeline.models import scoring
 from pipeline.models.generation import Ids, Sampling, batches, generate
 from pipeline.models.loading import Loader, Model, Weights, load_policy, load_reward, to_device
-from pipeline.system.errors import UserError
+from pipeline.system.errors import UserError, reason_of
 
 NUM_SPARE_ROUNDS = 2  # through all prompts, where completions were equal or empty
 Say = Callable[[str], None]
@@ -62,7 +62,7 @@ class _Policies:
         if self._name != found.stage or self._model is None:
             self.close()
             self._say(f"loading {found.stage}")
-            self._model = to_device(load_policy(_loader(found, self._tokenizer), Weights(found.full, found.adapter)))
+            self._model = _loaded(load_policy, found, self._tokenizer)
             self._name = found.stage
             _check_positions(self._model, self._sampling.max_new_tokens, prompts)
         self._say(f"sampling {len(prompts)} completions from {found.stage}")
@@ -76,9 +76,17 @@ class _Policies:
         clear_device_cache(garbage_collection=True)
 
 
-def _loader(found: Source, tokenizer: PreTrainedTokenizerFast) -> Loader:
-    """Return what loads weights as the stages of the run do."""
-    return Loader(**found.loader_options(), pad_token_id=pad_id(tokenizer), eos_token_id=eos_id(tokenizer))
+def _loaded(load: Callable[[Loader, Weights], Model], found: Source, tokenizer: PreTrainedTokenizerFast) -> Model:
+    """Load a stage's model as the stages of its run do.
+
+    Raises:
+        UserError: if its weights are not there: those of a base model on the hub may have gone from the cache.
+    """
+    loader = Loader(**found.loader_options(), pad_token_id=pad_id(tokenizer), eos_token_id=eos_id(tokenizer))
+    try:
+        return to_device(load(loader, Weights(found.full, found.adapter)))
+    except OSError as error:
+        raise UserError(f"{found.full}: cannot be loaded: {reason_of(error)}") from None
 
 
 def _check_positions(model: Model, max_new_tokens: int, prompts: list[Ids]) -> None:
@@ -165,7 +173,7 @@ def scored(sampled: Sampled, reward: Source, batch_size: int, tokenizer: PreTrai
     Raises:
         UserError: if a score is not finite.
     """
-    model = to_device(load_reward(_loader(reward, tokenizer), Weights(reward.full, reward.adapter)))
+    model = _loaded(load_reward, reward, tokenizer)
     sequences = [sequence for both in sampled.sequences for sequence in both]
     scores = scoring.score(model, sequences, pad_id(tokenizer), batch_size)
     del model
