@@ -92,7 +92,8 @@ def test_one_completion_of_each_of_two_policies(finished, cli, tmp_path):
     assert code == 2 and "all pairs of completions were equal or empty" in error  # two steps have changed no token
     recorded = manifest.read(finished.run_dir)
     adapter = finished.run_dir / "sft" / "output" / "adapter_model.safetensors"
-    save_file({name: 100 * weight for name, weight in load_file(adapter).items()}, adapter)
+    torch.manual_seed(0)
+    save_file({name: weight + torch.randn_like(weight) for name, weight in load_file(adapter).items()}, adapter)
     record = recorded.stages["sft"]
     files = record.output.files | digests.checksums(finished.run_dir, [adapter.parent])
     output = record.output.model_copy(update={"files": files})

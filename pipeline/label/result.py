@@ -14,7 +14,7 @@ _SHARES = (
     ("same_answer", "the same answer when asked again", "pairs asked twice"),
     ("left", "left side chosen", "answers for a side"),
     ("longer", "longer answer chosen", "pairs of unequal length"),
-    ("as_reward_model", "as the reward model", "pairs with two scores"),
+    ("as_reward_model", "as the reward model", "pairs that it tells apart"),
 )
 
 
