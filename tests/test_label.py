@@ -22,6 +22,7 @@ from pipeline.label.answers import Answers
 from pipeline.label.asked import Asked
 from pipeline.label.labels import Labels
 from pipeline.label.pairs import Completion, Pair
+from pipeline.models.generation import Sampling, generate
 from pipeline.records import manifest
 from pipeline.show import results
 from pipeline.system import digests
@@ -86,33 +87,40 @@ def test_pairs_are_of_the_last_policy_and_the_least_sure_come_first(begun, finis
 
 
 def test_one_completion_of_each_of_two_policies(finished, cli, tmp_path):
-    """At temperature 0 they are what transformers' greedy search gives; where they are equal, there is no pair."""
+    """Each is what its own policy gives, loaded by the code that `rlhf status` prints.
+
+    Where all completions are equal or empty there is no pair: here at temperature 0, where only special tokens come.
+    """
+    both = ("pretrain", "sft")
     options = ("--policy", "pretrain", "--policy", "sft", "--temperature", 0, "--order", "random")
     code, _, error = cli("label", finished.run_dir, *options)
-    assert code == 2 and "all pairs of completions were equal or empty" in error  # two steps have changed no token
+    assert code == 2 and "all pairs of completions were equal or empty" in error
     recorded = manifest.read(finished.run_dir)
-    adapter = finished.run_dir / "sft" / "output" / "adapter_model.safetensors"
-    torch.manual_seed(0)
-    save_file({name: weight + torch.randn_like(weight) for name, weight in load_file(adapter).items()}, adapter)
     record = recorded.stages["sft"]
+    adapter = finished.run_dir / "sft" / "output" / "adapter_model.safetensors"
+    torch.manual_seed(0)  # after two steps its policy is still that of pretrain
+    save_file({name: weight + torch.randn_like(weight) for name, weight in load_file(adapter).items()}, adapter)
     files = record.output.files | digests.checksums(finished.run_dir, [adapter.parent])
-    output = record.output.model_copy(update={"files": files})
-    record = record.model_copy(update={"output": output})
+    record = record.model_copy(update={"output": record.output.model_copy(update={"files": files})})
     manifest.write(finished.run_dir, recorded.model_copy(update={"stages": recorded.stages | {"sft": record}}))
-    labels = opened(
-        tmp_path / "two", finished.run_dir, policies=("pretrain", "sft"), pairs=3, temperature=0.0, order="random"
-    )
-    for number, name in enumerate(("pretrain", "sft")):
+    labels = opened(tmp_path / "two", finished.run_dir, policies=both, pairs=4, order="random")
+    sampled: dict[tuple[str, int], list[str]] = {}
+    for name in both:
         shown: dict = {}
         exec(results.snippet(finished.run_dir, recorded, recorded.stages[name]), shown)
-        for pair in labels.pairs:
-            assert pair.completions[number].policy == name
-            text = shown["tokenizer"].apply_chat_template(pair.prompt, tokenize=False, add_generation_prompt=True)
-            ids = shown["tokenizer"](text, return_tensors="pt")["input_ids"]
-            out = shown["model"].generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
-            assert shown["tokenizer"].decode(out[0, ids.shape[1] :], skip_special_tokens=True) == (
-                pair.completions[number].text
-            )
+        tokenizer = shown["tokenizer"]
+        prompts = [
+            tokenizer(tokenizer.apply_chat_template(pair.prompt, tokenize=False, add_generation_prompt=True))
+            for pair in labels.pairs
+        ]
+        ids = [prompt["input_ids"] for prompt in prompts]
+        for draw in (0, 1):
+            drawn = generate(shown["model"].eval(), ids, Sampling(1.0, 8, 4, 0), tokenizer, draw)
+            sampled[name, draw] = tokenizer.batch_decode(drawn, skip_special_tokens=True)
+    for number, name in enumerate(both):
+        assert {pair.completions[number].policy for pair in labels.pairs} == {name}
+        assert [pair.completions[number].text for pair in labels.pairs] == sampled[name, number]
+        assert sampled["sft", number] != sampled["pretrain", number]
 
 
 def test_prompts_of_the_evaluation_are_left_out(finished, cli, tmp_path):
