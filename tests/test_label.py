@@ -4,17 +4,16 @@ import hashlib
 import http.client
 import json
 import random
-import re
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from label_runs import about, made, rows_of, start
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from pipeline.config.load import load
 from pipeline.data import heldout
@@ -23,8 +22,10 @@ from pipeline.label.answers import Answers
 from pipeline.label.asked import Asked
 from pipeline.label.labels import Labels
 from pipeline.label.pairs import Completion, Pair
+from pipeline.models.generation import Sampling, generate
 from pipeline.records import manifest
 from pipeline.show import results
+from pipeline.system import digests
 
 N = 12
 
@@ -49,24 +50,6 @@ def begun(begun_once, finished_run, tmp_path):
     """A copy of the labels, opened."""
     place = shutil.copytree(begun_once, tmp_path / "ann")
     return opened(place, finished_run / "runs" / "tiny")
-
-
-def rows_of(place: Path) -> list[dict]:
-    return [json.loads(line) for line in (place / "comparisons.jsonl").read_text().splitlines()]
-
-
-def about(place: Path) -> dict:
-    return json.loads((place / "label.json").read_text())
-
-
-def start(run_dir: Path, folder: Path, *options) -> tuple[subprocess.Popen, int, str]:
-    """The real command at work: its process, its port and the secret path."""
-    words = [sys.executable, "-m", "pipeline", "label", run_dir, *options]
-    process = subprocess.Popen(list(map(str, words)), cwd=folder, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if match := re.fullmatch(r"http://127\.0\.0\.1:(\d+)(/.*/)", line.strip()):
-            return process, int(match[1]), match[2]
-    raise AssertionError(f"no address was shown; exit code {process.wait()}")
 
 
 def ask(port: int, path: str, body: object = None, **headers: str) -> tuple[int, bytes]:
@@ -103,22 +86,41 @@ def test_pairs_are_of_the_last_policy_and_the_least_sure_come_first(begun, finis
                     assert shown["model"](**ids).logits.item() == pytest.approx(one.score, abs=1e-5)
 
 
-def test_one_completion_of_each_of_two_policies(finished_run, tmp_path):
-    """At temperature 0 they are what transformers' greedy search gives."""
-    run_dir = finished_run / "runs" / "tiny"
-    labels = opened(tmp_path / "two", run_dir, policies=("pretrain", "sft"), pairs=3, temperature=0.0, order="random")
-    recorded = manifest.read(run_dir)
-    for number, name in enumerate(("pretrain", "sft")):
+def test_one_completion_of_each_of_two_policies(finished, cli, tmp_path):
+    """Each is what its own policy gives, loaded by the code that `rlhf status` prints.
+
+    Where all completions are equal or empty there is no pair: here at temperature 0, where only special tokens come.
+    """
+    both = ("pretrain", "sft")
+    options = ("--policy", "pretrain", "--policy", "sft", "--temperature", 0, "--order", "random")
+    code, _, error = cli("label", finished.run_dir, *options)
+    assert code == 2 and "all pairs of completions were equal or empty" in error
+    recorded = manifest.read(finished.run_dir)
+    record = recorded.stages["sft"]
+    adapter = finished.run_dir / "sft" / "output" / "adapter_model.safetensors"
+    torch.manual_seed(0)  # after two steps its policy is still that of pretrain
+    save_file({name: weight + torch.randn_like(weight) for name, weight in load_file(adapter).items()}, adapter)
+    files = record.output.files | digests.checksums(finished.run_dir, [adapter.parent])
+    record = record.model_copy(update={"output": record.output.model_copy(update={"files": files})})
+    manifest.write(finished.run_dir, recorded.model_copy(update={"stages": recorded.stages | {"sft": record}}))
+    labels = opened(tmp_path / "two", finished.run_dir, policies=both, pairs=4, order="random")
+    sampled: dict[tuple[str, int], list[str]] = {}
+    for name in both:
         shown: dict = {}
-        exec(results.snippet(run_dir, recorded, recorded.stages[name]), shown)
-        for pair in labels.pairs:
-            assert pair.completions[number].policy == name
-            text = shown["tokenizer"].apply_chat_template(pair.prompt, tokenize=False, add_generation_prompt=True)
-            ids = shown["tokenizer"](text, return_tensors="pt")["input_ids"]
-            out = shown["model"].generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
-            assert shown["tokenizer"].decode(out[0, ids.shape[1] :], skip_special_tokens=True) == (
-                pair.completions[number].text
-            )
+        exec(results.snippet(finished.run_dir, recorded, recorded.stages[name]), shown)
+        tokenizer = shown["tokenizer"]
+        prompts = [
+            tokenizer(tokenizer.apply_chat_template(pair.prompt, tokenize=False, add_generation_prompt=True))
+            for pair in labels.pairs
+        ]
+        ids = [prompt["input_ids"] for prompt in prompts]
+        for draw in (0, 1):
+            drawn = generate(shown["model"].eval(), ids, Sampling(1.0, 8, 4, 0), tokenizer, draw)
+            sampled[name, draw] = tokenizer.batch_decode(drawn, skip_special_tokens=True)
+    for number, name in enumerate(both):
+        assert {pair.completions[number].policy for pair in labels.pairs} == {name}
+        assert [pair.completions[number].text for pair in labels.pairs] == sampled[name, number]
+        assert sampled["sft", number] != sampled["pretrain", number]
 
 
 def test_prompts_of_the_evaluation_are_left_out(finished, cli, tmp_path):
@@ -149,19 +151,6 @@ def test_prompts_of_the_evaluation_are_left_out(finished, cli, tmp_path):
         }
         texts = [tuple(sorted(c.text for c in pair.completions)) for pair in pairs.read(place / "pairs.jsonl")]
         assert len(set(texts)) == len(texts) == 30
-
-
-def made(number: int, **scores) -> list[Pair]:
-    """Pairs of two policies; the second completion is longer in every other pair."""
-    found = []
-    for i in range(number):
-        texts = (f"answer {i}", f"another {'long ' * (i % 2)}")
-        first, second = (
-            Completion(policy, text, 3, True, scores.get(policy, float(i % 3)))
-            for policy, text in zip(("a", "b"), texts, strict=True)
-        )
-        found.append(Pair([{"role": "user", "content": f"prompt {i}"}], (first, second)))
-    return found
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 19, 100])
@@ -221,8 +210,9 @@ def test_answers_become_comparisons(begun):
     assert len(rows_of(begun.place)) == len({question.pair for question in begun.questions[: N // 2]})
     begun.undo()
     begun.answer(begun.next, "tie", 1.0)
-    begun.undo()
-    begun.undo()
+    while begun.answers.standing:
+        begun.undo()
+    assert rows_of(begun.place) == []
     while begun.next is not None:
         question = begun.next
         opinion = "skip" if question.pair == 0 else "tie" if question.pair == 1 else None
@@ -376,7 +366,7 @@ def test_judges(finished, cli, tmp_path):
     assert (code, error) == (0, "") and (tmp_path / "calls.txt").stat().st_size == 21
     found = about(tmp_path / "left")["figures"]
     assert found["left"]["value"]["value"] == 1.0 and found["same_answer"]["value"]["value"] == 0.0
-    assert rows_of(tmp_path / "left") == [] and "10 pairs were asked twice and got two answers" in shown
+    assert rows_of(tmp_path / "left") == [] and "Left out, since two answers to them differ: 10 pairs" in shown
     assert {path: path.read_bytes() for path in finished.run_dir.rglob("*") if path.is_file()} == before
 
     for name, message in (
@@ -392,6 +382,7 @@ def test_judges(finished, cli, tmp_path):
 
 
 def test_lineage(begun, finished_run):
+    begun.write()
     shown = about(begun.place)
     recorded = manifest.read(finished_run / "runs" / "tiny")
     (policy,) = shown["policies"]
@@ -420,8 +411,8 @@ def test_lineage(begun, finished_run):
         (["--policy", "reward"], "'reward' is a reward model, which completes nothing; policies here: pretrain, sft"),
         (["--policy", "sft", "--policy", "sft"], "expected one stage or two different ones, got sft, sft"),
         (["--prompts", "promts"], "'promts' is neither a file nor a dataset of"),
-        (["--policy", "pretrain"], "stage 'pretrain' was trained on raw text, which has no prompts"),
-        (["--prompts", "corpus"], "fit"),
+        (["--policy", "pretrain"], "does not say which prompts pretrain learned from; name some with --prompts"),
+        (["--prompts", "corpus"], "holds text rows (columns text), expected prompts"),
         (["--temperature", "0"], "at 0 both completions of a policy are the same"),
         (["--max-new-tokens", "1000"], "1000 are too many: the longest prompt has"),
         (["--to", "x.jsonl"], "is a file's name; give a folder"),

@@ -9,11 +9,11 @@ import shutil
 import threading
 import time
 
+import label_runs
 import pytest
-from test_label import about, opened, rows_of, start
 
-from pipeline.label import folder, pairs
 from pipeline.label.answers import Answers
+from pipeline.label.labels import Labels
 from pipeline.label.pairs import Completion, Pair
 
 webdriver = pytest.importorskip("selenium.webdriver")
@@ -42,17 +42,17 @@ def browser():
     driver.quit()
 
 
-@pytest.fixture(scope="module")
-def begun_once(finished_run, tmp_path_factory, _imported):
-    place = tmp_path_factory.mktemp("labels") / "ann"
-    opened(place, finished_run / "runs" / "tiny", pairs=18, twice=2 / 18, by="ann")
-    return place
-
-
 @pytest.fixture
-def place(begun_once, tmp_path):
-    """A copy of labels with 20 questions, none answered."""
-    return shutil.copytree(begun_once, tmp_path / "ann")
+def begun(tmp_path):
+    """A run folder and labels of it: 20 questions on 18 pairs, the first of them hostile, none answered."""
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "What is salt?"},
+        {"role": "assistant", "content": "A mineral."},
+        {"role": "user", "content": HOSTILE},
+    ]
+    both = (Completion("a", HOSTILE, 9, True, 1.0), Completion("b", "two\n\nlines", 9, True, 0.0))
+    return label_runs.write(tmp_path, [Pair(turns, both), *label_runs.made(17)], 2 / 18)
 
 
 def state(driver) -> tuple[str, str]:
@@ -75,15 +75,15 @@ def open_page(driver, port: int, secret: str) -> None:
     state(driver)
 
 
-def test_a_person_answers_and_the_server_is_killed_meanwhile(browser, place, finished_run, tmp_path):
+def test_a_person_answers_and_the_server_is_killed_meanwhile(browser, begun, tmp_path):
     """Each question is asked until its answer is on disk, and then never again; what was shown as kept is kept."""
     drawn = random.Random(time.time_ns())
-    run_dir = finished_run / "runs" / "tiny"
+    run_dir, place = begun
     pressed: dict[str, str] = {}
     kept: dict[str, str] = {}
     kills = 0
     while len(kept) < 20:
-        process, port, secret = start(run_dir, tmp_path, "--to", place)
+        process, port, secret = label_runs.start(run_dir, tmp_path, "--to", place)
         open_page(browser, port, secret)
         number, answered = state(browser)
         on_disk = {str(one.question): one.opinion for one in Answers(place / "answers.jsonl").standing}
@@ -114,26 +114,23 @@ def test_a_person_answers_and_the_server_is_killed_meanwhile(browser, place, fin
     assert sorted(entry["question"] for entry in entries) == sorted(map(int, pressed))
     assert {str(entry["question"]): entry["opinion"] for entry in entries} == pressed
     assert all(0 <= entry["seconds"] < 30 for entry in entries)
-    labels = opened(place, run_dir)
+    labels = Labels(place, label_runs.about(place))
     assert labels.next is None
     labels.write()
-    assert len(rows_of(place)) == about(place)["comparisons"]["rows"] == labels.figures()["comparisons"]
+    rows = label_runs.rows_of(place)
+    assert len(rows) == label_runs.about(place)["comparisons"]["rows"] == labels.figures()["comparisons"]
 
 
 @pytest.fixture
-def page(browser, place, finished_run, tmp_path):
-    """The page of these labels, with a hostile first pair; its driver."""
-    sampled = pairs.read(place / folder.PAIRS)
-    turns = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "What is salt?"},
-        {"role": "assistant", "content": "A mineral."},
-        {"role": "user", "content": HOSTILE},
-    ]
-    first, second = sampled[0].completions
-    both = (Completion(first.policy, HOSTILE, 9, True, 1.0), Completion(second.policy, "two\n\nlines", 9, True, 0.0))
-    pairs.write(place / folder.PAIRS, [Pair(turns, both, 0), *sampled[1:]])
-    process, port, secret = start(finished_run / "runs" / "tiny", tmp_path, "--to", place)
+def place(begun):
+    return begun[1]
+
+
+@pytest.fixture
+def page(browser, begun, tmp_path):
+    """The page of these labels; its driver."""
+    run_dir, place = begun
+    process, port, secret = label_runs.start(run_dir, tmp_path, "--to", place)
     open_page(browser, port, secret)
     yield browser
     process.kill()
@@ -148,7 +145,7 @@ def texts(driver, selector: str) -> list[str]:
 def test_what_the_page_shows(page):
     assert texts(page, "#prompt .who") == ["System", "User", "Assistant", "User"]
     assert texts(page, "#prompt .text") == ["Be brief.", "What is salt?", "A mineral.", HOSTILE]
-    assert (texts(page, "#left"), texts(page, "#right")) == ([HOSTILE], ["two\n\nlines"])
+    assert {*texts(page, "#left"), *texts(page, "#right")} == {HOSTILE, "two\n\nlines"}
     assert page.execute_script("return window.broken === undefined && document.querySelector('main img') === null")
     assert page.find_element(By.ID, "count").text == "Question 1 of 20"
     assert page.find_element(By.ID, "right").size["height"] > 60  # its lines stay lines
@@ -172,7 +169,7 @@ def test_undo_and_what_is_no_answer(page, place):
     assert state(page) == (second, "1")
     press(page, "U")
     assert state(page) == (first, "0")
-    assert Answers(place / "answers.jsonl").standing == [] and rows_of(place) == []
+    assert Answers(place / "answers.jsonl").standing == [] and label_runs.rows_of(place) == []
     press(page, "u")
     assert state(page) == (first, "0")
     page.find_element(By.CSS_SELECTOR, "[data-answer=tie]").send_keys(Keys.ENTER)  # a button, by the keyboard

@@ -112,10 +112,10 @@ def held(*sources: Source) -> Iterator[None]:
     Raises:
         UserError: if one of them is at work.
     """
+    stages = {stage: source.run_dir for source in sources for stage in (source.stage, source.below) if stage}
     with contextlib.ExitStack() as locks:
-        stages = {stage: source for source in sources for stage in (source.stage, source.below) if stage is not None}
-        for stage, source in stages.items():
-            folder = source.run_dir / stage
+        for stage, run_dir in stages.items():
+            folder = run_dir / stage
             if not os.access(folder, os.W_OK):
                 continue
             try:

@@ -1,9 +1,10 @@
 """Begin labels: find what is compared, sample the pairs, and say where they are from."""
 
-import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from pipeline.system.quiet import quieten_transformers  # isort: skip
 
 from transformers import PreTrainedTokenizerFast
 
@@ -32,12 +33,13 @@ def begin(asked: Asked, by: str, place: Path, recorded: Manifest, config: RunCon
     Raises:
         UserError: if a stage, the prompts or an option cannot be used, or no two completions differ.
     """
+    quieten_transformers()
     run_dir = asked.run_dir
     parts = run.parts_of(run_dir, recorded, config, asked.policies)
     order: Order = asked.order or ("random" if parts.reward is None else "unsure")
     if order == "unsure" and parts.reward is None:
         raise UserError("--order unsure: the run has no finished reward model to be unsure; say `--order random`")
-    given = asked.prompts or prompts.default(config, parts.policies[0].stage)
+    given = asked.prompts or prompts.default(config, [one.stage for one in parts.policies])
     given = prompts.place_of(config, given)
     section = run.sampling_of(config)
     settings = {
@@ -53,9 +55,8 @@ def begin(asked: Asked, by: str, place: Path, recorded: Manifest, config: RunCon
         "judge": asked.judge,
     }
     sampling = Sampling(settings["temperature"], settings["max_new_tokens"], section.batch_size, settings["seed"])
-    with contextlib.ExitStack() as locks:
+    with source.held(*parts.all):
         for one in parts.all:
-            locks.enter_context(source.held(one))
             source.verify(one)
         tokenizer = _tokenizer(run_dir, recorded)
         read = prompts.read(config, given, section.max_prompt_length, tokenizer)

@@ -54,9 +54,7 @@ def opinion_of(question: Question, answer: Answer | None) -> int | Literal["tie"
     return answer.opinion
 
 
-def verdicts(
-    pairs: Sequence[Pair], questions: Sequence[Question], answers: Mapping[int, Answer]
-) -> dict[int, int | Verdict]:
+def verdicts(questions: Sequence[Question], answers: Mapping[int, Answer]) -> dict[int, int | Verdict]:
     """Return for each pair with an answer the better completion, `tie`, `skip`, or `disagree` if two answers do.
 
     Of a pair that is asked twice a skip does not count beside another answer.
@@ -68,11 +66,11 @@ def verdicts(
             by_pair.setdefault(question.pair, []).append(opinion)
     result: dict[int, int | Verdict] = {}
     for pair in sorted(by_pair):
-        different = {opinion for opinion in by_pair[pair] if opinion != "skip"}
-        if len(different) > 1:
+        opinions: list[int | Verdict] = [opinion for opinion in by_pair[pair] if opinion != "skip"]
+        if len(set(opinions)) > 1:
             result[pair] = "disagree"
         else:
-            result[pair] = different.pop() if different else "skip"
+            result[pair] = opinions[0] if opinions else "skip"
     return result
 
 
@@ -91,7 +89,7 @@ def rows(pairs: Sequence[Pair], found: Mapping[int, int | Verdict]) -> list[dict
 def figures(pairs: Sequence[Pair], questions: Sequence[Question], answers: Mapping[int, Answer]) -> Figures:
     """Return what the answers show so far."""
     opinions = {question: opinion_of(question, answers.get(question.number)) for question in questions}
-    found = list(verdicts(pairs, questions, answers).values())
+    found = list(verdicts(questions, answers).values())
     sides = [opinion == question.left for question, opinion in opinions.items() if isinstance(opinion, int)]
     first = [(pairs[q.pair], o) for q, o in opinions.items() if not q.again and isinstance(o, int)]
     given = [answer.opinion for answer in answers.values()]

@@ -49,7 +49,7 @@ class Labels:
 
     def write(self) -> None:
         """Write the comparisons, and what label.json says of them."""
-        found = figures.verdicts(self.pairs, self.questions, self.answers.by_question())
+        found = figures.verdicts(self.questions, self.answers.by_question())
         rows = figures.rows(self.pairs, found)
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         file = self.place / folder.COMPARISONS

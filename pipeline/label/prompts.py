@@ -1,6 +1,7 @@
 """Read the prompts that are completed, without those that the run is evaluated on: what is labelled is trained on."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,18 +27,19 @@ class Prompts(NamedTuple):
     remarks: list[str]
 
 
-def default(config: RunConfig, policy: str) -> str:
-    """Name the dataset that a policy was trained on.
+def default(config: RunConfig, policies: Sequence[str]) -> str:
+    """Name the dataset that the last of these policies was trained on that has prompts.
 
     Raises:
-        UserError: if the config does not have its stage, or it has no prompts.
+        UserError: if the config has no such stage any more, or all were trained on raw text.
     """
-    stage = config.stages.get(policy)
-    if stage is None:
-        raise UserError(f"{config.source} has no stage {policy!r} any more; name the prompts with --prompts")
-    if stage.data in _texts(config):
-        raise UserError(f"stage {policy!r} was trained on raw text, which has no prompts; name some with --prompts")
-    return stage.data
+    texts = {stage.data for stage in config.stages.values() if type_of(stage).reads_raw_text}
+    stages = [config.stages.get(policy) for policy in reversed(policies)]
+    datasets = [stage.data for stage in stages if stage is not None and stage.data not in {None, *texts}]
+    if not datasets:
+        fault = f"{config.source} does not say which prompts {' and '.join(policies)} learned from"
+        raise UserError(f"{fault}; name some with --prompts")
+    return datasets[0]
 
 
 def place_of(config: RunConfig, given: str) -> str:
@@ -118,8 +120,3 @@ def _with(config: RunConfig, given: str) -> RunData:
         evaluated.append(given)  # the run is evaluated on all of it
     beside = {**data.evaluated_beside, given: tuple(evaluated)}
     return dataclasses.replace(data, sections=sections, evaluated_beside=beside)
-
-
-def _texts(config: RunConfig) -> set[str]:
-    """Return the datasets of raw text."""
-    return {stage.data for stage in config.stages.values() if type_of(stage).reads_raw_text}

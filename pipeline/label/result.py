@@ -7,13 +7,14 @@ from pipeline.label.figures import Figures, Share
 from pipeline.label.labels import Labels
 from pipeline.shift.estimate import estimate
 from pipeline.show.screen import Table, say, show
+from pipeline.show.tables import number
 
 # Of each share: its name, and what it is of.
 _SHARES = (
     ("same_answer", "the same answer when asked again", "pairs asked twice"),
     ("left", "left side chosen", "answers for a side"),
     ("longer", "longer answer chosen", "pairs of unequal length"),
-    ("as_reward_model", "as the reward model", "pairs with two scores"),
+    ("as_reward_model", "as the reward model", "pairs that it tells apart"),
 )
 
 
@@ -21,7 +22,8 @@ def lines(figures: Figures) -> list[list[str]]:
     """Return the figures as rows: name, value with its interval, and of how many. No policy is named."""
     found = [[label, *_cells(figures[key], what)] for key, label, what in _SHARES]
     seconds = figures["seconds"]
-    found.append(["median time", "-" if seconds is None else f"{seconds:.1f} s", f"{figures['answered']} answers"])
+    time = "-" if seconds is None else f"{number(seconds, 1 if seconds >= 1 else 3)} s"
+    found.append(["median time", time, f"{figures['answered']} answers"])
     return found
 
 
@@ -42,10 +44,9 @@ def terminal(labels: Labels, console: Console) -> None:
         table.add(f"{policy} chosen", *_cells(first, "answers for a side"))
     show(table, console)
     counts = f"{figures['answered']} of {figures['questions']} questions are answered"
-    say(console, f"{counts}: {figures['ties']} ties and {figures['skips']} skips among them.")
+    say(console, f"{counts} (ties: {figures['ties']}, skips: {figures['skips']}).")
     if figures["disagreeing"]:
-        why = "were asked twice and got two answers: they are left out"
-        say(console, f"{figures['disagreeing']} pairs {why}.")
+        say(console, f"Left out, since two answers to them differ: {figures['disagreeing']} pairs.")
     path = labels.place / folder.COMPARISONS
     if figures["comparisons"]:
         say(console, f"{figures['comparisons']} comparisons are in {path}. For a config:")

@@ -18,7 +18,7 @@ from pipeline.label.run import Parts
 from pipeline.models import scoring
 from pipeline.models.generation import Ids, Sampling, batches, generate
 from pipeline.models.loading import Loader, Model, Weights, load_policy, load_reward, to_device
-from pipeline.system.errors import UserError
+from pipeline.system.errors import UserError, reason_of
 
 NUM_SPARE_ROUNDS = 2  # through all prompts, where completions were equal or empty
 Say = Callable[[str], None]
@@ -62,7 +62,7 @@ class _Policies:
         if self._name != found.stage or self._model is None:
             self.close()
             self._say(f"loading {found.stage}")
-            self._model = to_device(load_policy(_loader(found, self._tokenizer), Weights(found.full, found.adapter)))
+            self._model = _loaded(load_policy, found, self._tokenizer)
             self._name = found.stage
             _check_positions(self._model, self._sampling.max_new_tokens, prompts)
         self._say(f"sampling {len(prompts)} completions from {found.stage}")
@@ -76,9 +76,17 @@ class _Policies:
         clear_device_cache(garbage_collection=True)
 
 
-def _loader(found: Source, tokenizer: PreTrainedTokenizerFast) -> Loader:
-    """Return what loads weights as the stages of the run do."""
-    return Loader(**found.loader_options(), pad_token_id=pad_id(tokenizer), eos_token_id=eos_id(tokenizer))
+def _loaded(load: Callable[[Loader, Weights], Model], found: Source, tokenizer: PreTrainedTokenizerFast) -> Model:
+    """Load a stage's model as the stages of its run do.
+
+    Raises:
+        UserError: if its weights are not there: those of a base model on the hub may have gone from the cache.
+    """
+    loader = Loader(**found.loader_options(), pad_token_id=pad_id(tokenizer), eos_token_id=eos_id(tokenizer))
+    try:
+        return to_device(load(loader, Weights(found.full, found.adapter)))
+    except OSError as error:
+        raise UserError(f"{found.full}: cannot be loaded: {reason_of(error)}") from None
 
 
 def _check_positions(model: Model, max_new_tokens: int, prompts: list[Ids]) -> None:
@@ -106,17 +114,21 @@ def sample(
     order = list(range(len(rows)))
     random.Random(f"{sampling.seed} prompts").shuffle(order)
     rounds = math.ceil(number / len(order)) + NUM_SPARE_ROUNDS
+    if sampling.temperature == 0:  # a second round would give the same
+        rounds = 1
     waiting = [(turn, i) for turn in range(rounds) for i in order]
     policies = _Policies(tokenizer, sampling, say)
     result = Sampled()
     known: set[tuple[int, frozenset[str]]] = set()
+    least = sampling.batch_size
     while waiting and len(result.pairs) < number:
         turn = waiting[0][0]
-        wanted = max(number - len(result.pairs), sampling.batch_size)
+        wanted = max(number - len(result.pairs), least)
+        least *= 2  # where few completions differ, models would be loaded for each few prompts
         now = [i for its_turn, i in waiting[:wanted] if its_turn == turn]
         waiting = waiting[len(now) :]
         prompts = rows.select(now)["prompt_ids"][:]
-        draws = (2 * turn, 2 * turn + 1) if one_policy else (turn, turn)
+        draws = (2 * turn, 2 * turn + 1)  # with the same random numbers policies that are near say the same
         sides = (parts.policies[0], parts.policies[-1])
         drawn = [policies.complete(side, prompts, draw) for side, draw in zip(sides, draws, strict=True)]
         for i, prompt, *both in zip(now, prompts, *drawn, strict=True):
@@ -161,7 +173,7 @@ def scored(sampled: Sampled, reward: Source, batch_size: int, tokenizer: PreTrai
     Raises:
         UserError: if a score is not finite.
     """
-    model = to_device(load_reward(_loader(reward, tokenizer), Weights(reward.full, reward.adapter)))
+    model = _loaded(load_reward, reward, tokenizer)
     sequences = [sequence for both in sampled.sequences for sequence in both]
     scores = scoring.score(model, sequences, pad_id(tokenizer), batch_size)
     del model

@@ -53,7 +53,7 @@ function show(answer) {
   find("#count").textContent = state.question ? `Question ${number} of ${state.total}` : `${state.total} of ${state.total} answered`;
   find("#question").hidden = !state.question;
   find("#end").hidden = Boolean(state.question);
-  for (const button of document.querySelectorAll("[data-answer]")) button.hidden = !state.question;
+  for (const node of document.querySelectorAll("[data-answer], .gap")) node.hidden = !state.question;
   find("[data-undo]").disabled = state.answered === 0;
   if (state.question && state.question.number !== before) ask(state.question);
   if (!state.question) end(state.result);
