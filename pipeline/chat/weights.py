@@ -148,13 +148,13 @@ class Models:
         found = self._run.source(name)
         with source.held(found):
             source.verify(found)
-            if found.adapter is not None:
+            if found.adapter is not None and self._is_policy(found.full):
                 shared = self._full(found.full)
                 shared.owners.append(name)
                 return shared.add_reward(found.adapter)
             with _readable(found.full):
-                self._say(f"loading {found.full}: the reward model {name}, in full")
-                return to_device(load_reward(self._loader, Weights(found.full)))
+                self._say(f"loading {found.full}: the reward model {name}, apart from the policies")
+                return to_device(load_reward(self._loader, Weights(found.full, found.adapter)))
 
     def accounts(self) -> list[str]:
         """Say for each set of full weights in memory who uses it."""
@@ -176,6 +176,11 @@ class Models:
             shared = self._full(found.full)
             shared.owners.append(name)
             return Policy(shared, NO_ADAPTER if found.adapter is None else shared.add_policy(found.adapter))
+
+    def _is_policy(self, full: str) -> bool:
+        """Say whether full weights are a policy's; those of a reward model have no vocabulary head."""
+        finished = [name for name in self._run.policies if name != BASE]
+        return full == self._loader.base or full in {self._run.source(name).full for name in finished}
 
     def _full(self, full: str) -> Shared:
         """Return the full weights at a place, loaded once."""

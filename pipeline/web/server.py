@@ -131,7 +131,8 @@ async def _lines(result: Iterator[JsonObject], busy: anyio.Lock) -> AsyncIterato
         finally:
             close = getattr(result, "close", None)  # a generator's
             if close is not None:
-                close()
+                with anyio.CancelScope(shield=True):  # a page that was left cancels what is awaited here
+                    await run_in_threadpool(close)
 
 
 class _Guard:
@@ -150,7 +151,7 @@ class _Guard:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 ours = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
-                message = message | {"headers": [*message["headers"], *ours]}
+                message = {**message, "headers": [*message["headers"], *ours]}
             await send(message)
 
         fault = self._fault(Request(scope))
