@@ -51,9 +51,9 @@ class Request:
     takes_tools: bool
     unique_prompts: bool
     piece_length: int | None
-    packing: Packing | None
-    num_rows: int | None
-    longest: bool
+    packing: Packing | None = None
+    num_rows: int | None = None
+    longest: bool = False
 
 
 @dataclass(frozen=True)

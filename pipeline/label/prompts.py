@@ -71,7 +71,7 @@ def read(config: RunConfig, given: str, max_length: int, tokenizer: PreTrainedTo
         split=graph.TRAIN,
         length_option="max_prompt_length",
         max_length=max_length,
-        truncates=False,
+        truncates=config.too_long == "truncate",
         takes_tools=False,
         unique_prompts=True,
         piece_length=None,

@@ -70,7 +70,7 @@ def look(config: RunConfig, recorded: Manifest, names: list[str]) -> Known:
     tables = check_data.tables(audits, config.checks.model_dump())
     prompts = {name: fact.prompt for name, fact in facts.items() if fact.prompt is not None}
     warnings = [*foresight.no_template(config, tokenizer.chat_template), *foresight.warnings(config, audits)]
-    sizes = {name: size_of(fact) for name, fact in facts.items()}
+    sizes = {name: size_of(fact) for name, fact in facts.items() if fact.audits}  # others are taken from another run
     shown = {name: figures(config, name, fact) for name, fact in facts.items()}
     known = Known(shown, tables, prompts, warnings, sizes, forecast.speed())
     if key is not None and key == _key(config, recorded, names):  # nothing changed meanwhile

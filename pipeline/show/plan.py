@@ -72,6 +72,8 @@ def describe_reference(config: RunConfig, name: str) -> str:
 
 def figures(config: RunConfig, name: str, facts: "Facts") -> Figures:
     """Return what the plan shows of a stage's facts."""
+    if not facts.audits:
+        return {"data": "", "steps": "copied", "trains": ""}
     amount = _amount(config, name, size_of(facts))
     steps = f"{facts.steps}\n{amount}" if facts.steps else amount
     known = {"data": "\n".join(map(_rows, facts.audits.values())), "steps": steps, "trains": ""}
