@@ -203,6 +203,33 @@ def test_a_stage_that_fails_ends_it(tmp_path, rlhf):
     assert not (tmp_path / "run").exists()
 
 
+def test_rewards_that_tell_nothing_apart_end_no_smoke_run(tmp_path, cli, monkeypatch):
+    """In two steps no answer may be right. In the run itself this would be a fault."""
+    monkeypatch.setattr(
+        process, "run_stage", lambda config, name, overrides, *_: stage.run(load(config.source, overrides), name)
+    )
+    (tmp_path / "judge.py").write_text("def same(prompt, completion):\n    return 1.0\n")
+    online = {"num_generations": 2, "max_completion_length": 4, "beta": 0.0}
+    grpo = {"data": "demonstrations", "reward_functions": ["judge:same"], "training": online}
+    path = tiny.make_run(tmp_path, {"sft": tiny.SFT, "grpo": grpo})
+    code, _, err = cli("run", path, "--smoke")
+    assert code == 0, err
+    said = [entry.said for entry in Reader(tmp_path / "run-smoke" / "grpo" / "progress.jsonl").read() if entry.said]
+    assert any("grpo: all completions of each prompt had equal rewards" in text for text in said)
+
+
+def test_a_gpu_keeps_whole_batches_of_held_out_rows():
+    """They decide about memory, as the rows that are trained on do; a stream's own rows are not counted."""
+    config = load(CONFIGS / "quickstart.yaml", ("stages.reward.training.per_device_train_batch_size=1",))
+    assert config.stages["reward"].eval_data is not None
+    assert cuts_of(config, GPU)["reward"].rows == 8  # TRL's per_device_eval_batch_size
+    assert cuts_of(config, GPU)["dpo"].rows == 2 * 16
+    for processes, rows in ((1, 100), (4, 400)):
+        devices = dict.fromkeys(config.stages, GPU)
+        cuts = smoke.cut(config, sizes_of(config), devices, dict.fromkeys(config.stages, processes))
+        assert cuts["evaluate"].rows == rows  # a batch for each process
+
+
 def test_options_that_it_cannot_take(tmp_path, cli):
     path = tiny.make_run(tmp_path, {"sft": tiny.SFT})
     code, _, err = cli("run", path, "--smoke", "--only", "sft")
@@ -332,6 +359,8 @@ def test_work_of_each_kind(tmp_path):
     assert forecast.work(config, "reward", size) == {"training": 600, "held_out": (1 + 2) * 40}
     assert forecast.work(config, "ppo", size) == {"training": 24 * (20 + 12), "sampling": 10 * 4 * (20 + 12)}
     assert forecast.work(config, "grpo", size) == {"training": 9 * 4 * (20 + 6)}
+    assert forecast.work(config, "reward", size, 4) == {"training": 600, "held_out": (1 + 0) * 40}
+    assert forecast.work(config, "grpo", size, 4) == {"training": 9 * 4 * (20 + 6)}  # as many prompts as ever
     assert forecast.operations(config, "sft", size, 1000, 1) == 1000 * (6 * 600 + 2 * 200)
     assert forecast.operations(config, "ppo", size, 1000, 1) == 1000 * (6 * 2 * 2 * 24 * 32 + 2 * 40 * 32)
 

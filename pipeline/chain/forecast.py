@@ -69,6 +69,8 @@ def work(config: RunConfig, name: str, size: Size, processes: int = 1, evaluatio
             number = stage.baseline_completions if stage.prompt_baseline == "sft_mean" else 1
             done["sampling"] = size.rows * number * episode
     elif isinstance(stage, Online):
+        if options["max_steps"] <= 0:
+            rows //= processes  # the steps are those of one process, which would make all completions
         done["training"] = rows * (size.per_row + options["max_completion_length"])
     elif size.sequences == 0:  # a stream: full sequences, and nobody knows how many there are
         done["training"] = rows * options["max_length"]
@@ -77,7 +79,7 @@ def work(config: RunConfig, name: str, size: Size, processes: int = 1, evaluatio
     else:
         done["training"] = size.tokens * options["num_train_epochs"]
     if isinstance(stage, Offline) and stage.eval_data is not None:
-        number = _evaluations(stage, options, size.steps) if evaluations is None else evaluations
+        number = _evaluations(stage, options, size.steps, processes) if evaluations is None else evaluations
         done["held_out"] = number * size.eval_tokens
     return done
 
@@ -90,8 +92,13 @@ def _draws(stage: Sampled) -> int:
     return len({"base", stage.baseline, *(stage.policies or ())})
 
 
-def _evaluations(stage: Offline, options: Options, steps: int) -> int:
-    """Return how often a stage measures its loss on `eval_data`: at the end, a policy at the start, and in between."""
+def _evaluations(stage: Offline, options: Options, steps: int, processes: int) -> int:
+    """Return how often a stage measures its loss on `eval_data`: at the end, a policy at the start, and in between.
+
+    `steps`: those of one process, unless `max_steps` says how many there are.
+    """
+    if options["max_steps"] <= 0:
+        steps = math.ceil(steps / processes)
     number = 2 if makes(stage, *POLICIES) else 1
     if options["eval_strategy"] == "epoch":
         number += math.ceil(options["num_train_epochs"])
@@ -196,6 +203,7 @@ def basis(config: RunConfig, name: str, device: Device, processes: int) -> str:
     shared = [model, dtype.choose(config).dtype, config.quantization, machine]
     options = effective(stage.kind, stage.training) if isinstance(stage, TrainingStage) else {}
     compute = ("bf16", "fp16", "gradient_checkpointing", "num_ppo_epochs", "num_iterations", "optim")
+    compute += ("torch_compile", "use_liger_kernel", "precompute_ref_log_probs")
     return digest([own, shared, {key: options.get(key) for key in compute}])
 
 

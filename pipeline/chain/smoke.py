@@ -18,7 +18,7 @@ from pipeline.chain.forecast import Measured
 from pipeline.chain.sizes import Size
 from pipeline.config.batch_sizes import fault_of_ppo
 from pipeline.config.options import effective, value_at
-from pipeline.config.schema import Evaluate, Online, Options, Ppo, RunConfig, Sampled, TrainingStage
+from pipeline.config.schema import Evaluate, Offline, Online, Options, Ppo, RunConfig, Sampled, TrainingStage
 from pipeline.config.stage_types import type_of
 from pipeline.records import manifest
 from pipeline.records.manifest import Manifest
@@ -40,13 +40,13 @@ FILES = ("cache", "tokenizer", "manifest.json", "chain.json", "last_run.json", "
 class Cut:
     """Say how a stage is made short: options of `training:`, keys of its own, and the rows that it gets.
 
-    `rows`: None for a stream, which is read as far as it is needed. `batch`: the rows of a batch on one device.
-    `new_tokens`: the longest completion; None: it samples none.
+    `rows`: of each of its datasets; a stream is read as far as it is needed. `batch`: the rows of a batch on one
+    device. `new_tokens`: the longest completion; None: it samples none.
     """
 
     options: Options = field(default_factory=dict)
     keys: Options = field(default_factory=dict)
-    rows: int | None = None
+    rows: int = 1
     batch: int = 1
     new_tokens: int | None = None
 
@@ -61,7 +61,7 @@ def cut(
         stage = config.stages[name]
         limits = _Limits(parameters, devices[name].kind != "cpu")
         if isinstance(stage, Sampled):
-            cuts[name] = _cut_sampled(config, stage, size, limits)
+            cuts[name] = _cut_sampled(config, stage, size, limits, processes[name])
             continue
         assert isinstance(stage, TrainingStage), "a stage samples or trains"
         options = effective(stage.kind, stage.training)
@@ -96,14 +96,14 @@ class _Limits:
         return wanted if self.on_gpu else min(wanted, max(SHORTEST, int(READ / max(self.parameters, 1))))
 
 
-def _cut_sampled(config: RunConfig, stage: Sampled, size: Size, limits: _Limits) -> Cut:
+def _cut_sampled(config: RunConfig, stage: Sampled, size: Size, limits: _Limits, processes: int) -> Cut:
     new = limits.new_tokens(stage.max_new_tokens)
     rows = limits.rows(stage.batch_size, size.per_row + new, passes=4)
     own = stage.max_new_tokens
     # A report copies the length of the first evaluation, unless it has one of its own.
     copied = [other.max_new_tokens for other in config.stages.values() if isinstance(other, Evaluate)][:1] == [own]
     keys = {} if new == own or (copied and not isinstance(stage, Evaluate)) else {"max_new_tokens": new}
-    return Cut(keys=keys, rows=rows, batch=rows, new_tokens=new)
+    return Cut(keys=keys, rows=rows * processes, batch=rows, new_tokens=new)  # a batch for each process
 
 
 def _cut_offline(stage: TrainingStage, options: Options, size: Size, limits: _Limits, processes: int) -> Cut:
@@ -118,9 +118,11 @@ def _cut_offline(stage: TrainingStage, options: Options, size: Size, limits: _Li
     batch = limits.rows(full, length or size.per_row, fewest=type_of(stage).fewest_rows)
     changed["per_device_train_batch_size"] = batch
     rows = STEPS * batch * processes
-    if length is not None:
+    if length is not None and not is_streamed:
         rows = -(-rows * length // max(int(size.per_row / 2), 1))  # texts of the shorter half
-    return Cut(changed, rows=None if is_streamed else rows, batch=batch)
+    if limits.on_gpu and isinstance(stage, Offline) and stage.eval_data is not None:
+        rows = max(rows, options["per_device_eval_batch_size"] * processes)  # a whole batch, which decides about memory
+    return Cut(changed, rows=rows, batch=batch)
 
 
 def _cut_ppo(stage: Ppo, options: Options, size: Size, limits: _Limits, processes: int) -> Cut:
@@ -174,7 +176,7 @@ def _cut_online(options: Options, size: Size, limits: _Limits, processes: int) -
 
 def overrides(config: RunConfig, cuts: Mapping[str, Cut], on_gpu: bool) -> tuple[str, ...]:
     """Return what makes a run short, as the command line takes it."""
-    rows = {name: one.rows for name, one in cuts.items() if one.rows is not None}
+    rows = {name: one.rows for name, one in cuts.items()}
     values: dict[str, object] = {
         "name": config.name + SUFFIX,
         "run_dir": f"{config.run_path}{SUFFIX}",
@@ -200,7 +202,7 @@ def words(config: RunConfig, sizes: Mapping[str, Size], cuts: Mapping[str, Cut])
         stage = config.stages[name]
         size = sizes[name]
         options = effective(stage.kind, stage.training) if isinstance(stage, TrainingStage) else {}
-        rows = "streamed" if one.rows is None else _of(min(one.rows, size.rows), size.rows)
+        rows = "streamed" if size.rows == 0 else _of(min(one.rows, size.rows), size.rows)
         steps = _of(STEPS, size.steps) if options else ""
         batch = _of(one.batch, full_batch(stage, options))
         key = type_of(stage).new_tokens

@@ -61,7 +61,7 @@ def fit(
     measures_start = trainer.args.eval_on_start or makes(ctx.stage, *POLICIES)
     trainer.args.eval_on_start = measures_start and trainer.eval_dataset is not None and checkpoint is None
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if checkpoint is None:
+    if checkpoint is None and not _has_nothing_to_learn(ctx, trainer):
         assertions.has_trained(before, trainable, ctx.name)
     metrics = dict(measured or {})
     if after_training is not None:
@@ -74,6 +74,15 @@ def fit(
     save_log(ctx, trainer)
     kept_completions.keep(ctx)
     return Result(metrics, counts, datasets, checkpoints.step_of(checkpoint) if checkpoint else None)
+
+
+def _has_nothing_to_learn(ctx: StageContext[TrainingStage], trainer: Trainer) -> bool:
+    """Say of a smoke run that all completions of each prompt had equal rewards, if so: its steps teach nothing."""
+    shares = [entry["frac_reward_zero_std"] for entry in trainer.state.log_history if "frac_reward_zero_std" in entry]
+    if ctx.config.smoke is None or not shares or min(shares) < 1:
+        return False
+    ctx.say(f"{ctx.name}: all completions of each prompt had equal rewards in these few steps, so nothing was learned")
+    return True
 
 
 def load_only(args: TrainingArguments) -> None:
