@@ -34,17 +34,17 @@ def test_numbers_as_people_write_them(write_config, tmp_path, text, value):
 
 
 ELSEWHERE = {
-    "training.max_length": "unknown option of TrainingArguments; it belongs in `stages.NAME.training` of a stage of "
+    "training.max_length": "unknown option of TrainingArguments; move it to `stages.NAME.training` of a stage of "
     "type pretrain, sft, reward, dpo or kto",
-    "learning_rate": "unknown key; it belongs in `training`",
-    "stages.sft.learning_rate": "unknown key; it belongs in `stages.sft.training`",
-    "stages.sft.training.lora_alpha": "unknown option of SFTConfig; it belongs in `stages.sft.lora`",
-    "stages.sft.training.eval_data": "unknown option of SFTConfig; it belongs in `stages.sft`",
-    "stages.sft.too_long": "unknown key; it belongs at the top level",
-    "stages.sft.prompt_baseline": "unknown key; it belongs in `stages.NAME` of a stage of type ppo",
-    "stages.sft.training.held_out": "unknown option of SFTConfig; it belongs in `checks`",
-    "stages.sft.path": "unknown key; it belongs in `data.NAME`",
-    "model.load_in_4bit": "unknown key; it belongs in `quantization`",
+    "learning_rate": "unknown key; move it to `training`",
+    "stages.sft.learning_rate": "unknown key; move it to `stages.sft.training`",
+    "stages.sft.training.lora_alpha": "unknown option of SFTConfig; move it to `stages.sft.lora`",
+    "stages.sft.training.eval_data": "unknown option of SFTConfig; move it to `stages.sft`",
+    "stages.sft.too_long": "unknown key; move it to the top level",
+    "stages.sft.prompt_baseline": "unknown key; move it to `stages.NAME` of a stage of type ppo",
+    "stages.sft.training.held_out": "unknown option of SFTConfig; move it to `checks`",
+    "stages.sft.path": "unknown key; move it to `data.NAME`",
+    "model.load_in_4bit": "unknown key; move it to `quantization`",
     "stages.sft.training.learning_rat": "unknown option of SFTConfig; did you mean 'learning_rate'?",
 }
 
@@ -60,7 +60,7 @@ def test_of_a_dataset_no_other_level_is_named(resolve):
     """A file's columns and subsets have names of their own."""
     with pytest.raises(UserError) as caught:
         resolve("data.demonstrations.name=1")
-    assert "belongs" not in str(caught.value)
+    assert "move it" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("text", "value"), [("1e-4", 1e-4), ("2e-4", 2e-4)])

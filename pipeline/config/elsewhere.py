@@ -21,17 +21,17 @@ def hint(key: str, loc: tuple[str, ...], kind: str | None) -> str | None:
     if kind is not None:
         for place in _in_stage(key, kind):
             if (*loc[:2], *place) != (*loc, key):
-                return f"it belongs in `{'.'.join((*loc[:2], *place[:-1]))}`"
+                return f"move it to `{'.'.join((*loc[:2], *place[:-1]))}`"
     if key in Data.model_fields:
-        return "it belongs in `data.NAME`"
+        return "move it to `data.NAME`"
     for place in _in_run(key):
         if place != (*loc, key):
-            return f"it belongs in `{'.'.join(place[:-1])}`" if place[:-1] else "it belongs at the top level"
+            return f"move it to `{'.'.join(place[:-1])}`" if place[:-1] else "move it to the top level"
     types = [name for name, row in STAGE_TYPES.items() if key in _training(name, row)]
     if types:
-        return f"it belongs in `stages.NAME.training` of a stage of type {_either(types)}"
+        return f"move it to `stages.NAME.training` of a stage of type {_either(types)}"
     types = [name for name, row in STAGE_TYPES.items() if key in row.section.model_fields]
-    return f"it belongs in `stages.NAME` of a stage of type {_either(types)}" if types else None
+    return f"move it to `stages.NAME` of a stage of type {_either(types)}" if types else None
 
 
 def _in_stage(key: str, kind: str) -> Iterator[tuple[str, ...]]:
