@@ -362,6 +362,10 @@ def test_judges(finished, cli, tmp_path):
     code, _, error = cli(*options)
     assert code == 2 and "function mine:left fails at the completions" in error and "no more" in error
     assert about(tmp_path / "left")["figures"]["answered"] == 8
+    (tmp_path / "mine.py").write_text(JUDGES + "\n")
+    code, _, error = cli(*options)
+    assert code == 2 and "--judge: mine.py has changed since the labels in" in error
+    (tmp_path / "mine.py").write_text(JUDGES)
     code, shown, error = cli(*options)
     assert (code, error) == (0, "") and (tmp_path / "calls.txt").stat().st_size == 21
     found = about(tmp_path / "left")["figures"]
@@ -420,6 +424,8 @@ def test_lineage(begun, finished_run):
         (["--to", "."], "which belongs to no labels; give another folder"),
         (["--by", "a/b"], "--by: expected a name of letters"),
         (["--judge", "nowhere:judge"], "there is no module 'nowhere'"),
+        (["--twice", "nan"], "--twice: expected a finite number, got nan"),
+        (["--temperature", "inf"], "--temperature: expected a finite number, got inf"),
         (["--twice", "0.5", "--judge", "mine:longer"], "a judge is asked for every pair in both orders"),
         (["--config", "other.yaml"], "is the config of 'other'; "),
         (["--pairs", "0"], "0 is not in the range x>=1"),

@@ -1,6 +1,7 @@
 """Say what a command asks for, and compare it with what the labels were begun with."""
 
 import getpass
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,11 @@ class Asked:
     seed: int | None = None
     judge: str | None = None
     config_file: Path | None = None
+
+    def __post_init__(self) -> None:
+        for option, value in (("--twice", self.twice), ("--temperature", self.temperature)):
+            if value is not None and not math.isfinite(value):
+                raise UserError(f"{option}: expected a finite number, got {value}")
 
     def name(self) -> str:
         """Return who answers: the name that is given, or that of the judge or of this machine's user.

@@ -8,11 +8,10 @@ from pipeline.system.quiet import quieten_transformers  # isort: skip
 
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.config import functions
 from pipeline.config.schema import RunConfig
 from pipeline.data import run_tokenizer
 from pipeline.export import source
-from pipeline.label import folder, pairs, prompts, run, sample
+from pipeline.label import folder, judging, pairs, prompts, run, sample
 from pipeline.label.asked import NUM_PAIRS, TWICE, Asked, Order
 from pipeline.label.prompts import Prompts
 from pipeline.label.run import Parts
@@ -20,7 +19,7 @@ from pipeline.models.generation import Sampling
 from pipeline.records.last_run import now
 from pipeline.records.manifest import Manifest
 from pipeline.show.tables import duration
-from pipeline.system import digests, versions
+from pipeline.system import versions
 from pipeline.system.errors import UserError
 from pipeline.system.json_object import JsonObject
 
@@ -111,6 +110,10 @@ def _pairs(
     if parts.reward is not None:
         say(f"scoring with {parts.reward.stage}")
         drawn = sample.scored(sampled, parts.reward, sampling.batch_size, tokenizer)
+    cut_off = [one for pair in drawn for one in pair.completions if not one.ended]
+    if cut_off:
+        what = f"{len(cut_off)} of {2 * len(drawn)} completions were cut off at {sampling.max_new_tokens} tokens"
+        say(f"{what}. Whoever learns from them learns to stop there; a larger --max-new-tokens lets more of them end")
     passed_over = {"identical": sampled.identical, "empty": sampled.empty, "repeated": sampled.repeated}
     return sample.ordered(drawn, settings["order"]), passed_over
 
@@ -121,8 +124,7 @@ def _about(
     """Return where the labels are from: all that decides which pairs are asked, and who answers."""
     judge = None
     if settings["judge"] is not None:
-        files = functions.sources_of(settings["judge"], config.folder, "--judge")
-        judge = {"function": settings["judge"], "files": {file.name: digests.file_digest(file) for file in files}}
+        judge = {"function": settings["judge"], "files": judging.files(settings["judge"], config.folder)}
     return {
         "settings": settings,
         "run": {"name": config.name, "path": str(run_dir), "config": str(config.source)},

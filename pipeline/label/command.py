@@ -65,6 +65,7 @@ def _answered(labels: Labels, asked: Asked, recorded: Manifest, port: int, conso
         from pipeline.label import judging
 
         config = run.config_of(asked.run_dir, recorded, asked.config_file)
+        judging.check_same(asked.judge, config.folder, labels.about["judge"]["files"], labels.place)
         say(console, f"asking {asked.judge} for {len(labels.pairs)} pairs, each in both orders")
         judging.answer_all(labels, judging.find(asked.judge, config.folder), lambda text: say(console, text))
         return

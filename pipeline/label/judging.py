@@ -7,7 +7,9 @@ from pathlib import Path
 from pipeline.config import functions
 from pipeline.label.answers import Opinion
 from pipeline.label.labels import Labels
+from pipeline.system import digests
 from pipeline.system.errors import UserError
+from pipeline.system.json_object import JsonObject
 
 KEY = "--judge"
 _SECONDS = 10  # between two lines that say how far it is
@@ -37,6 +39,24 @@ def find(reference: str, place: Path) -> Ask:
         return first - functions.judged(scoring, reference, prompt, right, where)
 
     return difference
+
+
+def files(reference: str, place: Path) -> dict[str, str]:
+    """Return the digests of the files that a function is in, by their names."""
+    return {file.name: digests.file_digest(file) for file in functions.sources_of(reference, place, KEY)}
+
+
+def check_same(reference: str, place: Path, begun: JsonObject, folder: Path) -> None:
+    """Compare the function's files with those that the labels were begun with.
+
+    Raises:
+        UserError: if one has changed: half of the answers would be another judge's.
+    """
+    now = files(reference, place)
+    changed = sorted(name for name in now.keys() | begun.keys() if now.get(name) != begun.get(name))
+    if changed:
+        mend = "Restore it to go on, or begin new labels with another --to"
+        raise UserError(f"{KEY}: {changed[0]} has changed since the labels in {folder} were begun. {mend}")
 
 
 def answer_all(labels: Labels, ask: Ask, say: Callable[[str], None]) -> None:

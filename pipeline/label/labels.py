@@ -21,7 +21,7 @@ class Labels:
 
     def __init__(self, place: Path, about: JsonObject):
         self.place = place
-        self._about = about
+        self.about = about
         try:
             self.pairs: list[Pair] = pairs.read(place / folder.PAIRS)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -56,4 +56,4 @@ class Labels:
         folder.replace(file, text)
         comparisons = {"file": file.name, "rows": len(rows), "sha256": hashlib.sha256(text.encode()).hexdigest()}
         figures_now = {"changed": now(), "comparisons": comparisons, "figures": self.figures()}
-        folder.replace(self.place / folder.FILE, folder.as_text(self._about | figures_now))
+        folder.replace(self.place / folder.FILE, folder.as_text(self.about | figures_now))

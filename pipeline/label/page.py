@@ -55,10 +55,11 @@ def _state(labels: Labels) -> JsonObject:
     if question is None:
         return shown | {"question": None, "result": result.lines(labels.figures())}
     pair = labels.pairs[question.pair]
-    asked = {
+    asked: JsonObject = {
         "number": question.number,
         "prompt": [{"role": message["role"], "content": message["content"]} for message in pair.prompt],
-        "left": pair.completions[question.left].text,
-        "right": pair.completions[question.right].text,
     }
+    for side, number in (("left", question.left), ("right", question.right)):
+        asked[side] = pair.completions[number].text
+        asked[f"{side}_cut_off"] = not pair.completions[number].ended
     return shown | {"question": asked}

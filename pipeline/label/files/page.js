@@ -78,6 +78,8 @@ function ask(question) {
   find("#prompt").replaceChildren(...turns);
   find("#left").textContent = question.left;
   find("#right").textContent = question.right;
+  find("#left-cut").hidden = !question.left_cut_off;
+  find("#right-cut").hidden = !question.right_cut_off;
   window.scrollTo(0, 0);
   shownAt = performance.now();
   seen = 0;
