@@ -506,7 +506,7 @@ def test_the_page_is_blind_and_for_this_machine(finished, tmp_path):
             assert status == 200 and state.keys() == {"answered", "total", "question"}
             assert (state["answered"], state["total"]) == (number, 10)
             question = state["question"]
-            assert question.keys() == {"number", "prompt", "left", "right"}
+            assert question.keys() == {"number", "prompt", "left", "right", "left_cut_off", "right_cut_off"}
             pair = sampled[question["number"] // 2]
             assert {question["left"], question["right"]} == {one.text for one in pair.completions}
             left.append(next(one.policy for one in pair.completions if one.text == question["left"]))
