@@ -168,7 +168,7 @@ def test_the_same_data_is_looked_at_once(path, checks, monkeypatch):
     monkeypatch.chdir(path.parent)
     first = looked(path)
     again = looked(path)
-    assert again.stages == first.stages and first.stages["sft"]["steps"] == "1"
+    assert again.stages == first.stages and first.stages["sft"]["steps"] == "1\n72 tokens"
     assert printed(again) == printed(first) and "demonstrations" in printed(first)
     assert checks == [(), ["sft", "evaluate"]]
 
