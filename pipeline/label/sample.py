@@ -48,9 +48,10 @@ class Sampled:
 
 
 class _Policies:
-    """Load the policies of a run one at a time."""
+    """Load the policies of a run one at a time. `longest`: the tokens of the longest of all prompts."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, sampling: Sampling, say: Say):
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, sampling: Sampling, longest: int, say: Say):
+        self._longest = longest
         self._tokenizer = tokenizer
         self._sampling = sampling
         self._say = say
@@ -64,7 +65,7 @@ class _Policies:
             self._say(f"loading {found.stage}")
             self._model = _loaded(load_policy, found, self._tokenizer)
             self._name = found.stage
-            _check_positions(self._model, self._sampling.max_new_tokens, prompts)
+            _check_positions(self._model, self._sampling.max_new_tokens, self._longest)
         self._say(f"sampling {len(prompts)} completions from {found.stage}")
         drawn: list[Ids] = []
         for batch in batches(prompts, self._sampling.batch_size):
@@ -89,10 +90,9 @@ def _loaded(load: Callable[[Loader, Weights], Model], found: Source, tokenizer: 
         raise UserError(f"{found.full}: cannot be loaded: {reason_of(error)}") from None
 
 
-def _check_positions(model: Model, max_new_tokens: int, prompts: list[Ids]) -> None:
+def _check_positions(model: Model, max_new_tokens: int, longest: int) -> None:
     """Refuse completions for which the model has no positions."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(map(len, prompts))
     if positions and 0 < positions < longest + max_new_tokens:  # some models name 0 or -1
         fault = f"the longest prompt has {longest} tokens, and the model takes {positions} in all"
         raise UserError(f"--max-new-tokens: {max_new_tokens} are too many: {fault}; ask for fewer")
@@ -117,7 +117,7 @@ def sample(
     if sampling.temperature == 0:  # a second round would give the same
         rounds = 1
     waiting = [(turn, i) for turn in range(rounds) for i in order]
-    policies = _Policies(tokenizer, sampling, say)
+    policies = _Policies(tokenizer, sampling, max(map(len, rows["prompt_ids"][:])), say)
     result = Sampled()
     known: set[tuple[int, frozenset[str]]] = set()
     least = sampling.batch_size
