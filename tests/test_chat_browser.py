@@ -160,30 +160,6 @@ def test_a_mistake_is_one_message_and_loses_nothing(page):
     until(page, lambda: not page.find_elements(By.CSS_SELECTOR, ".turn"))
 
 
-def test_two_windows_never_answer_within_each_others_dialogue(page, address):
-    """The older window is shown what has changed, keeps its question, and goes on from there."""
-    first = page.current_window_handle
-    page.switch_to.new_window("tab")
-    page.get(address)
-    until(page, lambda: stages(page) == ["sft", "hostile"])
-    theirs = ask(page, "Tell me about tea.")
-    page.find_element(By.CSS_SELECTOR, "[aria-label='Remove hostile']").click()
-    until(page, lambda: stages(page) == ["sft"])
-    page.close()
-    page.switch_to.window(first)
-    assert stages(page) == ["sft", "hostile"]
-    page.find_element(By.ID, "question").send_keys("And rain?", Keys.ENTER)
-    until(page, lambda: "has changed in another window" in page.find_element(By.ID, "fault").text)
-    assert stages(page) == ["sft"] and answers(page) == theirs
-    assert len(page.find_elements(By.CSS_SELECTOR, ".turn")) == 1
-    field = page.find_element(By.ID, "question")
-    assert field.get_attribute("value") == "And rain?"
-    field.clear()
-    assert list(ask(page, "And rain?")) == ["sft"]
-    (refused,) = [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE"]
-    assert "400" in refused["message"] and "ask" in refused["message"]
-
-
 def test_an_answer_is_stopped_and_taken_back(page):
     """The field gets the question back, and the next one is the first of the dialogue."""
     first = ask(page, "Tell me about tea.")

@@ -40,8 +40,6 @@ def site_of(session: Session, settings: Settings) -> Site:
         question = body.get("question")
         if not isinstance(question, str):
             raise UserError("there is no question")
-        if body.get("stages") != session.names or body.get("turns") != len(session.turns):
-            raise UserError("the dialogue has changed in another window. It is shown as it is now; ask again")
         return _events(session, question, _settings(body))
 
     def choose(body: JsonObject) -> JsonObject:

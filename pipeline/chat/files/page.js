@@ -133,7 +133,7 @@ function setAnswering(controller) {
 }
 
 async function ask(text) {
-  const body = { question: text, stages: state.stages, turns: committed };
+  const body = { question: text };
   for (const name of ["temperature", "max_new_tokens", "seed"]) body[name] = find(name).valueAsNumber;
   const { node, answers } = turnNode(text, state.stages);
   const controller = new AbortController();
@@ -153,19 +153,14 @@ async function ask(text) {
     }
     complete = true;
   } catch (error) {
-    const before = committed;
-    state = await call("state", {});
-    // It may have been stopped too late. Another window may have changed the dialogue.
-    complete = state.turns.length === before + 1 && state.turns.at(-1).question === text;
-    if (complete) fillAll(answers, state.turns.at(-1).answers);
-    else if (state.turns.length !== before) showTurns();
     if (error.name !== "AbortError") throw error;
+    state = await call("state", {});
+    complete = state.turns.length > committed; // it was stopped too late
+    if (complete) fillAll(answers, state.turns.at(-1).answers);
   } finally {
-    const wasStopped = controller.signal.aborted;
-    controller.abort(); // nobody reads the rest
     setAnswering(null);
     status.textContent = "";
-    if (!complete) takeBack(node, text, wasStopped);
+    if (!complete) takeBack(node, text, controller.signal.aborted);
   }
   if (complete) {
     committed += 1;
