@@ -139,6 +139,7 @@ async function ask(text) {
   const controller = new AbortController();
   setAnswering(controller);
   question.value = "";
+  status.textContent = "Asked"; // what it said of the last question is over
   turns.append(node);
   toEnd();
   let complete = false;
