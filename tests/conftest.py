@@ -17,8 +17,8 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
+import functools
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -93,13 +93,10 @@ def _forgotten_functions(tmp_path_factory):
 
 @pytest.fixture
 def rlhf(tmp_path):
-    """`rlhf(*args)`: the command in a process of its own, in `tmp_path`."""
+    """`rlhf(*args)`: the command in a fork of a process that has the package imported, in `tmp_path`."""
+    import warm
 
-    def call(*args):
-        command = [sys.executable, "-m", "pipeline", *map(str, args)]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-
-    return call
+    return functools.partial(warm.rlhf, folder=tmp_path)
 
 
 @pytest.fixture
@@ -128,8 +125,9 @@ def finished_run(tmp_path_factory, write_config):
     """A folder with config.yaml, its data, and runs/tiny with pretrain, sft and reward finished; copy it."""
     folder = tmp_path_factory.mktemp("finished")
     config = write_config(folder)
-    command = [sys.executable, "-m", "pipeline", "run", config.name, "--until", "reward"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    import warm
+
+    done = warm.rlhf("run", config.name, "--until", "reward", folder=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,8 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tiny
+import warm
 from ruamel.yaml import YAML
-from test_chain import command
 
 from pipeline import launcher
 from pipeline.chain import gate, staleness
@@ -363,10 +362,6 @@ def test_shrinkage_uses_the_icc_at_the_temperature_of_ppo(resolve):
         resolve(**shrunk, **own)
 
 
-def call(*args):
-    return subprocess.run(command(*args), capture_output=True, text=True, timeout=800, cwd=ROOT)
-
-
 TOPICS = ["soup", "snow", "trains", "paint", "chess", "honey", "dogs", "glass"]
 
 
@@ -398,7 +393,7 @@ def small(tmp_path_factory):
     tiny.write_rows(folder / "held_out.jsonl", held_out)
     names = ("comparisons", "demonstrations", "prompts", "held_out")
     tiny.edit(path, {"data": {name: {"path": f"{name}.jsonl"} for name in names}})
-    result = call("run", path)
+    result = warm.rlhf("run", path)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr
     run_dir = folder / "run"
     return SimpleNamespace(config=path, run_dir=run_dir, output=result.stdout, reports=run_dir / "reward-shift/output")
@@ -537,7 +532,7 @@ def test_a_second_run_skips_the_shift_stage_and_its_options_touch_nothing_else(s
     assert "num_completions" in reruns(**same, num_completions=5)["reward-shift"]
     assert set(reruns("stages.reward.training.learning_rate=1e-3")) == {"reward", "reward-shift", "ppo", "evaluate"}
     assert reruns("gate=off") == reruns("gate_limits.accuracy=0.9") == {}
-    output = call("run", small.config).stdout
+    output = warm.rlhf("run", small.config).stdout
     assert output.count("skip: finished, nothing changed") == len(load(small.config).stages) == 8
 
 
@@ -549,7 +544,7 @@ def test_two_processes_give_the_report_of_one(small, tmp_path):
     two = ROOT / "accelerate_configs" / "cpu_2_processes.yaml"
     name = "reward-shift"
     chosen = ["--only", name, "--redo", name, "--accelerate-config", two]
-    result = call("run", small.config, f"run_dir={tmp_path / 'run'}", *chosen)
+    result = warm.rlhf("run", small.config, f"run_dir={tmp_path / 'run'}", *chosen)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr
     stages = manifest.read(tmp_path / "run").stages
     assert stages[name].world_size == 2 and "ppo" in stages

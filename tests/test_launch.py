@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import warm
 from accelerate import DistributedType
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState, PartialState
@@ -450,8 +451,7 @@ def test_an_error_in_one_process_under_accelerate_is_the_users_message(tmp_path)
     )
     launch = tmp_path / "single.yaml"
     launch.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\nnum_processes: 1\nuse_cpu: true\n")
-    command = [sys.executable, "-m", "pipeline", "run", path, "--accelerate-config", launch]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    done = warm.rlhf("run", path, "--accelerate-config", launch, folder=tmp_path)
     assert done.returncode == 2, done.stdout + done.stderr
     assert done.stderr.startswith("error: stage 'evaluate' stopped: function judge:score gives 'it is42\\n' to"), (
         done.stderr

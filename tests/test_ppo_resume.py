@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import warm
 
 from pipeline import stage
 from pipeline.config.load import load
@@ -155,7 +156,7 @@ TRAINERS = {"ppo": {}, "grpo": {"bf16": True}}
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_two_processes_that_were_killed_go_on(tmp_path, trainer):
     """Each process goes on with its own random numbers and its own place in the prompts."""
-    training = TRAINING | {"per_device_train_batch_size": 2, "total_episodes": 8 * 40, "save_steps": 10}
+    training = TRAINING | {"per_device_train_batch_size": 2, "total_episodes": 8 * 20, "save_steps": 5}
     training |= {"learning_rate": 1e-3, "gradient_checkpointing": True} | TRAINERS[trainer]
     options = {"prompt_baseline": "sft_mean", "eval_data": "held_out", "eval_every": 7, "training": training}
     if trainer == "grpo":
@@ -167,20 +168,23 @@ def test_two_processes_that_were_killed_go_on(tmp_path, trainer):
     shutil.copytree(whole, parts)
     for folder in (whole, parts):
         path = write(folder, options)
-        command = [sys.executable, "-m", "pipeline", "run", str(path), "--accelerate-config", str(TWO_PROCESSES)]
+        command = ["run", str(path), "--accelerate-config", str(TWO_PROCESSES)]
         if folder == parts:
-            kill_after(command, folder / "run" / "ppo" / "checkpoints" / "checkpoint-20" / checkpoints.MARKER)
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            kill_after(command, folder / "run" / "ppo" / "checkpoints" / "checkpoint-10" / checkpoints.MARKER)
+        done = warm.rlhf(*command)
+        assert done.returncode == 0, done.stdout + done.stderr
         record = manifest.read(folder / "run").stages["ppo"]
-        assert record.world_size == 2 and record.metrics["updates"] == 40
-        assert (record.resumed_from_step in (20, 30)) == (folder == parts)
+        assert record.world_size == 2 and record.metrics["updates"] == 20
+        assert (record.resumed_from_step in (10, 15)) == (folder == parts)
     assert log_of(parts) == log_of(whole)
     assert bytes_of(parts) == bytes_of(whole)
 
 
 def kill_after(command: list[str], file: Path) -> None:
-    """Start a command, and kill it with all its processes once there is a file."""
-    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+    """Start `rlhf` with these words, and kill it with all its processes once there is a file."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline", *command], start_new_session=True, stdout=subprocess.DEVNULL
+    )
     while not file.exists():
         assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.01)

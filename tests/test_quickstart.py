@@ -9,8 +9,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import warm
 from ruamel.yaml import YAML
-from test_chain import command
 from test_readme import fences
 
 from pipeline.records import manifest
@@ -97,16 +97,12 @@ def make_spoilt(folder, quickstart, write_rows):
     return path
 
 
-def call(*args):
-    return subprocess.run(command(*args), capture_output=True, text=True, timeout=800, cwd=ROOT)
-
-
 @pytest.fixture(scope="module")
 def spoilt(quickstart, tmp_path_factory, write_rows):
     """The run on spoilt labels: its run folder, and what `rlhf run --until` says of PPO on each reward model."""
     folder = tmp_path_factory.mktemp("spoilt")
     path = make_spoilt(folder, quickstart, write_rows)
-    results = {labels: call("run", path, "--until", f"ppo-{labels}") for labels in SPOILT}
+    results = {labels: warm.rlhf("run", path, "--until", f"ppo-{labels}") for labels in SPOILT}
     return SimpleNamespace(config=path, run_dir=folder / "run", results=results)
 
 
@@ -143,7 +139,7 @@ def test_three_reward_models_from_one_sft(quickstart, spoilt):
 
 
 def test_warn_names_what_failed_and_goes_on(spoilt):
-    result = call("run", spoilt.config, "gate=warn", "--until", "ppo-coin")
+    result = warm.rlhf("run", spoilt.config, "gate=warn", "--until", "ppo-coin")
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr
     assert "ppo-coin: gate: coin: held-out accuracy: FAILED" in result.stdout
     assert manifest.read(spoilt.run_dir).stages["ppo-coin"].metrics["episodes"] == 128

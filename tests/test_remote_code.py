@@ -1,16 +1,13 @@
 """A base model with code of its own: it runs through a chain of full weights, and only with `trust_remote_code`."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import tiny
+import warm
 
 from pipeline.records import manifest
 
-ROOT = Path(__file__).parents[1]
 STEPS = {"max_steps": 2}
 STAGES = {
     "sft": tiny.SFT | {"training": STEPS},
@@ -61,8 +58,7 @@ AUTO_MAP = {
 
 def rlhf(*args):
     """The command as a job runs it: nobody is there to answer a question."""
-    command = [sys.executable, "-m", "pipeline", *map(str, args)]
-    done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600)
+    done = warm.rlhf(*args)
     return done.returncode, done.stdout, done.stderr
 
 

@@ -267,6 +267,9 @@ def test_the_config_for_several_gpus(tmp_path, rlhf):
     check_records(config, run_dir)
     for name, record in manifest.read(run_dir).stages.items():
         assert record.world_size == (2 if isinstance(config.stages[name], TrainingStage) else 1), name
+        # Written once, by one process: one line says so.
+        assert (run_dir / name / "log.txt").read_text().count(f"{name}: finished in") == 1
+    assert not list(run_dir.rglob("*.tmp"))
     status = rlhf("status", run_dir)
     assert status.returncode == 0 and "dpo" in status.stdout
 

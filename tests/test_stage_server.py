@@ -60,14 +60,12 @@ def started(server, *arguments):
     return (forked.wait(), said), (by_itself.returncode, by_itself.stdout)
 
 
-@pytest.mark.parametrize("kind", ["no arguments", "no file", "a mistake", "no such stage"])
+@pytest.mark.parametrize("kind", ["no arguments", "a mistake"])
 def test_it_ends_and_speaks_as_its_command_does(server, tmp_path, kind):
     path = tiny.make_run(tmp_path, {"sft": tiny.SFT})
     arguments = {
         "no arguments": (),
-        "no file": (tmp_path / "no.yaml", "sft"),
         "a mistake": (path, "sft", "stages.sft.training.learning_rat=1"),
-        "no such stage": (path, "dpo"),
     }[kind]
     forked, by_itself = started(server, *arguments)
     assert forked == by_itself

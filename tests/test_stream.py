@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import tiny
+import warm
 from safetensors.torch import load_file
 
 from pipeline import stage
@@ -174,10 +175,6 @@ def test_documents_that_are_evaluated_on_are_left_out(tmp_path, model):
     assert made.look().num_dropped == 0  # its first block has none of them
 
 
-def rlhf(config: Path) -> list[str]:
-    return [sys.executable, "-m", "pipeline", "run", str(config)]
-
-
 def test_resumed_after_its_last_step_it_makes_no_other(tmp_path, model, monkeypatch):
     tiny.write_rows(tmp_path / "corpus.jsonl", [{"text": text} for text in texts()])
     training = {"max_steps": 5, "max_length": LENGTH, "save_steps": 2, "save_strategy": "steps"}
@@ -206,14 +203,17 @@ def test_killed_it_trains_on_as_if_it_had_not_been(tmp_path, model):
         tiny.edit(path, {"data": data, "model": {"path": str(model)}})
         checkpoint = folder / "run" / "pretrain" / "checkpoints" / "checkpoint-10"
         if name == "parts":
-            process = subprocess.Popen(rlhf(path), start_new_session=True, stdout=subprocess.DEVNULL)
+            process = subprocess.Popen(
+                [sys.executable, "-m", "pipeline", "run", str(path)], start_new_session=True, stdout=subprocess.DEVNULL
+            )
             while not (checkpoint / "complete.json").exists():
                 assert process.poll() is None, "it ended before it could be killed"
                 time.sleep(0.01)
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             assert (checkpoint / STATE).is_file()
-        subprocess.run(rlhf(path), check=True, stdout=subprocess.DEVNULL)
+        done = warm.rlhf("run", path)
+        assert done.returncode == 0, done.stdout + done.stderr
         record = manifest.read(folder / "run").stages["pretrain"]
         assert (record.resumed_from_step is not None) == (name == "parts")
         assert record.datasets["data"]["streamed"]

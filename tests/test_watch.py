@@ -5,7 +5,6 @@ import os
 import pty
 import re
 import select
-import subprocess
 import sys
 import termios
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 import pyte
 import pytest
 import tiny
+import warm
 from test_equalities import run as run_stages
 
 from pipeline.records import manifest, states
@@ -49,7 +49,7 @@ def chain(tmp_path_factory):
     data = {name: {"path": f"{name}.jsonl"} for name in ("comparisons", "demonstrations", "heldout")}
     data["demonstrations"]["heldout"] = 0.3
     tiny.edit(path, {"data": data})
-    done = subprocess.run([*RUN, str(path)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = warm.rlhf("run", path)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / "run", done.stdout
 
@@ -118,7 +118,7 @@ def test_a_resumed_stage_begins_at_its_step(tmp_path, killed_at):
 def test_of_two_processes_the_first_one_reports(tmp_path):
     path = tiny.make_run(tmp_path, {"sft": tiny.SFT})
     launch = ["--accelerate-config", str(ROOT / "accelerate_configs" / "cpu_2_processes.yaml")]
-    done = subprocess.run([*RUN, str(path), *launch], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = warm.rlhf("run", path, *launch)
     assert done.returncode == 0, done.stdout + done.stderr
     assert [one.step for one in training_of(tmp_path / "run", "sft") if "loss" in one.logs] == [1, 2, 3, 4]
     assert len(re.findall(r"^sft: step \d/4[^:]*: loss", done.stdout, re.MULTILINE)) == 4

@@ -6,22 +6,18 @@ that holds the expected words and says how to mend it, must print no traceback, 
 """
 
 import copy
-import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import tiny
 from ruamel.yaml import YAML
+from warm import Zygote
 
-HERE = Path(__file__).resolve().parent
-REPO = HERE.parent.parent
 REMOVED = "<removed>"  # as a changed value: the key is dropped
 LIMIT = 60  # seconds after which a command counts as hung
 # What tells a reader what to do: one of these must stand in a message.
@@ -119,59 +115,11 @@ class Outcome:
     touched: tuple[str, ...]
 
 
-class Zygote:
-    """The process that has imported the package; `run` forks it. To be closed."""
-
-    def __init__(self, scratch: Path):
-        self.scratch = scratch
-        self.scratch.mkdir(parents=True, exist_ok=True)
-        self.cache = scratch / "cache"
-        ours = {
-            "HF_HOME": str(self.cache),
-            "HF_DATASETS_CACHE": str(self.cache / "datasets"),
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            "PYTHONPATH": str(REPO),
-            "COLUMNS": "160",
-            "PYTHONUTF8": "1",
-        }
-        argv = [sys.executable, "-u", str(HERE / "zygote.py")]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": (scratch / "zygote.log").open("w")}
-        self.process = subprocess.Popen(argv, env=os.environ | ours, text=True, cwd=self.scratch, **pipes)
-        assert self._answer() == {"ready": True}
-
-    def _answer(self) -> dict[str, Any]:
-        line = self.process.stdout.readline()
-        assert line, "the process that runs the cases has ended"
-        return json.loads(line)
-
-    def run(
-        self,
-        argv: tuple[str, ...],
-        folder: Path,
-        environment: dict[str, str | None] | None = None,
-        limit: float = LIMIT,
-        module: str = "cli",
-    ) -> Outcome:
-        """Run `rlhf *argv` (or the module of one stage) in `folder`."""
-        streams = {key: self.scratch / key for key in ("stdout", "stderr")}
-        request = {"argv": list(argv), "folder": str(folder), "limit": limit, "module": module}
-        request["environment"] = {"HOME": str(folder)} | (environment or {})
-        request |= {key: str(path) for key, path in streams.items()}
-        before = snapshot(folder)
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        answer = self._answer()
-        after = snapshot(folder)
-        touched = sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))
-        texts = {key: path.read_text(encoding="utf-8", errors="replace") for key, path in streams.items()}
-        return Outcome(**answer, **texts, touched=tuple(touched))
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
-        self.process.stdout.close()
+def make_zygote(scratch: Path) -> Zygote:
+    """The process that runs the cases, with caches of its own. To be closed."""
+    cache = scratch / "cache"
+    cache.mkdir(parents=True)
+    return Zygote(scratch, {"HF_HOME": str(cache), "HF_DATASETS_CACHE": str(cache / "datasets"), "COLUMNS": "160"})
 
 
 def snapshot(folder: Path) -> dict[str, bytes | str]:
@@ -262,15 +210,31 @@ def make_bases(folder: Path, zygote: Zygote) -> Path:
     finished.mkdir()
     write_case(Case("base", "finished", stages=("reward",)), finished, folder)
     for stage in ("sft", "reward"):
-        done = zygote.run(("config.yaml", stage), finished, limit=300, module="stage")
+        done = run_command(zygote, ("config.yaml", stage), finished, limit=300, module="stage")
         assert done.exit_code == 0, done.stdout + done.stderr
     return folder
+
+
+def run_command(
+    zygote: Zygote,
+    argv: tuple[str, ...],
+    folder: Path,
+    environment: dict[str, str | None] | None = None,
+    limit: float = LIMIT,
+    module: str = "cli",
+) -> Outcome:
+    """Run `rlhf *argv` (or the module of one stage) in `folder`, and look for what it changed there."""
+    before = snapshot(folder)
+    answer = zygote.run(argv, folder, {"HOME": str(folder)} | (environment or {}), limit, module)
+    after = snapshot(folder)
+    touched = sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))
+    return Outcome(**asdict(answer), touched=tuple(touched))
 
 
 def run_case(case: Case, folder: Path, bases: Path, zygote: Zygote) -> Outcome:
     """Write a case into an empty folder and run its command there."""
     write_case(case, folder, bases)
-    return zygote.run(case.command, folder, case.environment, case.limit)
+    return run_command(zygote, case.command, folder, case.environment, case.limit)
 
 
 def faults(case: Case, outcome: Outcome) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
 from catalogue import all_cases
-from forked import Zygote, faults, make_bases, report, run_case
+from forked import faults, make_bases, make_zygote, report, run_case
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
     failed = []
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        zygote = Zygote(root / "zygote")
+        zygote = make_zygote(root / "zygote")
         bases = make_bases(root / "bases", zygote)
         for number, case in enumerate(chosen):
             folder = root / str(number)

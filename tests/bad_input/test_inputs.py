@@ -8,7 +8,7 @@ import os
 
 import pytest
 from catalogue import all_cases
-from forked import Case, Outcome, Zygote, faults, make_bases, report, run_case, write_case
+from forked import Case, Outcome, faults, make_bases, make_zygote, report, run_case, run_command, write_case
 
 STEP = 5
 WHOLE = ("yaml",)  # families that always run whole
@@ -29,7 +29,7 @@ def _chosen():
 @pytest.fixture(scope="session")
 def zygote(tmp_path_factory):
     """The process that runs the cases."""
-    process = Zygote(tmp_path_factory.mktemp("zygote"))
+    process = make_zygote(tmp_path_factory.mktemp("zygote"))
     yield process
     process.close()
 
@@ -106,6 +106,6 @@ def test_a_crash_and_a_hang_are_seen(code, exit_code, hung, tmp_path, bases, zyg
         "own", "judge", files={"own.py": code}, stages=("evaluate",), changes={"stages.evaluate.judge": "own:score"}
     )
     write_case(case, tmp_path, bases)
-    outcome = zygote.run(case.command, tmp_path, limit=3)
+    outcome = run_command(zygote, case.command, tmp_path, limit=3)
     assert (outcome.exit_code, outcome.hung) == (exit_code, hung)
-    assert zygote.run(("status", "nowhere"), tmp_path).exit_code == 2
+    assert run_command(zygote, ("status", "nowhere"), tmp_path).exit_code == 2
