@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -120,14 +119,13 @@ def test_by_hand_a_stage_says_that_it_is_finished_or_what_it_needs(finished, tmp
 
 def kill_when(config: Path, ready) -> None:
     """Start `rlhf run`, and kill it with -9 as soon as `ready()` holds; its stage must end with it."""
-    process = subprocess.Popen(command("run", config), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
+    process = warm.Started("run", config)
     deadline = time.time() + 240
     while not ready():
-        assert process.poll() is None, "the run ended before it could be killed"
+        assert process.is_alive(), "the run ended before it could be killed"
         assert time.time() < deadline, "nothing to kill appeared"
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+        time.sleep(0.01)
+    process.kill()
 
 
 def test_killed_in_stages_of_every_kind_it_finishes_with_the_same_records(tmp_path):
@@ -183,9 +181,7 @@ def test_a_stage_goes_on_with_the_number_of_processes_it_had(tmp_path, monkeypat
             run(config, "sft")
     left = digests.checksums(tmp_path, [tmp_path / "run" / "sft" / "checkpoints"])
     two = ["--accelerate-config", ROOT / "accelerate_configs" / "cpu_2_processes.yaml"]
-    refused = subprocess.run(
-        command("run", config, "--only", "sft", *two), capture_output=True, text=True, timeout=600, cwd=ROOT
-    )
+    refused = warm.rlhf("run", config, "--only", "sft", *two)
     assert refused.returncode == 2, refused.stdout[-3000:]
     for words in ("with 1 process(es), and now there are 2", "--redo sft", str(tmp_path / "run/sft/checkpoints")):
         assert words in refused.stderr
@@ -205,7 +201,7 @@ def test_a_stage_goes_on_with_the_number_of_processes_it_had(tmp_path, monkeypat
 
 
 def test_two_processes(tmp_path):
-    """With TRL's defaults, as users run it: bf16 autocast and gradient checkpointing.
+    """With TRL's defaults, as users run it: bf16 autocast and gradient checkpointing; every process is a new one.
 
     Reward model, PPO and DPO run under two processes in test_shipped.py.
     """
@@ -213,9 +209,11 @@ def test_two_processes(tmp_path):
     tiny.edit(config, {"stages": {"sft": tiny.SFT, "evaluate": EVALUATE}})
     defaults = {key: tiny.TRAINING[key] for key in tiny.TRAINING.keys() - {"bf16", "gradient_checkpointing"}}
     tiny.edit(config, {"training": defaults})
-    output = rlhf("run", config, "--accelerate-config", ROOT / "accelerate_configs" / "cpu_2_processes.yaml")
+    two = ["--accelerate-config", ROOT / "accelerate_configs" / "cpu_2_processes.yaml"]
+    done = subprocess.run(command("run", config, *two), capture_output=True, text=True, timeout=600, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
     found = records(config)
-    assert list(found) == ["sft", "evaluate"], output[-3000:]
+    assert list(found) == ["sft", "evaluate"]
     for name, record in found.items():
         assert record.world_size == 2, name
         manifest.verify(tmp_path / "run", name, record)

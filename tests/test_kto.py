@@ -1,10 +1,6 @@
 """KTO: equal to bare TRL, its rows, its reference, what it refuses, and the chain through the real command."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -305,13 +301,11 @@ def test_two_processes_that_were_killed_go_on(tmp_path):
         command = ["run", str(path), "--accelerate-config", str(TWO_PROCESSES)]
         checkpoint = folder / "run" / "kto" / "checkpoints" / "checkpoint-20"
         if name == "parts":
-            by_itself = [sys.executable, "-m", "pipeline", *command]
-            process = subprocess.Popen(by_itself, start_new_session=True, stdout=subprocess.DEVNULL)
+            process = warm.Started(*command)
             while not (checkpoint / checkpoints.MARKER).exists():
-                assert process.poll() is None, "it ended before it could be killed"
+                assert process.is_alive(), "it ended before it could be killed"
                 time.sleep(0.01)
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            process.kill_all()
         done = warm.rlhf(*command)
         assert done.returncode == 0, done.stdout + done.stderr
         record = manifest.read(folder / "run").stages["kto"]

@@ -86,7 +86,7 @@ def test_a_cache_that_cannot_be_written(uninterrupted, tmp_path, options, reason
 
 
 @pytest.mark.parametrize("name", ["sft/checkpoints", "sft/.lock", ".manifest.lock", "tokenizer", "sft/log.txt"])
-def test_a_file_in_the_place_of_a_folder_or_a_folder_in_that_of_a_file(finished, cli, name):
+def test_a_file_in_the_place_of_a_folder_or_a_folder_in_that_of_a_file(finished, rlhf, name):
     place = finished.run_dir / name
     if place.is_dir():
         shutil.rmtree(place)
@@ -95,9 +95,9 @@ def test_a_file_in_the_place_of_a_folder_or_a_folder_in_that_of_a_file(finished,
         place.mkdir()
     else:
         place.write_text("mine")
-    exit_code, out, err = cli("run", finished.config, "--redo", "sft", "--until", "sft")
-    assert exit_code == 2, out + err
-    assert str(place) in err and "Traceback" not in out + err
+    done = rlhf("run", finished.config, "--redo", "sft", "--until", "sft")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert str(place) in done.stderr and "Traceback" not in done.stdout + done.stderr
     assert place.is_dir() or place.read_text() == "mine"
 
 

@@ -1,11 +1,7 @@
 """PPO that was killed and goes on ends as PPO that was not: the same bytes, the same log."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -182,11 +178,8 @@ def test_two_processes_that_were_killed_go_on(tmp_path, trainer):
 
 def kill_after(command: list[str], file: Path) -> None:
     """Start `rlhf` with these words, and kill it with all its processes once there is a file."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pipeline", *command], start_new_session=True, stdout=subprocess.DEVNULL
-    )
+    process = warm.Started(*command)
     while not file.exists():
-        assert process.poll() is None, "it ended before it could be killed"
+        assert process.is_alive(), "it ended before it could be killed"
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill_all()

@@ -256,7 +256,7 @@ def diverge(path: Path, config: RunConfig, overrides: Overrides, one_process: Ca
 
 
 def test_the_config_for_several_gpus(tmp_path, rlhf):
-    """As users start it, with two CPU processes for each stage that trains."""
+    """With two CPU processes for each stage that trains."""
     path = CONFIGS / MULTI_GPU
     config = load(path)
     overrides = stand_ins(config, tmp_path) | SHORT[MULTI_GPU]

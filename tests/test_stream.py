@@ -2,10 +2,6 @@
 
 import itertools
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -203,14 +199,11 @@ def test_killed_it_trains_on_as_if_it_had_not_been(tmp_path, model):
         tiny.edit(path, {"data": data, "model": {"path": str(model)}})
         checkpoint = folder / "run" / "pretrain" / "checkpoints" / "checkpoint-10"
         if name == "parts":
-            process = subprocess.Popen(
-                [sys.executable, "-m", "pipeline", "run", str(path)], start_new_session=True, stdout=subprocess.DEVNULL
-            )
+            process = warm.Started("run", path)
             while not (checkpoint / "complete.json").exists():
-                assert process.poll() is None, "it ended before it could be killed"
+                assert process.is_alive(), "it ended before it could be killed"
                 time.sleep(0.01)
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            process.kill_all()
             assert (checkpoint / STATE).is_file()
         done = warm.rlhf("run", path)
         assert done.returncode == 0, done.stdout + done.stderr

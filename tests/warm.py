@@ -7,13 +7,17 @@ import atexit
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 AT_START = dict(os.environ)  # a test may change it for a while
 TESTS = Path(__file__).resolve().parent
@@ -73,13 +77,28 @@ class Zygote:
     ) -> Answer:
         """Run `rlhf *argv` (or the module of one stage) in `folder`, at most `limit` seconds."""
         streams = {key: self.scratch / key for key in ("stdout", "stderr")}
-        request = {"argv": list(argv), "folder": str(folder), "limit": limit, "module": module}
-        request |= {"environment": environment} | {key: str(path) for key, path in streams.items()}
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        answer = self._answer()
+        answer = self._ask(argv, folder, limit, module, environment, {key: str(path) for key, path in streams.items()})
         texts = {key: path.read_text(encoding="utf-8", errors="replace") for key, path in streams.items()}
         return Answer(**answer, **texts)
+
+    def start(self, argv: tuple[str, ...], folder: Path) -> int:
+        """Start `rlhf *argv` in `folder`, with nobody to read what it says; returns the process's number."""
+        nowhere = dict.fromkeys(("stdout", "stderr"), os.devnull)
+        return self._ask(argv, folder, None, "cli", {}, nowhere)["pid"]
+
+    def _ask(
+        self,
+        argv: tuple[str, ...],
+        folder: Path,
+        limit: float | None,
+        module: str,
+        environment: dict[str, str | None],
+        streams: dict[str, str],
+    ) -> dict[str, Any]:
+        request = {"argv": list(argv), "folder": str(folder), "limit": limit, "module": module}
+        self.process.stdin.write(json.dumps(request | streams | {"environment": environment}) + "\n")
+        self.process.stdin.flush()
+        return self._answer()
 
     def close(self) -> None:
         self.process.stdin.close()
@@ -112,3 +131,25 @@ def rlhf(
     if answer.hung:
         raise subprocess.TimeoutExpired(["rlhf", *argv], limit, answer.stdout, answer.stderr)
     return subprocess.CompletedProcess(["rlhf", *argv], answer.exit_code, answer.stdout, answer.stderr)
+
+
+class Started:
+    """`rlhf` at work in the background, to be killed: with -9, by itself or with all that it has started."""
+
+    def __init__(self, *args: object, folder: Path = REPO):
+        self.process = psutil.Process(_zygote().start(tuple(map(str, args)), folder))
+
+    def is_alive(self) -> bool:
+        return self.process.status() != psutil.STATUS_ZOMBIE
+
+    def kill(self) -> None:
+        self.process.kill()
+        self._wait()
+
+    def kill_all(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self._wait()
+
+    def _wait(self) -> None:
+        while self.is_alive():  # the number is taken until its parent has asked how it ended
+            time.sleep(0.01)
