@@ -15,9 +15,10 @@ from label_runs import about, made, rows_of, start
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+from pipeline.chain import staleness
 from pipeline.config.load import load
 from pipeline.data import heldout
-from pipeline.label import command, figures, folder, pairs, result
+from pipeline.label import command, evaluated, figures, folder, pairs, result
 from pipeline.label.answers import Answers
 from pipeline.label.asked import Asked
 from pipeline.label.labels import Labels
@@ -154,6 +155,56 @@ def test_prompts_of_the_evaluation_are_left_out(finished, cli, tmp_path):
         }
         texts = [tuple(sorted(c.text for c in pair.completions)) for pair in pairs.read(place / "pairs.jsonl")]
         assert len(set(texts)) == len(texts) == 30
+
+
+@pytest.fixture
+def with_evaluation(finished):
+    """The finished run, with the record that its evaluation would have: on a share of `prompts`."""
+    recorded = manifest.read(finished.run_dir)
+    config = load(finished.config)
+    inputs = staleness.identify(config, "evaluate", recorded).inputs
+    metrics = {"baseline": "sft", "policies": {"sft": {"prompts": 1}}}
+    datasets = {"data": {"dataset": "prompts"}}
+    record = tiny.make_record(type="evaluate", inputs=inputs, datasets=datasets, metrics=metrics)
+    manifest.write(finished.run_dir, recorded.model_copy(update={"stages": recorded.stages | {"evaluate": record}}))
+    return finished
+
+
+def held_out(run, stages=None, **data) -> list[str]:
+    """What the run's config does not hold out any more, after a change of its stages or of the section `prompts`."""
+    sections = tiny.CHAIN["data"] | {"prompts": {"path": "prompts.jsonl", **data}}
+    tiny.edit(run.config, {"data": sections, "stages": stages or tiny.CHAIN["stages"]})
+    return evaluated.differences(load(run.config), manifest.read(run.run_dir))
+
+
+def test_what_the_run_was_evaluated_on_must_still_be_held_out(with_evaluation):
+    """More may be held out now, and a dataset may have another name; less is told, whatever has changed."""
+    stages = tiny.CHAIN["stages"]
+    on_comparisons = stages | {"evaluate": stages["evaluate"] | {"data": "comparisons"}}
+    without_ppo = {name: stage for name, stage in stages.items() if name != "ppo"}  # then nothing trains on `prompts`
+    assert held_out(with_evaluation) == held_out(with_evaluation, heldout=0.2) == []
+    assert held_out(with_evaluation, without_ppo) == []
+    (lower,) = held_out(with_evaluation, heldout=0.01)
+    assert lower == "evaluate held out 0.05 of the prompts of prompts, now it is 0.01 of the prompts (`heldout`)"
+    assert held_out(with_evaluation, limit=20)[0].startswith("prompts has changed since evaluate read it")
+    assert held_out(with_evaluation, on_comparisons) == ["evaluate was evaluated on prompts, and now no stage is"]
+
+
+def test_labels_need_what_the_run_was_evaluated_on(with_evaluation, cli, tmp_path):
+    """A file of other prompts is taken all the same, which is said and on record."""
+    (tmp_path / "yes.py").write_text("def judge(prompt, completion):\n    return len(completion)\n")
+    options = ("label", with_evaluation.run_dir, "--judge", "yes:judge", "--pairs", 2, "--to")
+    file = tmp_path / "prompts.jsonl"
+    tiny.write_rows(file, tiny.chain_rows()["prompts"][1:])
+    code, _, error = cli(*options, "refused")
+    assert code == 2 and error.count("\n") == 1
+    assert "does not hold out what the run was evaluated on: prompts has changed since evaluate read it" in error
+    assert "Put it back as it was, or give a file of other prompts with --prompts" in error
+    mine = tmp_path / "mine.jsonl"
+    tiny.write_rows(mine, [{"prompt": "A new prompt."}, {"prompt": "Another new one."}])
+    code, shown, error = cli(*options, "taken", "--prompts", mine)
+    assert (code, error) == (0, "") and "cannot be told in full: prompts has changed" in shown
+    assert len(about(tmp_path / "taken")["prompts"]["not_compared"]) == 1
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 19, 100])

@@ -58,7 +58,7 @@ def begin(asked: Asked, by: str, place: Path, recorded: Manifest, config: RunCon
         for one in parts.all:
             source.verify(one)
         tokenizer = _tokenizer(run_dir, recorded)
-        read = prompts.read(config, given, section.max_prompt_length, tokenizer)
+        read = prompts.read(config, recorded, given, section.max_prompt_length, tokenizer)
         for remark in read.remarks:
             say(remark)
         started = time.monotonic()

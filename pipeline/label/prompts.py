@@ -15,6 +15,8 @@ from pipeline.config.stage_types import type_of
 from pipeline.data import fingerprints, run_tokenizer
 from pipeline.data.audit import Audit
 from pipeline.data.prepare import Datasets
+from pipeline.label import evaluated
+from pipeline.records.manifest import Manifest
 from pipeline.system.errors import UserError, nearest
 from pipeline.system.json_object import JsonObject
 
@@ -57,15 +59,45 @@ def place_of(config: RunConfig, given: str) -> str:
     raise UserError(f"--prompts: {given!r} is neither a file nor a dataset of {config.source}; {hint}")
 
 
-def read(config: RunConfig, given: str, max_length: int, tokenizer: PreTrainedTokenizerFast) -> Prompts:
+def read(
+    config: RunConfig, recorded: Manifest, given: str, max_length: int, tokenizer: PreTrainedTokenizerFast
+) -> Prompts:
     """Return the prompts of a dataset or a file, each once.
 
     Raises:
-        UserError: if it cannot be read, too many rows do not fit, or all prompts are held out.
+        UserError: if it cannot be read, too many rows do not fit, all prompts are held out, or the config does not hold
+            out what the run was evaluated on.
     """
+    unknown = evaluated.check(config, recorded, is_file=given not in config.data)
     data = _with(config, given)
-    datasets = Datasets(data, tokenizer, run_tokenizer.fingerprint(tokenizer))
-    request = Request(
+    prepared = Datasets(data, tokenizer, run_tokenizer.fingerprint(tokenizer)).prepare(
+        _request(config, given, max_length)
+    )
+    audit = prepared.audit
+    total = sum(size for _, size in audit.parts)
+    held_out = total - audit.read + audit.dropped["held_out"].count
+    if held_out == total:
+        mend = "What is labelled is trained on, so name other prompts"
+        raise UserError(f"--prompts: the run is evaluated on all {total} prompts of {given}. {mend}")
+    problems = audit.problems(config.checks.model_dump())
+    if problems:
+        raise UserError("\n  ".join(problems))
+    about: JsonObject = {
+        "given": given,
+        "fingerprint": fingerprints.of_dataset(given, data.sections[given], config.folder),
+        "rows": total,
+        "held_out": held_out,
+        "used": len(prepared.rows),
+    }
+    if unknown:
+        about["not_compared"] = unknown
+    what = f"whether {given} has prompts that the run was evaluated on cannot be told in full"
+    remarks = [f"{what}: {difference}" for difference in unknown]
+    return Prompts(prepared.rows, about, remarks + _remarks(given, audit, total, held_out))
+
+
+def _request(config: RunConfig, given: str, max_length: int) -> Request:
+    return Request(
         dataset=given,
         rows="prompts",
         split=graph.TRAIN,
@@ -76,25 +108,6 @@ def read(config: RunConfig, given: str, max_length: int, tokenizer: PreTrainedTo
         unique_prompts=True,
         piece_length=None,
     )
-    prepared = datasets.prepare(request)
-    rows = prepared.rows
-    audit = prepared.audit
-    total = sum(size for _, size in audit.parts)
-    held_out = total - audit.read + audit.dropped["held_out"].count
-    if held_out == total:
-        mend = "What is labelled is trained on, so name other prompts"
-        raise UserError(f"--prompts: the run is evaluated on all {total} prompts of {given}. {mend}")
-    problems = audit.problems(config.checks.model_dump())
-    if problems:
-        raise UserError("\n  ".join(problems))
-    about = {
-        "given": given,
-        "fingerprint": fingerprints.of_dataset(given, data.sections[given], config.folder),
-        "rows": total,
-        "held_out": held_out,
-        "used": len(rows),
-    }
-    return Prompts(rows, about, _remarks(given, audit, total, held_out))
 
 
 def _remarks(given: str, audit: Audit, total: int, held_out: int) -> list[str]:
