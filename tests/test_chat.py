@@ -323,6 +323,51 @@ def test_a_page_that_is_left_takes_the_question_back(chat):
     assert len(chat.turns) == 1
 
 
+def asked(chat, name: str) -> dict:
+    """What a window posts that shows the dialogue as it is, with an id for its question."""
+    numbers = {"temperature": 0, "max_new_tokens": 8, "seed": 0}
+    return {"question": QUESTIONS[0], "id": name, "version": chat.version} | numbers
+
+
+def test_a_window_that_shows_another_dialogue_changes_nothing(chat):
+    """Another window has asked, has changed the stages, or has taken one out and in again, which begins anew."""
+    chat.choose(["sft"])
+    calls = page.site_of(chat, GREEDY).calls
+    before = asked(chat, "late")
+    for change in (
+        lambda: list(calls["ask"](asked(chat, "first"))),
+        lambda: [chat.choose(names) for names in (["sft", "dpo"], ["sft"])],
+        chat.reset,
+    ):
+        change()
+        version, turns = chat.version, list(chat.turns)
+        for name, body in (("ask", before), ("choose", before | {"stages": ["dpo"]}), ("reset", before)):
+            with pytest.raises(UserError, match="has changed in another window"):
+                list(calls[name](body))
+        assert (chat.version, chat.turns, chat.names) == (version, turns, ["sft"])
+    assert list(calls["ask"](before | {"version": chat.version}))[-1]["stage"] == "sft"
+
+
+def test_a_question_whose_window_has_stopped_it_is_never_answered(chat):
+    """Whether it was stopped before its turn, in the middle, or too late, its window hears what came of it."""
+    chat.choose(["sft"])
+    calls = page.site_of(chat, GREEDY).calls
+    waiting = calls["ask"](asked(chat, "waiting"))
+    assert calls["outcome"]({"id": "waiting"})["answered"] is False
+    with pytest.raises(UserError, match="was stopped"):
+        next(waiting)
+    begun = calls["ask"](asked(chat, "begun"))
+    next(begun)
+    begun.close()
+    assert calls["outcome"]({"id": "begun"})["answered"] is False and chat.turns == []
+    late = calls["ask"](asked(chat, "late"))
+    while "figures" not in next(late):
+        pass
+    late.close()
+    state = calls["outcome"]({"id": "late"})
+    assert state["answered"] is True and len(state["turns"]) == len(chat.turns) == 1
+
+
 def test_a_question_that_is_too_long_loses_nothing(chat):
     first, second = (chat.ask(question, GREEDY, silent) for question in QUESTIONS)
     chat.reset()
@@ -498,7 +543,7 @@ def test_the_page_streams_the_sessions_answers(served, chat):
     process, port, path = served
     chat.choose(["sft", "dpo"])
     turn = chat.ask(QUESTIONS[0], GREEDY, silent)
-    body = {"question": QUESTIONS[0], "temperature": 0, "max_new_tokens": 8, "seed": 0}
+    body = {"question": QUESTIONS[0], "id": "1", "temperature": 0, "max_new_tokens": 8, "seed": 0, "version": 0}
     events = [json.loads(line) for line in post(port, f"{path}ask", body)[1].splitlines()]
     complete = {event["stage"]: event for event in events if "figures" in event}
     assert {name: event["text"] for name, event in complete.items()} == {
@@ -506,11 +551,14 @@ def test_the_page_streams_the_sessions_answers(served, chat):
     }
     assert complete["dpo"]["figures"] == turn.answers["dpo"].figures
     assert len(events) == sum(len(answer.ids) + 1 for answer in turn.answers.values())
+    assert json.loads(post(port, f"{path}outcome", {"id": "1"})[1])["answered"] is True
     for wrong in ({"temperature": -1}, {"temperature": None}, {"max_new_tokens": 0}, {"seed": 0.5}, {"question": 1}):
-        assert "error" in json.loads(post(port, f"{path}ask", body | wrong)[1])
-    assert "no finished policy" in post(port, f"{path}choose", {"stages": ["nowhere"]})[1]
-    state = json.loads(post(port, f"{path}choose", {"stages": ["dpo", "base"]})[1])
-    assert state["stages"] == ["dpo", "base"] and len(state["turns"]) == 1
-    assert json.loads(post(port, f"{path}reset", {})[1])["turns"] == []
+        assert "error" in json.loads(post(port, f"{path}ask", body | {"id": "2", "version": 1} | wrong)[1])
+    for wrong in ({"version": 0}, {"id": None}):
+        assert "error" in json.loads(post(port, f"{path}ask", body | {"id": "2", "version": 1} | wrong)[1])
+    assert "no finished policy" in post(port, f"{path}choose", {"version": 1, "stages": ["nowhere"]})[1]
+    state = json.loads(post(port, f"{path}choose", {"version": 1, "stages": ["dpo", "base"]})[1])
+    assert (state["stages"], state["version"]) == (["dpo", "base"], 2) and len(state["turns"]) == 1
+    assert json.loads(post(port, f"{path}reset", {"version": 2})[1])["turns"] == []
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 0

@@ -3,6 +3,7 @@
 It needs Debian's chromium and chromium-driver; without them these tests are skipped.
 """
 
+import contextlib
 import json
 import shutil
 import threading
@@ -85,8 +86,9 @@ def page(browser, address):
     """The page with no dialogue, with the stages sft and hostile."""
     browser.get(address)
     until(browser, lambda: browser.find_elements(By.CSS_SELECTOR, "#stages li"))
-    choose = "call('choose', {stages: ['sft', 'hostile']})"
-    browser.execute_async_script(f"call('reset', {{}}).then(() => {choose}).then(arguments[0])")
+    reset = "call('state', {}).then(({version}) => call('reset', {version}))"
+    choose = "({version}) => call('choose', {version, stages: ['sft', 'hostile']})"
+    browser.execute_async_script(f"{reset}.then({choose}).then(arguments[0])")
     browser.refresh()
     until(browser, lambda: stages(browser) == ["sft", "hostile"])
     return browser
@@ -173,6 +175,53 @@ def test_an_answer_is_stopped_and_taken_back(page):
     assert field.get_attribute("value") == "Tell me about rain."
     field.clear()
     assert ask(page, "Tell me about tea.") == first
+
+
+@pytest.fixture
+def other(page, address):
+    """`with other():` is a second window of the same dialogue, which is closed at the end of the block."""
+
+    @contextlib.contextmanager
+    def opened():
+        first = page.current_window_handle
+        page.switch_to.new_window("tab")
+        page.get(address)
+        until(page, lambda: page.find_elements(By.CSS_SELECTOR, "#stages li"))
+        yield
+        page.close()
+        page.switch_to.window(first)
+
+    return opened
+
+
+def test_two_windows_never_answer_within_each_others_dialogue(page, other):
+    """The older window is shown what has changed, keeps its question, and goes on from there."""
+    with other():
+        theirs = ask(page, "Tell me about tea.")
+        page.find_element(By.CSS_SELECTOR, "[aria-label='Remove hostile']").click()
+        until(page, lambda: stages(page) == ["sft"])
+    assert stages(page) == ["sft", "hostile"] and not page.find_elements(By.CSS_SELECTOR, ".turn")
+    page.find_element(By.ID, "question").send_keys("And rain?", Keys.ENTER)
+    until(page, lambda: "has changed in another window" in page.find_element(By.ID, "fault").text)
+    assert stages(page) == ["sft"] and answers(page) == theirs
+    assert len(page.find_elements(By.CSS_SELECTOR, ".turn")) == 1
+    field = page.find_element(By.ID, "question")
+    assert field.get_attribute("value") == "And rain?"
+    field.clear()
+    assert list(ask(page, "And rain?")) == ["sft"]
+
+
+def test_a_stopped_question_is_not_filled_with_another_windows_answers(page, other):
+    with other():
+        theirs = ask(page, "Tell me about tea.")
+    page.execute_script("question.value = 'And rain?'; form.requestSubmit(); find('stop').click()")
+    until(page, lambda: status(page).startswith("Stopped"))
+    questions = "return [...document.querySelectorAll('.turn:not(.taken-back) .question')].map((q) => q.textContent)"
+    assert page.execute_script(questions) == ["Tell me about tea."]
+    assert not set(answers(page).values()) & set(theirs.values())  # of the question that was taken back
+    page.find_element(By.ID, "question").clear()
+    ask(page, "And rain?")
+    assert page.execute_script(questions) == ["Tell me about tea.", "And rain?"]
 
 
 def test_everything_has_a_name_and_the_keyboard_reaches_it(page):

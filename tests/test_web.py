@@ -162,6 +162,23 @@ def test_whoever_leaves_ends_what_it_asked_for(address):
     assert ask(address, "echo", {})[0] == 200
 
 
+def test_whoever_leaves_before_its_turn_begins_nothing(address):
+    """Its request waits while another one is answered. What it asked for is not begun afterwards."""
+    port, secret = address
+    closed.clear()
+    body = json.dumps({"to": 7})
+    head = f"POST {secret}count HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
+    first = threading.Thread(target=ask, args=(address, "count", {"to": 4, "seconds": 0.2}))
+    first.start()
+    time.sleep(0.2)
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        time.sleep(0.2)  # it waits
+    first.join()
+    assert ask(address, "count", {"to": 2})[0] == 200  # behind both
+    assert closed == [4, 2]
+
+
 def test_a_taken_port_is_said(address):
     port, _ = address
     with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1:{port}: .*--port"):

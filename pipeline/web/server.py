@@ -110,13 +110,13 @@ def _caller(call: Call, busy: anyio.Lock) -> Callable[[Request], object]:
             return JSONResponse({"error": str(error)}, 400)
         if isinstance(result, dict):
             return JSONResponse(result)
-        return StreamingResponse(_lines(result, busy), media_type="application/x-ndjson")
+        return StreamingResponse(_lines(request, result, busy), media_type="application/x-ndjson")
 
     return answer
 
 
-async def _lines(result: Iterator[JsonObject], busy: anyio.Lock) -> AsyncIterator[str]:
-    """Yield the objects as lines. A page that is left meanwhile ends the iterator."""
+async def _lines(request: Request, result: Iterator[JsonObject], busy: anyio.Lock) -> AsyncIterator[str]:
+    """Yield the objects as lines. A page that is left meanwhile ends the iterator; one that was left begins none."""
 
     def following() -> JsonObject | None:
         try:
@@ -125,6 +125,8 @@ async def _lines(result: Iterator[JsonObject], busy: anyio.Lock) -> AsyncIterato
             return {"error": str(error)}
 
     async with busy:
+        if await request.is_disconnected():
+            return
         try:
             while (item := await run_in_threadpool(following)) is not None:
                 yield json.dumps(item) + "\n"
