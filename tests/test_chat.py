@@ -24,6 +24,7 @@ from pipeline import stage
 from pipeline.chat import command, page, selection, weights
 from pipeline.chat.session import Settings
 from pipeline.config.load import load
+from pipeline.models import run_models
 from pipeline.models.loading import Model, is_quantised
 from pipeline.records import manifest
 from pipeline.show import results
@@ -196,7 +197,7 @@ def test_adapters_share_one_base(run_dir):
     """In bytes: the base once, and what is in the adapters' files."""
     run = selection.open_run(run_dir)
     said = []
-    models = weights.Models(run, command._tokenizer(run), said.append)
+    models = weights.Models(run, run_models.tokenizer(run_dir, run.recorded), said.append)
     names = ["base", "sft", "ppo", "dpo", "dpo.again"]
     models.load(names)
     scorer = models.reward("reward")
