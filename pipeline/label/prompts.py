@@ -29,19 +29,22 @@ class Prompts(NamedTuple):
     remarks: list[str]
 
 
-def default(config: RunConfig, policies: Sequence[str]) -> str:
+def default(config: RunConfig, recorded: Manifest, policies: Sequence[str]) -> str:
     """Name the dataset that the last of these policies was trained on that has prompts.
 
     Raises:
-        UserError: if the config has no such stage any more, or all were trained on raw text.
+        UserError: if the config has no such stage any more, or all were trained on raw text, or in another run.
     """
     texts = {stage.data for stage in config.stages.values() if type_of(stage).reads_raw_text}
     stages = [config.stages.get(policy) for policy in reversed(policies)]
     datasets = [stage.data for stage in stages if stage is not None and stage.data not in {None, *texts}]
-    if not datasets:
-        fault = f"{config.source} does not say which prompts {' and '.join(policies)} learned from"
-        raise UserError(f"{fault}; name some with --prompts")
-    return datasets[0]
+    if datasets:
+        return datasets[0]
+    fault = f"{config.source} does not say which prompts {' and '.join(policies)} learned from"
+    taken = [name for name in policies if recorded.stages[name].origin is not None]
+    if taken:
+        fault += f": {taken[-1]} was taken from another run ({recorded.stages[taken[-1]].origin}), with data of its own"
+    raise UserError(f"{fault}; name some with --prompts")
 
 
 def place_of(config: RunConfig, given: str) -> str:
