@@ -50,6 +50,7 @@ STAGES = {
     "whole": tiny.SFT | {"type": "sft", "init": "base", "lora": None},
     "reshaped": tiny.DPO | {"type": "dpo", "init": "sft", "lora": OTHER_SHAPE},  # on the merged weights of its parent
     "whole_reward": tiny.REWARD | {"type": "reward", "init": "whole", "lora": None},
+    "on_whole_reward": tiny.REWARD | {"type": "reward", "init": "whole_reward"},  # an adapter on a reward model in full
     "by_whole_reward": EVALUATE | {"reward": "whole_reward"},
     "evaluate": EVALUATE | {"reward": "reward"},
 }
@@ -182,6 +183,33 @@ def test_a_reward_model_in_full_scores_as_in_its_evaluation(run_dir):
     assert {name: answer.score for name, answer in answers.items()} == {
         name: entries[name]["score"] for name in ("whole", "dpo")
     }
+
+
+def test_an_adapter_on_a_reward_model_in_full_scores_as_alone(run_dir):
+    """Its full weights have no vocabulary head, since the model's embeddings are untied: no policy can share them."""
+    run = selection.open_run(run_dir)
+    assert "lm_head.weight" not in load_file(run_dir / "whole_reward" / "output" / "model.safetensors")
+    talk = command._opened(run, ["sft"], "on_whole_reward", False, open_console())
+    prompt = talk._prompt("sft", QUESTIONS[0])
+    answer = talk.ask(QUESTIONS[0], GREEDY, silent).answers["sft"]
+    model, _ = alone(run_dir, "on_whole_reward")
+    with torch.no_grad():
+        assert answer.score == model(input_ids=torch.tensor([prompt + answer.ids])).logits.item()
+
+
+def test_stages_of_another_run_answer_as_there(chat, run_dir, tmp_path):
+    """An adapter that brings the full weights below it, and a reward model on the base."""
+    taken = {"run": str(run_dir)}
+    stages = {"policy": taken | {"stage": "reshaped"}, "reward": taken}
+    config = load(tiny.make_run(tmp_path, stages, model={"path": chat.run.recorded.model["path"]}))
+    for name in config.stages:
+        stage.run(config, name)
+    talk = command._opened(selection.open_run(config.run_path), ["policy"], "reward", False, open_console())
+    chat.choose(["reshaped"])
+    for question in QUESTIONS:
+        here = talk.ask(question, GREEDY, silent).answers["policy"]
+        there = chat.ask(question, GREEDY, silent).answers["reshaped"]
+        assert (here.text, here.ids, here.score) == (there.text, there.ids, there.score)
 
 
 # One base in memory

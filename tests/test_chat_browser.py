@@ -5,7 +5,6 @@ It needs Debian's chromium and chromium-driver; without them these tests are ski
 
 import contextlib
 import json
-import shutil
 import threading
 import time
 
@@ -19,15 +18,11 @@ from pipeline.chat.session import Settings
 from pipeline.config.load import load
 from pipeline.show.screen import open_console
 
-webdriver = pytest.importorskip("selenium.webdriver")
+pytest.importorskip("selenium")
 
-from selenium.webdriver.common.by import By  # noqa: E402
-from selenium.webdriver.common.keys import Keys  # noqa: E402
-from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(not CHROMIUM or not DRIVER, reason="needs chromium and chromium-driver (Debian)")
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
 
 # What the stage `hostile` has learnt to answer.
 HOSTILE = "<img src=x onerror=window.broken=1>"
@@ -67,18 +62,6 @@ def address(run_dir):
     while not said:
         time.sleep(0.01)
     return next(word for word in said[0].split() if word.startswith("http://127.0.0.1:"))
-
-
-@pytest.fixture(scope="module")
-def browser():
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for argument in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "window-size=1280,1000"):
-        options.add_argument(f"--{argument}")
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
-    yield driver
-    driver.quit()
 
 
 @pytest.fixture

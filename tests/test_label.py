@@ -600,7 +600,7 @@ def test_the_page_is_blind_and_for_this_machine(finished, tmp_path):
     try:
         sampled = pairs.read(place / "pairs.jsonl")
         scores = {str(abs(one.score))[:6] for pair in sampled for one in pair.completions}
-        everything = b"".join(ask(port, secret + name)[1] for name in ("", "page.js", "label.css", "style.css"))
+        everything = b"".join(ask(port, secret + name)[1] for name in ("", "page.js", "page.css", "style.css"))
         for headers in ({"Host": "evil.example"}, {"Origin": "http://evil.example"}, {"Host": f"evil.example:{port}"}):
             assert ask(port, secret + "state", {}, **headers)[0] == 403
             assert ask(port, secret, **headers)[0] == 403

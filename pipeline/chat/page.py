@@ -11,9 +11,9 @@ from pathlib import Path
 from pipeline.chat.session import Answer, Session, Settings
 from pipeline.system.errors import UserError
 from pipeline.system.json_object import JsonObject
-from pipeline.web.server import Site, serve
+from pipeline.web.server import Call, Site, serve
 
-FILES = Path(__file__).parent / "files"
+_FILES = Path(__file__).parent / "files"
 
 
 class _Left(Exception):
@@ -76,7 +76,7 @@ class _Windows:
 
 
 def site_of(session: Session, settings: Settings) -> Site:
-    """Return the page's files, and what it can ask for."""
+    """Return the page and what it can ask for."""
     windows = _Windows(session)
 
     def state(_: JsonObject) -> JsonObject:
@@ -104,8 +104,8 @@ def site_of(session: Session, settings: Settings) -> Site:
         session.reset()
         return _state(session, settings)
 
-    files = {"": FILES / "page.html", "page.js": FILES / "page.js", "page.css": FILES / "page.css"}
-    return Site(files, {"state": state, "ask": ask, "outcome": outcome, "choose": choose, "reset": reset})
+    calls: dict[str, Call] = {"state": state, "ask": ask, "outcome": outcome, "choose": choose, "reset": reset}
+    return Site("rlhf chat", _FILES, calls)
 
 
 def _id(body: JsonObject) -> str:
