@@ -191,7 +191,7 @@ def test_what_the_run_was_evaluated_on_must_still_be_held_out(with_evaluation):
     assert held_out(with_evaluation) == held_out(with_evaluation, heldout=0.2) == []
     assert held_out(with_evaluation, without_ppo) == []
     (lower,) = held_out(with_evaluation, heldout=0.01)
-    assert lower == "evaluate held out 0.05 of the prompts of prompts, now it is 0.01 of the prompts (`heldout`)"
+    assert lower == "evaluate held out 0.05 of the prompts of prompts, now it is 0.01 of the prompts, by `heldout`"
     assert held_out(with_evaluation, limit=20)[0].startswith("prompts has changed since evaluate read it")
     assert held_out(with_evaluation, on_comparisons) == ["evaluate was evaluated on prompts, and now no stage is"]
 
@@ -199,7 +199,8 @@ def test_what_the_run_was_evaluated_on_must_still_be_held_out(with_evaluation):
 def test_labels_need_what_the_run_was_evaluated_on(with_evaluation, cli, tmp_path):
     """A file of other prompts is taken all the same, which is said and on record."""
     (tmp_path / "yes.py").write_text("def judge(prompt, completion):\n    return len(completion)\n")
-    options = ("label", with_evaluation.run_dir, "--judge", "yes:judge", "--pairs", 2, "--to")
+    config = with_evaluation.config  # the last command named that of the run which this one is a copy of
+    options = ("label", with_evaluation.run_dir, "--config", config, "--judge", "yes:judge", "--pairs", 2, "--to")
     file = tmp_path / "prompts.jsonl"
     tiny.write_rows(file, tiny.chain_rows()["prompts"][1:])
     code, _, error = cli(*options, "refused")
