@@ -137,7 +137,7 @@ async def _lines(request: Request, result: Iterator[JsonObject], busy: anyio.Loc
             return {"error": str(error)}
 
     async with busy:
-        if await request.is_disconnected():
+        if await request.is_disconnected():  # starlette sees it only under some versions of the server's protocol
             return
         try:
             while (item := await run_in_threadpool(following)) is not None:
