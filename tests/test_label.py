@@ -210,7 +210,7 @@ def test_labels_need_what_the_run_was_evaluated_on(with_evaluation, cli, tmp_pat
     mine = tmp_path / "mine.jsonl"
     tiny.write_rows(mine, [{"prompt": "A new prompt."}, {"prompt": "Another new one."}])
     code, shown, error = cli(*options, "taken", "--prompts", mine)
-    assert (code, error) == (0, "") and "cannot be told in full: prompts has changed" in shown
+    assert (code, error) == (0, "") and "nobody can tell whether" in shown and "since prompts has changed" in shown
     assert len(about(tmp_path / "taken")["prompts"]["not_compared"]) == 1
 
 

@@ -92,7 +92,7 @@ def _difference(use: Use, now: Sequence[Use]) -> str:
         why = "since a stage trains on the others" if use.share is None else "by `heldout`"
         return f"{use.stage} held out {_share(use)} of {use.dataset}, now it is {_share(same[0])}, {why}"
     if any(one.dataset == use.dataset for one in now):
-        return f"{use.dataset} has changed since {use.stage} read it: its files, or how the config reads them"
+        return f"{use.dataset} has changed since {use.stage} read it (its files, or how the config reads them)"
     return f"{use.stage} was evaluated on {use.dataset}, and now no stage is"
 
 

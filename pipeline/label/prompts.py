@@ -94,8 +94,8 @@ def read(
     }
     if unknown:
         about["not_compared"] = unknown
-    what = f"whether {given} has prompts that the run was evaluated on cannot be told in full"
-    remarks = [f"{what}: {difference}" for difference in unknown]
+    what = f"nobody can tell whether {given} has prompts that the run was evaluated on"
+    remarks = [f"{what}, since {difference}" for difference in unknown]
     return Prompts(prepared.rows, about, remarks + _remarks(given, audit, total, held_out))
 
 
