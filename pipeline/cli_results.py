@@ -4,7 +4,7 @@ They stand apart from `cli.py`, which adds them to the command. Heavy imports ha
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -102,7 +102,22 @@ def chat(
     help="The run's config, if it has moved.",
 )
 @click.option("--port", type=click.IntRange(0, 65535), default=0, help="Port of the page. By default a free one.")
-def label(port: int, **options: Any) -> None:
+def label(
+    run_dir: Path,
+    policies: tuple[str, ...],
+    prompts: str | None,
+    to: Path | None,
+    pairs: int | None,
+    by: str | None,
+    order: Literal["unsure", "random"] | None,
+    twice: float | None,
+    temperature: float | None,
+    max_new_tokens: int | None,
+    seed: int | None,
+    judge: str | None,
+    config_file: Path | None,
+    port: int,
+) -> None:
     """Let a person compare answers of a run's policies on a page, and make comparisons for step 2 of it.
 
     Each pair has two completions of one policy, or one of each of two. By default they are of the last policy, for
@@ -115,8 +130,23 @@ def label(port: int, **options: Any) -> None:
     from pipeline.label import command
     from pipeline.label.asked import Asked
 
+    asked = Asked(
+        run_dir=run_dir,
+        policies=policies,
+        prompts=prompts,
+        to=to,
+        pairs=pairs,
+        by=by,
+        order=order,
+        twice=twice,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        judge=judge,
+        config_file=config_file,
+    )
     with stopping():
-        command.label(Asked(**options), port, console())
+        command.label(asked, port, console())
 
 
 @click.command(short_help="Write a stage's model to a folder that loads anywhere.")

@@ -139,6 +139,24 @@ def finished(finished_run, tmp_path):
     return SimpleNamespace(config=tmp_path / "config.yaml", run_dir=tmp_path / "runs" / "tiny")
 
 
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium, its window 1280 pixels wide; it logs requests and errors. Without it the test is skipped."""
+    webdriver = pytest.importorskip("selenium.webdriver")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    driver = shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("needs chromium and chromium-driver (Debian)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for argument in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "window-size=1280,1000"):
+        options.add_argument(f"--{argument}")
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
+    opened = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=driver))
+    yield opened
+    opened.quit()
+
+
 @pytest.fixture(scope="session")
 def make_record():
     """`make_record(**changes)`: a manifest record of a stage, as if it were finished."""

@@ -24,6 +24,7 @@ from pipeline import stage
 from pipeline.chat import command, page, selection, weights
 from pipeline.chat.session import Settings
 from pipeline.config.load import load
+from pipeline.models import run_models
 from pipeline.models.loading import Model, is_quantised
 from pipeline.records import manifest
 from pipeline.show import results
@@ -49,6 +50,7 @@ STAGES = {
     "whole": tiny.SFT | {"type": "sft", "init": "base", "lora": None},
     "reshaped": tiny.DPO | {"type": "dpo", "init": "sft", "lora": OTHER_SHAPE},  # on the merged weights of its parent
     "whole_reward": tiny.REWARD | {"type": "reward", "init": "whole", "lora": None},
+    "on_whole_reward": tiny.REWARD | {"type": "reward", "init": "whole_reward"},  # an adapter on a reward model in full
     "by_whole_reward": EVALUATE | {"reward": "whole_reward"},
     "evaluate": EVALUATE | {"reward": "reward"},
 }
@@ -183,6 +185,33 @@ def test_a_reward_model_in_full_scores_as_in_its_evaluation(run_dir):
     }
 
 
+def test_an_adapter_on_a_reward_model_in_full_scores_as_alone(run_dir):
+    """Its full weights have no vocabulary head, since the model's embeddings are untied: no policy can share them."""
+    run = selection.open_run(run_dir)
+    assert "lm_head.weight" not in load_file(run_dir / "whole_reward" / "output" / "model.safetensors")
+    talk = command._opened(run, ["sft"], "on_whole_reward", False, open_console())
+    prompt = talk._prompt("sft", QUESTIONS[0])
+    answer = talk.ask(QUESTIONS[0], GREEDY, silent).answers["sft"]
+    model, _ = alone(run_dir, "on_whole_reward")
+    with torch.no_grad():
+        assert answer.score == model(input_ids=torch.tensor([prompt + answer.ids])).logits.item()
+
+
+def test_stages_of_another_run_answer_as_there(chat, run_dir, tmp_path):
+    """An adapter that brings the full weights below it, and a reward model on the base."""
+    taken = {"run": str(run_dir)}
+    stages = {"policy": taken | {"stage": "reshaped"}, "reward": taken}
+    config = load(tiny.make_run(tmp_path, stages, model={"path": chat.run.recorded.model["path"]}))
+    for name in config.stages:
+        stage.run(config, name)
+    talk = command._opened(selection.open_run(config.run_path), ["policy"], "reward", False, open_console())
+    chat.choose(["reshaped"])
+    for question in QUESTIONS:
+        here = talk.ask(question, GREEDY, silent).answers["policy"]
+        there = chat.ask(question, GREEDY, silent).answers["reshaped"]
+        assert (here.text, here.ids, here.score) == (there.text, there.ids, there.score)
+
+
 # One base in memory
 
 
@@ -196,7 +225,7 @@ def test_adapters_share_one_base(run_dir):
     """In bytes: the base once, and what is in the adapters' files."""
     run = selection.open_run(run_dir)
     said = []
-    models = weights.Models(run, command._tokenizer(run), said.append)
+    models = weights.Models(run, run_models.tokenizer(run_dir, run.recorded), said.append)
     names = ["base", "sft", "ppo", "dpo", "dpo.again"]
     models.load(names)
     scorer = models.reward("reward")
@@ -321,6 +350,51 @@ def test_a_page_that_is_left_takes_the_question_back(chat):
     assert chat.turns == [] and chat._prompt("base", QUESTIONS[0]) == chat._prompt("sft", QUESTIONS[0])
     assert list(page._events(chat, QUESTIONS[0], GREEDY))[-1]["stage"] == POLICIES[-1]
     assert len(chat.turns) == 1
+
+
+def asked(chat, name: str) -> dict:
+    """What a window posts that shows the dialogue as it is, with an id for its question."""
+    numbers = {"temperature": 0, "max_new_tokens": 8, "seed": 0}
+    return {"question": QUESTIONS[0], "id": name, "version": chat.version} | numbers
+
+
+def test_a_window_that_shows_another_dialogue_changes_nothing(chat):
+    """Another window has asked, has changed the stages, or has taken one out and in again, which begins anew."""
+    chat.choose(["sft"])
+    calls = page.site_of(chat, GREEDY).calls
+    before = asked(chat, "late")
+    for change in (
+        lambda: list(calls["ask"](asked(chat, "first"))),
+        lambda: [chat.choose(names) for names in (["sft", "dpo"], ["sft"])],
+        chat.reset,
+    ):
+        change()
+        version, turns = chat.version, list(chat.turns)
+        for name, body in (("ask", before), ("choose", before | {"stages": ["dpo"]}), ("reset", before)):
+            with pytest.raises(UserError, match="has changed in another window"):
+                list(calls[name](body))
+        assert (chat.version, chat.turns, chat.names) == (version, turns, ["sft"])
+    assert list(calls["ask"](before | {"version": chat.version}))[-1]["stage"] == "sft"
+
+
+def test_a_question_whose_window_has_stopped_it_is_never_answered(chat):
+    """Whether it was stopped before its turn, in the middle, or too late, its window hears what came of it."""
+    chat.choose(["sft"])
+    calls = page.site_of(chat, GREEDY).calls
+    waiting = calls["ask"](asked(chat, "waiting"))
+    assert calls["outcome"]({"id": "waiting"})["answered"] is False
+    with pytest.raises(UserError, match="was stopped"):
+        next(waiting)
+    begun = calls["ask"](asked(chat, "begun"))
+    next(begun)
+    begun.close()
+    assert calls["outcome"]({"id": "begun"})["answered"] is False and chat.turns == []
+    late = calls["ask"](asked(chat, "late"))
+    while "figures" not in next(late):
+        pass
+    late.close()
+    state = calls["outcome"]({"id": "late"})
+    assert state["answered"] is True and len(state["turns"]) == len(chat.turns) == 1
 
 
 def test_a_question_that_is_too_long_loses_nothing(chat):
@@ -498,7 +572,7 @@ def test_the_page_streams_the_sessions_answers(served, chat):
     process, port, path = served
     chat.choose(["sft", "dpo"])
     turn = chat.ask(QUESTIONS[0], GREEDY, silent)
-    body = {"question": QUESTIONS[0], "temperature": 0, "max_new_tokens": 8, "seed": 0}
+    body = {"question": QUESTIONS[0], "id": "1", "temperature": 0, "max_new_tokens": 8, "seed": 0, "version": 0}
     events = [json.loads(line) for line in post(port, f"{path}ask", body)[1].splitlines()]
     complete = {event["stage"]: event for event in events if "figures" in event}
     assert {name: event["text"] for name, event in complete.items()} == {
@@ -506,11 +580,14 @@ def test_the_page_streams_the_sessions_answers(served, chat):
     }
     assert complete["dpo"]["figures"] == turn.answers["dpo"].figures
     assert len(events) == sum(len(answer.ids) + 1 for answer in turn.answers.values())
+    assert json.loads(post(port, f"{path}outcome", {"id": "1"})[1])["answered"] is True
     for wrong in ({"temperature": -1}, {"temperature": None}, {"max_new_tokens": 0}, {"seed": 0.5}, {"question": 1}):
-        assert "error" in json.loads(post(port, f"{path}ask", body | wrong)[1])
-    assert "no finished policy" in post(port, f"{path}choose", {"stages": ["nowhere"]})[1]
-    state = json.loads(post(port, f"{path}choose", {"stages": ["dpo", "base"]})[1])
-    assert state["stages"] == ["dpo", "base"] and len(state["turns"]) == 1
-    assert json.loads(post(port, f"{path}reset", {})[1])["turns"] == []
+        assert "error" in json.loads(post(port, f"{path}ask", body | {"id": "2", "version": 1} | wrong)[1])
+    for wrong in ({"version": 0}, {"id": None}):
+        assert "error" in json.loads(post(port, f"{path}ask", body | {"id": "2", "version": 1} | wrong)[1])
+    assert "no finished policy" in post(port, f"{path}choose", {"version": 1, "stages": ["nowhere"]})[1]
+    state = json.loads(post(port, f"{path}choose", {"version": 1, "stages": ["dpo", "base"]})[1])
+    assert (state["stages"], state["version"]) == (["dpo", "base"], 2) and len(state["turns"]) == 1
+    assert json.loads(post(port, f"{path}reset", {"version": 2})[1])["turns"] == []
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 0

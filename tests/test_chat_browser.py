@@ -3,8 +3,8 @@
 It needs Debian's chromium and chromium-driver; without them these tests are skipped.
 """
 
+import contextlib
 import json
-import shutil
 import threading
 import time
 
@@ -18,15 +18,11 @@ from pipeline.chat.session import Settings
 from pipeline.config.load import load
 from pipeline.show.screen import open_console
 
-webdriver = pytest.importorskip("selenium.webdriver")
+pytest.importorskip("selenium")
 
-from selenium.webdriver.common.by import By  # noqa: E402
-from selenium.webdriver.common.keys import Keys  # noqa: E402
-from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(not CHROMIUM or not DRIVER, reason="needs chromium and chromium-driver (Debian)")
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
 
 # What the stage `hostile` has learnt to answer.
 HOSTILE = "<img src=x onerror=window.broken=1>"
@@ -68,25 +64,14 @@ def address(run_dir):
     return next(word for word in said[0].split() if word.startswith("http://127.0.0.1:"))
 
 
-@pytest.fixture(scope="module")
-def browser():
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for argument in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "window-size=1280,1000"):
-        options.add_argument(f"--{argument}")
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
-    yield driver
-    driver.quit()
-
-
 @pytest.fixture
 def page(browser, address):
     """The page with no dialogue, with the stages sft and hostile."""
     browser.get(address)
     until(browser, lambda: browser.find_elements(By.CSS_SELECTOR, "#stages li"))
-    choose = "call('choose', {stages: ['sft', 'hostile']})"
-    browser.execute_async_script(f"call('reset', {{}}).then(() => {choose}).then(arguments[0])")
+    reset = "call('state', {}).then(({version}) => call('reset', {version}))"
+    choose = "({version}) => call('choose', {version, stages: ['sft', 'hostile']})"
+    browser.execute_async_script(f"{reset}.then({choose}).then(arguments[0])")
     browser.refresh()
     until(browser, lambda: stages(browser) == ["sft", "hostile"])
     return browser
@@ -173,6 +158,53 @@ def test_an_answer_is_stopped_and_taken_back(page):
     assert field.get_attribute("value") == "Tell me about rain."
     field.clear()
     assert ask(page, "Tell me about tea.") == first
+
+
+@pytest.fixture
+def other(page, address):
+    """`with other():` is a second window of the same dialogue, which is closed at the end of the block."""
+
+    @contextlib.contextmanager
+    def opened():
+        first = page.current_window_handle
+        page.switch_to.new_window("tab")
+        page.get(address)
+        until(page, lambda: page.find_elements(By.CSS_SELECTOR, "#stages li"))
+        yield
+        page.close()
+        page.switch_to.window(first)
+
+    return opened
+
+
+def test_two_windows_never_answer_within_each_others_dialogue(page, other):
+    """The older window is shown what has changed, keeps its question, and goes on from there."""
+    with other():
+        theirs = ask(page, "Tell me about tea.")
+        page.find_element(By.CSS_SELECTOR, "[aria-label='Remove hostile']").click()
+        until(page, lambda: stages(page) == ["sft"])
+    assert stages(page) == ["sft", "hostile"] and not page.find_elements(By.CSS_SELECTOR, ".turn")
+    page.find_element(By.ID, "question").send_keys("And rain?", Keys.ENTER)
+    until(page, lambda: "has changed in another window" in page.find_element(By.ID, "fault").text)
+    assert stages(page) == ["sft"] and answers(page) == theirs
+    assert len(page.find_elements(By.CSS_SELECTOR, ".turn")) == 1
+    field = page.find_element(By.ID, "question")
+    assert field.get_attribute("value") == "And rain?"
+    field.clear()
+    assert list(ask(page, "And rain?")) == ["sft"]
+
+
+def test_a_stopped_question_is_not_filled_with_another_windows_answers(page, other):
+    with other():
+        theirs = ask(page, "Tell me about tea.")
+    page.execute_script("question.value = 'And rain?'; form.requestSubmit(); find('stop').click()")
+    until(page, lambda: status(page).startswith("Stopped"))
+    questions = "return [...document.querySelectorAll('.turn:not(.taken-back) .question')].map((q) => q.textContent)"
+    assert page.execute_script(questions) == ["Tell me about tea."]
+    assert not set(answers(page).values()) & set(theirs.values())  # of the question that was taken back
+    page.find_element(By.ID, "question").clear()
+    ask(page, "And rain?")
+    assert page.execute_script(questions) == ["Tell me about tea.", "And rain?"]
 
 
 def test_everything_has_a_name_and_the_keyboard_reaches_it(page):

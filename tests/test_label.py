@@ -13,17 +13,23 @@ import tiny
 import torch
 from label_runs import about, made, rows_of, start
 from rich.console import Console
+from ruamel.yaml import YAML
 from safetensors.torch import load_file, save_file
 
+from pipeline.chain import staleness
 from pipeline.config.load import load
 from pipeline.data import heldout
-from pipeline.label import command, figures, folder, pairs, result
+from pipeline.export import source
+from pipeline.label import command, evaluated, figures, folder, pairs, result, run, sample
 from pipeline.label.answers import Answers
 from pipeline.label.asked import Asked
 from pipeline.label.labels import Labels
 from pipeline.label.pairs import Completion, Pair
+from pipeline.models import run_models
 from pipeline.models.generation import Sampling, generate
+from pipeline.models.loading import load_policy
 from pipeline.records import manifest
+from pipeline.records.manifest import Origin
 from pipeline.show import results
 from pipeline.system import digests
 
@@ -154,6 +160,77 @@ def test_prompts_of_the_evaluation_are_left_out(finished, cli, tmp_path):
         }
         texts = [tuple(sorted(c.text for c in pair.completions)) for pair in pairs.read(place / "pairs.jsonl")]
         assert len(set(texts)) == len(texts) == 30
+
+
+@pytest.fixture
+def with_evaluation(finished):
+    """The finished run, with the record that its evaluation would have: on a share of `prompts`."""
+    recorded = manifest.read(finished.run_dir)
+    config = load(finished.config)
+    inputs = staleness.identify(config, "evaluate", recorded).inputs
+    metrics = {"baseline": "sft", "policies": {"sft": {"prompts": 1}}}
+    datasets = {"data": {"dataset": "prompts"}}
+    settings = {"max_new_tokens": 6, "temperature": 0.5, "max_prompt_length": 64, "batch_size": 3}
+    record = tiny.make_record(type="evaluate", inputs=inputs, datasets=datasets, metrics=metrics, config=settings)
+    manifest.write(finished.run_dir, recorded.model_copy(update={"stages": recorded.stages | {"evaluate": record}}))
+    return finished
+
+
+def held_out(run, stages=None, **data) -> list[str]:
+    """What the run's config does not hold out any more, after a change of its stages or of the section `prompts`."""
+    sections = tiny.CHAIN["data"] | {"prompts": {"path": "prompts.jsonl", **data}}
+    tiny.edit(run.config, {"data": sections, "stages": stages or tiny.CHAIN["stages"]})
+    return evaluated.differences(load(run.config), manifest.read(run.run_dir))
+
+
+def test_what_the_run_was_evaluated_on_must_still_be_held_out(with_evaluation):
+    """More may be held out now, and a dataset may have another name; less is told, whatever has changed."""
+    stages = tiny.CHAIN["stages"]
+    on_comparisons = stages | {"evaluate": stages["evaluate"] | {"data": "comparisons"}}
+    without_ppo = {name: stage for name, stage in stages.items() if name != "ppo"}  # then nothing trains on `prompts`
+    assert held_out(with_evaluation) == held_out(with_evaluation, heldout=0.2) == []
+    assert held_out(with_evaluation, without_ppo) == []
+    (lower,) = held_out(with_evaluation, heldout=0.01)
+    assert lower == "evaluate held out 0.05 of the prompts of prompts, now it is 0.01 of the prompts, by `heldout`"
+    assert held_out(with_evaluation, limit=20)[0].startswith("prompts has changed since evaluate read it")
+    assert held_out(with_evaluation, on_comparisons) == ["evaluate was evaluated on prompts, and now no stage is"]
+
+
+def test_labels_need_what_the_run_was_evaluated_on(with_evaluation, cli, tmp_path):
+    """A file of other prompts is taken all the same, which is said and on record."""
+    (tmp_path / "yes.py").write_text("def judge(prompt, completion):\n    return len(completion)\n")
+    config = with_evaluation.config  # the last command named that of the run which this one is a copy of
+    options = ("label", with_evaluation.run_dir, "--config", config, "--judge", "yes:judge", "--pairs", 2, "--to")
+    file = tmp_path / "prompts.jsonl"
+    tiny.write_rows(file, tiny.chain_rows()["prompts"][1:])
+    code, _, error = cli(*options, "refused")
+    assert code == 2 and error.count("\n") == 1
+    assert "does not hold out what the run was evaluated on: prompts has changed since evaluate read it" in error
+    assert "Put it back as it was, or give a file of other prompts with --prompts" in error
+    mine = tmp_path / "mine.jsonl"
+    tiny.write_rows(mine, [{"prompt": "A new prompt."}, {"prompt": "Another new one."}])
+    code, shown, error = cli(*options, "taken", "--prompts", mine)
+    assert (code, error) == (0, "") and "nobody can tell whether" in shown and "since prompts has changed" in shown
+    assert len(about(tmp_path / "taken")["prompts"]["not_compared"]) == 1
+
+
+def test_completions_are_sampled_as_in_the_last_finished_evaluation(with_evaluation):
+    """The config may say something else by now, and may have other evaluations before that one."""
+    config = load(with_evaluation.config)
+    recorded = manifest.read(with_evaluation.run_dir)
+    section = run.sampling_of(recorded, config)
+    sampled = (section.max_new_tokens, section.temperature, section.max_prompt_length, section.batch_size)
+    assert sampled == (6, 0.5, 64, 3)
+    assert run.sampling_of(recorded.without(["evaluate"]), config).max_new_tokens == 8  # what the config says
+
+
+def test_policies_are_loaded_with_the_runs_attention(finished):
+    recorded = manifest.read(finished.run_dir)
+    manifest.write(finished.run_dir, recorded.model_copy(update={"model": {"attn_implementation": "eager"}}))
+    found = source.find(finished.run_dir, "sft")
+    tokenizer = run_models.tokenizer(finished.run_dir, recorded)
+    model = sample._loaded(load_policy, found, tokenizer)
+    assert model.config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 19, 100])
@@ -427,6 +504,8 @@ def test_lineage(begun, finished_run):
         (["--to", "."], "which belongs to no labels; give another folder"),
         (["--by", "a/b"], "--by: expected a name of letters"),
         (["--judge", "nowhere:judge"], "there is no module 'nowhere'"),
+        (["--prompts", "tools.jsonl"], "expected a prompt without tools: "),
+        (["--temperature", "nan"], "--temperature: expected a finite number, got nan"),
         (["--twice", "nan"], "--twice: expected a finite number, got nan"),
         (["--temperature", "inf"], "--temperature: expected a finite number, got inf"),
         (["--twice", "0.5", "--judge", "mine:longer"], "a judge is asked for every pair in both orders"),
@@ -436,10 +515,35 @@ def test_lineage(begun, finished_run):
 )
 def test_bad_input(finished, cli, tmp_path, options, message):
     (tmp_path / "mine.py").write_text(JUDGES)
+    tool = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}}}}
+    tiny.write_rows(tmp_path / "tools.jsonl", [{"prompt": "What is salt?", "tools": [tool]}])
     tiny.edit(shutil.copy(finished.config, tmp_path / "other.yaml"), {"name": "other"})
     code, _, error = cli("label", finished.run_dir, *options)
     assert code == 2 and message in error, error
     assert list(tmp_path.glob("**/label.json")) == []
+
+
+def test_a_policy_of_another_run_needs_prompts(finished, cli):
+    recorded = manifest.read(finished.run_dir)
+    record = recorded.stages["pretrain"]
+    origin = Origin(run="../one", path="/one", name="one", stage="policy", stages={"policy": record})
+    stages = recorded.stages | {"pretrain": record.model_copy(update={"origin": origin})}
+    manifest.write(finished.run_dir, recorded.model_copy(update={"stages": stages}))
+    code, _, error = cli("label", finished.run_dir, "--policy", "pretrain")
+    assert code == 2 and "pretrain was taken from another run (policy of ../one), with data of its own" in error
+    assert error.rstrip().endswith("name some with --prompts")
+
+
+def test_the_printed_section_is_yaml(begun, tmp_path):
+    """It replaces the section `comparisons`, whatever the folder is called."""
+    place = shutil.copytree(begun.place, tmp_path / "a: b, {c} #é")
+    labels = Labels(place, about(place))
+    while labels.next is not None:
+        labels.answer(labels.next, "left" if labels.next.left == 0 else "right", 1.0)
+    console = Console(record=True, width=40)
+    result.terminal(labels, console)
+    section = console.export_text().partition("For a config:")[2]
+    assert YAML().load(section) == {"data": {"comparisons": {"path": str(place / "comparisons.jsonl")}}}
 
 
 def test_a_run_without_what_is_needed(finished, cli, tmp_path):
@@ -497,7 +601,7 @@ def test_the_page_is_blind_and_for_this_machine(finished, tmp_path):
     try:
         sampled = pairs.read(place / "pairs.jsonl")
         scores = {str(abs(one.score))[:6] for pair in sampled for one in pair.completions}
-        everything = b"".join(ask(port, secret + name)[1] for name in ("", "page.js", "label.css", "style.css"))
+        everything = b"".join(ask(port, secret + name)[1] for name in ("", "page.js", "page.css", "style.css"))
         for headers in ({"Host": "evil.example"}, {"Origin": "http://evil.example"}, {"Host": f"evil.example:{port}"}):
             assert ask(port, secret + "state", {}, **headers)[0] == 403
             assert ask(port, secret, **headers)[0] == 403

@@ -4,7 +4,6 @@ It needs Debian's chromium and chromium-driver; without them these tests are ski
 """
 
 import json
-import shutil
 
 import pytest
 import report_runs
@@ -12,14 +11,10 @@ from rich.console import Console
 
 from pipeline.html import page
 
-webdriver = pytest.importorskip("selenium.webdriver")
+pytest.importorskip("selenium")
 
-from selenium.webdriver.common.by import By  # noqa: E402
-from selenium.webdriver.common.keys import Keys  # noqa: E402
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(not CHROMIUM or not DRIVER, reason="needs chromium and chromium-driver (Debian)")
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 
 HOSTILE = '<script>window.broken = true</script><img src="http://127.0.0.1:1/x" onerror="window.broken = true">'
 HOSTILE += "</textarea></script><!-- \u202eright to left\u202c \u2067\u2028 ]]> {{ 7 * 7 }}"
@@ -46,18 +41,6 @@ def rows():
         }
         result.append(report_runs.sample(f"What is thing {number}?", texts, ppo=ppo))
     return result
-
-
-@pytest.fixture(scope="module")
-def browser():
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for argument in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "window-size=1280,1000"):
-        options.add_argument(f"--{argument}")
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
-    yield driver
-    driver.quit()
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -40,10 +41,11 @@ def count(body):
 def address(tmp_path_factory):
     """Port and secret path of a server at work."""
     folder = tmp_path_factory.mktemp("site")
-    (folder / "page.html").write_text("<p>page</p>")
+    for name, text in (("page.html", "<p>page</p>\n"), ("page.css", "p {}"), ("page.js", "1")):
+        (folder / name).write_text(text)
     (folder / "secret.txt").write_text("secret")
     said = []
-    site = Site({"": folder / "page.html"}, {"echo": echo, "count": count})
+    site = Site("a & b", folder, {"echo": echo, "count": count})
     threading.Thread(target=serve, args=(site, 0, said.append), daemon=True).start()
     while not said:
         time.sleep(0.01)
@@ -70,9 +72,10 @@ def ask(address, name="", body=None, headers=None, method=None, path=None):
 
 def test_its_page_and_its_calls(address):
     status, headers, text = ask(address)
-    assert (status, text) == (200, "<p>page</p>")
+    assert status == 200 and "<title>a &amp; b</title>" in text and "<body>\n<p>page</p>\n</body>" in text
     assert "default-src 'none'" in headers["content-security-policy"]
-    assert ask(address, "style.css")[0] == 200
+    loaded = re.findall(r'(?:href|src)="(\w+\.\w+)"', text)
+    assert loaded == ["style.css", "page.css", "page.js"] and all(ask(address, name)[0] == 200 for name in loaded)
     assert json.loads(ask(address, "echo", {"a": 1})[2]) == {"got": {"a": 1}}
     status, _, text = ask(address, "count", {"to": 3})
     assert [json.loads(line) for line in text.splitlines()] == [{"number": 0}, {"number": 1}, {"number": 2}]
@@ -162,20 +165,38 @@ def test_whoever_leaves_ends_what_it_asked_for(address):
     assert ask(address, "echo", {})[0] == 200
 
 
-def test_a_taken_port_is_said(address):
+def test_whoever_leaves_before_its_turn_begins_nothing(address):
+    """Its request waits while another one is answered. What it asked for is not begun afterwards."""
+    port, secret = address
+    closed.clear()
+    body = json.dumps({"to": 7})
+    head = f"POST {secret}count HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
+    first = threading.Thread(target=ask, args=(address, "count", {"to": 4, "seconds": 0.2}))
+    first.start()
+    time.sleep(0.2)
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        time.sleep(0.2)  # it waits
+    first.join()
+    assert ask(address, "count", {"to": 2})[0] == 200  # behind both
+    assert closed == [4, 2]
+
+
+def test_a_taken_port_is_said(address, tmp_path):
     port, _ = address
     with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1:{port}: .*--port"):
-        serve(Site({}, {}), port, print)
+        serve(Site("", tmp_path, {}), port, print)
 
 
 SERVE = """
 import sys
+from pathlib import Path
 from pipeline.system.signals import Stopped, stopping
 from pipeline.web.server import Site, serve
 
 try:
     with stopping():
-        serve(Site({}, {}), 0, lambda text: print(text, flush=True))
+        serve(Site("", Path(), {}), 0, lambda text: print(text, flush=True))
         print("ended", flush=True)
 except Stopped as stopped:
     sys.exit(stopped.exit_code)

@@ -131,6 +131,24 @@ def _file_digest(file: Path) -> str:
     return digest
 
 
+def options_on_record(recorded: Manifest) -> dict[str, Any]:
+    """Return how a run loads its base model, as it is on record: the fields of its `Loader` that are about the base."""
+    model = recorded.model
+    return {
+        "base": model.get("path") or "",
+        "dtype": model.get("dtype", "float32"),
+        "revision": model.get("commit") or model.get("revision"),
+        "trust_remote_code": model.get("trust_remote_code", False),
+        "quantization": model.get("quantization"),
+    }
+
+
+def num_positions(config: "PretrainedConfig") -> int | None:
+    """Return how many positions a model has; None if it names no limit."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None  # some models name 0 or -1
+
+
 def architecture(config: RunConfig) -> "PretrainedConfig":
     """Return the transformers config of the run's base model.
 

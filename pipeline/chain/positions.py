@@ -20,8 +20,8 @@ def check(config: RunConfig, name: str, audits: Mapping[str, Audit]) -> None:
     Raises:
         UserError: with the length, the limit and the option to lower.
     """
-    positions = getattr(base_model.architecture(config).get_text_config(), "max_position_embeddings", None)
-    if not isinstance(positions, int) or positions <= 0:
+    positions = base_model.num_positions(base_model.architecture(config))
+    if positions is None:
         return
     for audit in audits.values():
         length, made_of, mend = _longest(config.stages[name], audit)

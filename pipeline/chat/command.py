@@ -8,12 +8,11 @@ from pathlib import Path
 from pipeline.system.quiet import quieten_transformers  # isort: skip
 
 from rich.console import Console
-from transformers import PreTrainedTokenizerFast
 
 from pipeline.chat import page, terminal, weights
 from pipeline.chat.selection import Run, open_run
 from pipeline.chat.session import Session, Settings
-from pipeline.data import run_tokenizer
+from pipeline.models import run_models
 from pipeline.show.screen import say
 from pipeline.system.errors import UserError
 from pipeline.system.streams import printable
@@ -60,8 +59,8 @@ def _opened(run: Run, names: list[str], reward: str | None, is_watched: bool, co
             print(printable(text, sys.stderr.encoding or "utf-8"), file=sys.stderr, flush=True)
 
     quieten_transformers()
-    tokenizer = _tokenizer(run)
-    where = weights.choose_device(run, [name for name in names if name in run.recorded.stages])
+    tokenizer = run_models.tokenizer(run.run_dir, run.recorded)
+    where = run_models.choose_device(run.recorded, [name for name in names if name in run.recorded.stages])
     tell(f"{run.recorded.name}: on the {where}, weights in {run.recorded.model.get('dtype', 'float32')}")
     models = weights.Models(run, tokenizer, tell)
     baseline = run.baseline
@@ -71,17 +70,3 @@ def _opened(run: Run, names: list[str], reward: str | None, is_watched: bool, co
     for line in [*models.accounts(), *session.notes()]:
         tell(line)
     return session
-
-
-def _tokenizer(run: Run) -> PreTrainedTokenizerFast:
-    """Load the run's tokenizer.
-
-    Raises:
-        UserError: if it is not the one on record.
-    """
-    folder = run.run_dir / "tokenizer"
-    tokenizer = run_tokenizer.open_saved(folder, run.recorded.model.get("trust_remote_code", False))
-    recorded = run.recorded.tokenizer
-    if recorded is not None and run_tokenizer.fingerprint(tokenizer) != recorded.fingerprint:
-        raise UserError(f"{folder} is not the tokenizer this run was started with. Restore it")
-    return tokenizer

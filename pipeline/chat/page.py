@@ -11,9 +11,9 @@ from pathlib import Path
 from pipeline.chat.session import Answer, Session, Settings
 from pipeline.system.errors import UserError
 from pipeline.system.json_object import JsonObject
-from pipeline.web.server import Site, serve
+from pipeline.web.server import Call, Site, serve
 
-FILES = Path(__file__).parent / "files"
+_FILES = Path(__file__).parent / "files"
 
 
 class _Left(Exception):
@@ -30,8 +30,54 @@ def show(session: Session, settings: Settings, port: int, say: Callable[[str], N
     serve(site, port, lambda address: say(f"The page is {address} (Ctrl-C ends it)"))
 
 
+class _Windows:
+    """Keep the windows of one dialogue apart: none changes a dialogue that it does not show as it is.
+
+    A window says which version of the session it shows, and gives each question an id. The server does one call at a
+    time. So a question of which a window has asked the outcome is answered by then, or never.
+    """
+
+    def __init__(self, session: Session):
+        self._session = session
+        self._answered: set[str] = set()
+        self._over: set[str] = set()
+
+    def check(self, body: JsonObject) -> None:
+        """Compare the version that a window shows with that of the session.
+
+        Raises:
+            UserError: if they differ.
+        """
+        if body.get("version") != self._session.version:
+            raise UserError("the dialogue has changed in another window. It is shown as it is now; try again")
+
+    def follow(self, body: JsonObject, events: Iterator[JsonObject]) -> Iterator[JsonObject]:
+        """Yield the answers to a question, which is looked at when it is its turn.
+
+        Raises:
+            UserError: if its window shows another dialogue, or waits for no answer any more.
+        """
+        name = _id(body)
+        self.check(body)
+        if name in self._over:
+            raise UserError("the question was stopped")
+        before = self._session.version
+        try:
+            yield from events
+        finally:
+            if self._session.version != before:  # also where the window left at the last moment
+                self._answered.add(name)
+
+    def outcome(self, body: JsonObject) -> bool:
+        """Tell whether a question was answered. If it was not, it never will be."""
+        name = _id(body)
+        self._over.add(name)
+        return name in self._answered
+
+
 def site_of(session: Session, settings: Settings) -> Site:
-    """Return the page's files, and what it can ask for."""
+    """Return the page and what it can ask for."""
+    windows = _Windows(session)
 
     def state(_: JsonObject) -> JsonObject:
         return _state(session, settings)
@@ -40,21 +86,33 @@ def site_of(session: Session, settings: Settings) -> Site:
         question = body.get("question")
         if not isinstance(question, str):
             raise UserError("there is no question")
-        return _events(session, question, _settings(body))
+        return windows.follow(body, _events(session, question, _settings(body)))
+
+    def outcome(body: JsonObject) -> JsonObject:
+        return {"answered": windows.outcome(body)} | _state(session, settings)
 
     def choose(body: JsonObject) -> JsonObject:
         names = body.get("stages")
         if not isinstance(names, list):
             raise UserError("expected a list of stages")
+        windows.check(body)
         session.choose([str(name) for name in names])
         return _state(session, settings)
 
-    def reset(_: JsonObject) -> JsonObject:
+    def reset(body: JsonObject) -> JsonObject:
+        windows.check(body)
         session.reset()
         return _state(session, settings)
 
-    files = {"": FILES / "page.html", "page.js": FILES / "page.js", "page.css": FILES / "page.css"}
-    return Site(files, {"state": state, "ask": ask, "choose": choose, "reset": reset})
+    calls: dict[str, Call] = {"state": state, "ask": ask, "outcome": outcome, "choose": choose, "reset": reset}
+    return Site("rlhf chat", _FILES, calls)
+
+
+def _id(body: JsonObject) -> str:
+    name = body.get("id")
+    if not isinstance(name, str):
+        raise UserError("expected the id of a question")
+    return name
 
 
 def _state(session: Session, settings: Settings) -> JsonObject:
@@ -65,6 +123,7 @@ def _state(session: Session, settings: Settings) -> JsonObject:
         turns.append({"question": turn.question, "answers": answers})
     return {
         "run": session.run.recorded.name,
+        "version": session.version,
         "stages": session.names,
         "policies": session.run.policies,
         "notes": session.notes(),

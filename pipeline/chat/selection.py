@@ -35,8 +35,7 @@ class Run:
     @property
     def evaluation(self) -> Record | None:
         """Return the record of the last finished evaluation."""
-        records = [one for one in self.recorded.stages.values() if STAGE_TYPES[one.type].makes == "evaluation"]
-        return records[-1] if records else None
+        return self.recorded.evaluation
 
     @property
     def baseline(self) -> str | None:

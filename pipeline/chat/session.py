@@ -67,7 +67,10 @@ Tell = Callable[[str, Answer, bool], None]  # the policy, its answer so far, and
 
 @dataclass
 class Session:
-    """Talk to the policies `names`. `reward` and `baseline`: None where the run has no such stage."""
+    """Talk to the policies `names`. `reward` and `baseline`: None where the run has no such stage.
+
+    `version` counts the changes of the dialogues and of the stages.
+    """
 
     run: Run
     tokenizer: PreTrainedTokenizerFast
@@ -77,6 +80,7 @@ class Session:
     reward_name: str | None
     baseline: str | None
     turns: list[Turn] = field(default_factory=list)
+    version: int = 0
     _dialogues: dict[str, Messages] = field(default_factory=dict)
 
     def ask(self, question: str, settings: Settings, tell: Tell) -> Turn:
@@ -98,6 +102,7 @@ class Session:
             said = [{"role": "user", "content": question}, {"role": "assistant", "content": answer.text}]
             self._dialogues.setdefault(name, []).extend(said)
         self.turns.append(turn)
+        self.version += 1
         return turn
 
     def choose(self, names: Sequence[str]) -> None:
@@ -112,11 +117,13 @@ class Session:
         self.models.load(checked)
         self.names = checked
         self._dialogues = {name: said for name, said in self._dialogues.items() if name in checked}
+        self.version += 1
 
     def reset(self) -> None:
         """Begin all dialogues anew."""
         self._dialogues.clear()
         self.turns.clear()
+        self.version += 1
 
     def notes(self) -> list[str]:
         """Say what must be known to read the answers: what they are measured by, and which policies are the same."""

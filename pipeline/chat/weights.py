@@ -6,21 +6,20 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from accelerate import PartialState
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils import load_peft_weights
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from pipeline.base import base_model
 from pipeline.chat import selection
 from pipeline.chat.selection import Run
 from pipeline.config.schema import BASE
 from pipeline.export import source
-from pipeline.models import ppo
-from pipeline.models.loading import Loader, Model, ScoreHead, Weights, bare, load_reward, to_device
+from pipeline.models import ppo, run_models
+from pipeline.models.loading import Model, ScoreHead, Weights, bare, load_reward, to_device
+from pipeline.models.run_models import readable
 from pipeline.models.views import Backbone, ScoreView
-from pipeline.system import device
-from pipeline.system.errors import UserError, reason_of
 
 NO_ADAPTER = "none"  # no adapter has this name: under it the full weights answer alone
 
@@ -39,8 +38,7 @@ class Shared:
         """Return how many positions the model has; None if it names no limit."""
         config = bare(self.model).config
         assert isinstance(config, PreTrainedConfig)
-        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-        return positions if isinstance(positions, int) and positions > 0 else None
+        return base_model.num_positions(config)
 
     @contextlib.contextmanager
     def using(self, adapter: str) -> Iterator[Model]:
@@ -121,7 +119,7 @@ class Models:
     def __init__(self, run: Run, tokenizer: PreTrainedTokenizerFast, say: Callable[[str], None]):
         self._run = run
         self._say = say
-        self._loader = _loader(run, tokenizer)
+        self._loader = run_models.loader(run.recorded, tokenizer)
         self._shared: dict[str, Shared] = {}  # by the place of the full weights
         self._policies: dict[str, Policy] = {}
 
@@ -152,7 +150,7 @@ class Models:
                 shared = self._full(found.full)
                 shared.owners.append(name)
                 return shared.add_reward(found.adapter)
-            with _readable(found.full):
+            with readable(found.full):
                 self._say(f"loading {found.full}: the reward model {name}, apart from the policies")
                 return to_device(load_reward(self._loader, Weights(found.full, found.adapter)))
 
@@ -186,39 +184,6 @@ class Models:
         """Return the full weights at a place, loaded once."""
         if full not in self._shared:
             self._say(f"loading {full}")
-            with _readable(full):
+            with readable(full):
                 self._shared[full] = Shared(to_device(self._loader.causal(full)).requires_grad_(False))
         return self._shared[full]
-
-
-@contextlib.contextmanager
-def _readable(full: str) -> Iterator[None]:
-    """Turn what transformers raises at weights that are not there into one message."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{full}: cannot be loaded: {reason_of(error)}") from None
-
-
-def _loader(run: Run, tokenizer: PreTrainedTokenizerFast) -> Loader:
-    """Return what loads the run's weights as its stages do."""
-    attention = run.recorded.model.get("attn_implementation")
-    place = PartialState().device
-    assert place is not None, "the device is chosen before anything is loaded"
-    if attention is not None and attention.startswith("flash_attention") and place.type == "cpu":
-        attention = None  # it needs a GPU
-    return Loader(
-        **run.source(next(iter(run.recorded.stages))).loader_options(),
-        attn_implementation=attention,
-        pad_token_id=cast("int | None", tokenizer.pad_token_id),
-        eos_token_id=cast("int | None", tokenizer.eos_token_id),
-    )
-
-
-def choose_device(run: Run, names: Sequence[str]) -> str:
-    """Take the device that the stages ran on by their options, and say which it is and why."""
-    records = [run.recorded.stages[name] for name in names if name != BASE]
-    asks_for_cpu = any(record.config.get("training.use_cpu") for record in records)
-    found = device.cpu("`use_cpu: true` in the run") if asks_for_cpu else device.of_torch()
-    PartialState(cpu=found.kind == "cpu")
-    return str(found)

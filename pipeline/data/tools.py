@@ -132,7 +132,9 @@ def refuse_tools(row: Row) -> None:
     """Raise a RowFault where a canonical row has tools, calls, or what they gave."""
     if "tools" in row or any("tool_calls" in message or message["role"] == "tool" for message in row["prompt"]):
         what = "expected a prompt without tools: TRL renders the prompts of rloo and grpo itself, without tools"
-        raise RowFault("malformed", "tools", f"{what}; name another dataset, or use ppo or dpo", row)
+        raise RowFault(
+            "malformed", "tools", f"{what}, and labels have none; name another dataset, or use ppo or dpo", row
+        )
 
 
 def answer_of(message: Message) -> str | Message:

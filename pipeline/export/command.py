@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from pipeline import __version__
+from pipeline.base import base_model
 from pipeline.export import card, folder, limits, source
 from pipeline.export.job import Form, Job
 from pipeline.export.source import Source
@@ -81,7 +82,7 @@ def _job(found: Source, form: Form, dtype: str, work: Path) -> Job:
         scores=found.scores,
         full=found.full,
         adapter=found.adapter,
-        base=found.loader_options(),
+        base=base_model.options_on_record(found.recorded),
         file=name,
         work=work,
     )

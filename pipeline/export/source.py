@@ -5,7 +5,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -65,20 +64,6 @@ class Source:
     def needs_base(self) -> bool:
         """Tell whether the stage's weights are an adapter on the base model."""
         return self.adapter is not None and self.record.output.full is None
-
-    def loader_options(self) -> dict[str, Any]:
-        """Return the fields of the run's `Loader`, without the token ids.
-
-        The attention implementation is left to the machine: flash attention needs a GPU, and an export uses none.
-        """
-        model = self.recorded.model
-        return {
-            "base": model.get("path") or "",
-            "dtype": self.dtype,
-            "revision": model.get("commit") or model.get("revision"),
-            "trust_remote_code": model.get("trust_remote_code", False),
-            "quantization": model.get("quantization"),
-        }
 
 
 def find(run_dir: Path, stage: str) -> Source:

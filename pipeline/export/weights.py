@@ -24,26 +24,20 @@ from pipeline.base.weights import quiet_loading, unfit
 from pipeline.export.job import Job
 from pipeline.models.loading import Loader, Model, ScoreHead, load_policy, load_reward, on_base
 from pipeline.models.loading import Weights as Place
-from pipeline.system.errors import UserError, reason_of
-
-
-def loader_of(job: Job, tokenizer: PreTrainedTokenizerFast) -> Loader:
-    """Return what loads the run's weights as its stages do."""
-    pad = cast("int | None", tokenizer.pad_token_id)
-    eos = cast("int | None", tokenizer.eos_token_id)
-    return Loader(**job.base, pad_token_id=pad, eos_token_id=eos)
+from pipeline.models.run_models import readable
+from pipeline.system.errors import UserError
 
 
 def as_in_run(job: Job, loader: Loader, adapter: str | None) -> Model:
     """Load weights with the run's precision and quantisation."""
     load = load_reward if job.scores else load_policy
-    with _readable(job):
+    with readable(job.full):
         return load(loader, Place(job.full, adapter)).eval()
 
 
 def exact(job: Job, loader: Loader, adapter: str | None) -> Model:
     """Load weights in float32, a quantised base dequantised, with the adapter on them, not merged."""
-    with _readable(job):
+    with readable(job.full):
         full = loader.score(job.full) if job.scores else loader.causal(job.full)
     if getattr(full, "is_quantized", False):
         full = cast(PreTrainedModel, full.dequantize(torch.float32))
@@ -53,17 +47,8 @@ def exact(job: Job, loader: Loader, adapter: str | None) -> Model:
 def config_of(job: Job, loader: Loader) -> PreTrainedConfig:
     """Read the config of the full weights alone."""
     revision = loader.revision if job.full == loader.base else None
-    with _readable(job):
+    with readable(job.full):
         return AutoConfig.from_pretrained(job.full, revision=revision, trust_remote_code=loader.trust_remote_code)
-
-
-@contextlib.contextmanager
-def _readable(job: Job) -> Iterator[None]:
-    """Turn what transformers raises at weights that are not there into one message."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{job.full}: cannot be loaded: {reason_of(error)}") from None
 
 
 def exported(job: Job, dtype: str, tokenizer: PreTrainedTokenizerFast) -> Model:

@@ -4,6 +4,7 @@
 nothing of the stage is left in memory, and compares.
 """
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -11,11 +12,14 @@ from pipeline.system.quiet import quieten_transformers  # isort: skip
 
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from pipeline.data import joints, run_tokenizer
+from pipeline.base import base_model
+from pipeline.data import joints
 from pipeline.export import gguf_file, measure, rows, weights, write
 from pipeline.export.job import Job, Row
+from pipeline.models import run_models
 from pipeline.models.loading import Loader, Model
 from pipeline.records import manifest
+from pipeline.records.manifest import Manifest
 from pipeline.system import disk, quiet, streams
 from pipeline.system.errors import UserError
 from pipeline.system.json_object import JsonObject
@@ -42,15 +46,13 @@ def write_export(job: Job) -> None:
         UserError: if it cannot be written in the form that was asked for; that is found out before any weights are
             loaded.
     """
-    tokenizer = _tokenizer_of_run(job)
-    loader = weights.loader_of(job, tokenizer)
+    recorded = _recorded(job)
+    tokenizer = run_models.tokenizer(job.run_dir, recorded)
+    loader = _loader(recorded, tokenizer)
     config = weights.config_of(job, loader)
     if job.form == "gguf":
         gguf_file.check(config, tokenizer)
-    recorded = manifest.read(job.run_dir)
-    assert recorded is not None, "the command has read it"
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)  # some models name 0 or -1
-    longest = min(positions, rows.MAX_TOKENS) if positions and positions > 0 else rows.MAX_TOKENS
+    longest = min(base_model.num_positions(config) or rows.MAX_TOKENS, rows.MAX_TOKENS)
     chosen = rows.held_out(job.run_dir, recorded, tokenizer, longest)
     job.save_rows(chosen.rows)
     if loader.is_rounded:
@@ -61,8 +63,15 @@ def write_export(job: Job) -> None:
     write.output(job, model, tokenizer)
 
 
-def _tokenizer_of_run(job: Job) -> PreTrainedTokenizerFast:
-    return run_tokenizer.open_saved(job.run_dir / "tokenizer", job.base["trust_remote_code"])
+def _recorded(job: Job) -> Manifest:
+    recorded = manifest.read(job.run_dir)
+    assert recorded is not None, "the command has read it"
+    return recorded
+
+
+def _loader(recorded: Manifest, tokenizer: PreTrainedTokenizerFast) -> Loader:
+    """Return what loads the run's weights; the attention is that of whoever loads the export, who names none."""
+    return dataclasses.replace(run_models.loader(recorded, tokenizer), attn_implementation=None)
 
 
 def _note(job: Job, name: str, model: Model, texts: list[Row], tokenizer: PreTrainedTokenizerFast) -> None:
@@ -88,10 +97,11 @@ def read_export(job: Job) -> None:
     """Load what was written as a user does, compare it with the stage, and keep the figures."""
     texts = job.rows()
     tokenizer = weights.tokenizer_of(job)
-    ours = _tokenizer_of_run(job)
+    recorded = _recorded(job)
+    ours = run_models.tokenizer(job.run_dir, recorded)
     _same_tokens(tokenizer, ours, texts)
     _same_end(job, tokenizer, ours)
-    loader = weights.loader_of(job, ours)
+    loader = _loader(recorded, ours)
     figures: JsonObject = {"exact": _compared(job, "exact", _read_exactly(job, loader, ours), texts, ours)}
     if loader.is_rounded or job.dtype != "float32":
         noted = "in_run" if loader.is_rounded else "exact"

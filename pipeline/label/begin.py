@@ -9,12 +9,12 @@ from pipeline.system.quiet import quieten_transformers  # isort: skip
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.config.schema import RunConfig
-from pipeline.data import run_tokenizer
 from pipeline.export import source
 from pipeline.label import folder, judging, pairs, prompts, run, sample
 from pipeline.label.asked import NUM_PAIRS, TWICE, Asked, Order
 from pipeline.label.prompts import Prompts
 from pipeline.label.run import Parts
+from pipeline.models import run_models
 from pipeline.models.generation import Sampling
 from pipeline.records.last_run import now
 from pipeline.records.manifest import Manifest
@@ -38,9 +38,9 @@ def begin(asked: Asked, by: str, place: Path, recorded: Manifest, config: RunCon
     order: Order = asked.order or ("random" if parts.reward is None else "unsure")
     if order == "unsure" and parts.reward is None:
         raise UserError("--order unsure: the run has no finished reward model to be unsure; say `--order random`")
-    given = asked.prompts or prompts.default(config, [one.stage for one in parts.policies])
+    given = asked.prompts or prompts.default(config, recorded, [one.stage for one in parts.policies])
     given = prompts.place_of(config, given)
-    section = run.sampling_of(config)
+    section = run.sampling_of(recorded, config)
     settings = {
         "policies": [one.stage for one in parts.policies],
         "prompts": given,
@@ -57,10 +57,11 @@ def begin(asked: Asked, by: str, place: Path, recorded: Manifest, config: RunCon
     with source.held(*parts.all):
         for one in parts.all:
             source.verify(one)
-        tokenizer = _tokenizer(run_dir, recorded)
-        read = prompts.read(config, given, section.max_prompt_length, tokenizer)
+        tokenizer = run_models.tokenizer(run_dir, recorded)
+        read = prompts.read(config, recorded, given, section.max_prompt_length, tokenizer)
         for remark in read.remarks:
             say(remark)
+        say(f"on the {run_models.choose_device(recorded, [one.stage for one in parts.all])}")
         started = time.monotonic()
         drawn, passed_over = _pairs(parts, read, settings, sampling, tokenizer, say)
     drawn = pairs.arranged(drawn, settings["twice"], settings["seed"])
@@ -77,18 +78,6 @@ def _twice(asked: Asked) -> float:
     if asked.judge is not None:
         return 1.0
     return TWICE if asked.twice is None else asked.twice
-
-
-def _tokenizer(run_dir: Path, recorded: Manifest) -> PreTrainedTokenizerFast:
-    """Open the tokenizer of the run.
-
-    Raises:
-        UserError: if it is not the one on record.
-    """
-    tokenizer = run_tokenizer.open_saved(run_dir / "tokenizer", recorded.model.get("trust_remote_code", False))
-    if recorded.tokenizer is None or run_tokenizer.fingerprint(tokenizer) != recorded.tokenizer.fingerprint:
-        raise UserError(f"{run_dir / 'tokenizer'} is not the tokenizer of the run; restore it")
-    return tokenizer
 
 
 def _pairs(

@@ -44,8 +44,7 @@ def site(labels: Labels, finished: Callable[[], None]) -> Site:
                 labels.undo()
         return _state(labels)
 
-    files = {name: _FILES / (name or "page.html") for name in ("", "page.js", "label.css")}
-    return Site(files, {"state": state, "answer": answer, "undo": undo})
+    return Site("Which answer is better?", _FILES, {"state": state, "answer": answer, "undo": undo})
 
 
 def _state(labels: Labels) -> JsonObject:

@@ -15,6 +15,8 @@ from pipeline.config.stage_types import type_of
 from pipeline.data import fingerprints, run_tokenizer
 from pipeline.data.audit import Audit
 from pipeline.data.prepare import Datasets
+from pipeline.label import evaluated
+from pipeline.records.manifest import Manifest
 from pipeline.system.errors import UserError, nearest
 from pipeline.system.json_object import JsonObject
 
@@ -27,19 +29,22 @@ class Prompts(NamedTuple):
     remarks: list[str]
 
 
-def default(config: RunConfig, policies: Sequence[str]) -> str:
+def default(config: RunConfig, recorded: Manifest, policies: Sequence[str]) -> str:
     """Name the dataset that the last of these policies was trained on that has prompts.
 
     Raises:
-        UserError: if the config has no such stage any more, or all were trained on raw text.
+        UserError: if the config has no such stage any more, or all were trained on raw text, or in another run.
     """
     texts = {stage.data for stage in config.stages.values() if type_of(stage).reads_raw_text}
     stages = [config.stages.get(policy) for policy in reversed(policies)]
     datasets = [stage.data for stage in stages if stage is not None and stage.data not in {None, *texts}]
-    if not datasets:
-        fault = f"{config.source} does not say which prompts {' and '.join(policies)} learned from"
-        raise UserError(f"{fault}; name some with --prompts")
-    return datasets[0]
+    if datasets:
+        return datasets[0]
+    fault = f"{config.source} does not say which prompts {' and '.join(policies)} learned from"
+    taken = [name for name in policies if recorded.stages[name].origin is not None]
+    if taken:
+        fault += f": {taken[-1]} was taken from another run ({recorded.stages[taken[-1]].origin}), with data of its own"
+    raise UserError(f"{fault}; name some with --prompts")
 
 
 def place_of(config: RunConfig, given: str) -> str:
@@ -57,15 +62,45 @@ def place_of(config: RunConfig, given: str) -> str:
     raise UserError(f"--prompts: {given!r} is neither a file nor a dataset of {config.source}; {hint}")
 
 
-def read(config: RunConfig, given: str, max_length: int, tokenizer: PreTrainedTokenizerFast) -> Prompts:
+def read(
+    config: RunConfig, recorded: Manifest, given: str, max_length: int, tokenizer: PreTrainedTokenizerFast
+) -> Prompts:
     """Return the prompts of a dataset or a file, each once.
 
     Raises:
-        UserError: if it cannot be read, too many rows do not fit, or all prompts are held out.
+        UserError: if it cannot be read, too many rows do not fit, all prompts are held out, or the config does not hold
+            out what the run was evaluated on.
     """
+    unknown = evaluated.check(config, recorded, is_file=given not in config.data)
     data = _with(config, given)
-    datasets = Datasets(data, tokenizer, run_tokenizer.fingerprint(tokenizer))
-    request = Request(
+    prepared = Datasets(data, tokenizer, run_tokenizer.fingerprint(tokenizer)).prepare(
+        _request(config, given, max_length)
+    )
+    audit = prepared.audit
+    total = sum(size for _, size in audit.parts)
+    held_out = total - audit.read + audit.dropped["held_out"].count
+    if held_out == total:
+        mend = "What is labelled is trained on, so name other prompts"
+        raise UserError(f"--prompts: the run is evaluated on all {total} prompts of {given}. {mend}")
+    problems = audit.problems(config.checks.model_dump())
+    if problems:
+        raise UserError("\n  ".join(problems))
+    about: JsonObject = {
+        "given": given,
+        "fingerprint": fingerprints.of_dataset(given, data.sections[given], config.folder),
+        "rows": total,
+        "held_out": held_out,
+        "used": len(prepared.rows),
+    }
+    if unknown:
+        about["not_compared"] = unknown
+    what = f"nobody can tell whether {given} has prompts that the run was evaluated on"
+    remarks = [f"{what}, since {difference}" for difference in unknown]
+    return Prompts(prepared.rows, about, remarks + _remarks(given, audit, total, held_out))
+
+
+def _request(config: RunConfig, given: str, max_length: int) -> Request:
+    return Request(
         dataset=given,
         rows="prompts",
         split=graph.TRAIN,
@@ -76,25 +111,6 @@ def read(config: RunConfig, given: str, max_length: int, tokenizer: PreTrainedTo
         unique_prompts=True,
         piece_length=None,
     )
-    prepared = datasets.prepare(request)
-    rows = prepared.rows
-    audit = prepared.audit
-    total = sum(size for _, size in audit.parts)
-    held_out = total - audit.read + audit.dropped["held_out"].count
-    if held_out == total:
-        mend = "What is labelled is trained on, so name other prompts"
-        raise UserError(f"--prompts: the run is evaluated on all {total} prompts of {given}. {mend}")
-    problems = audit.problems(config.checks.model_dump())
-    if problems:
-        raise UserError("\n  ".join(problems))
-    about = {
-        "given": given,
-        "fingerprint": fingerprints.of_dataset(given, data.sections[given], config.folder),
-        "rows": total,
-        "held_out": held_out,
-        "used": len(rows),
-    }
-    return Prompts(rows, about, _remarks(given, audit, total, held_out))
 
 
 def _remarks(given: str, audit: Audit, total: int, held_out: int) -> list[str]:

@@ -1,5 +1,7 @@
 """What answers show, for the terminal and for the page."""
 
+import json
+
 from rich.console import Console
 
 from pipeline.label import folder
@@ -50,6 +52,6 @@ def terminal(labels: Labels, console: Console) -> None:
     path = labels.place / folder.COMPARISONS
     if figures["comparisons"]:
         say(console, f"{figures['comparisons']} comparisons are in {path}. For a config:")
-        say(console, f"data:\n  {labels.place.name}: {{path: {path}}}")
+        say(console, f"data:\n  comparisons: {{path: {json.dumps(str(path), ensure_ascii=False)}}}")
     else:
         say(console, f"There is no comparison yet; they will be in {path}.")

@@ -16,6 +16,7 @@ from pipeline.system.digests import digest
 from pipeline.system.errors import UserError
 from pipeline.system.json_object import JsonObject
 
+_SAMPLING = ("temperature", "max_new_tokens", "max_prompt_length", "batch_size")
 _LAUNCH = "--accelerate-config"  # ends the overrides of a command
 
 
@@ -93,10 +94,17 @@ def _reward_of(config: RunConfig, name: str) -> str | None:
     return stage.reward if isinstance(stage, Reinforced) else None
 
 
-def sampling_of(config: RunConfig) -> Sampled:
-    """Return a section that says how the run samples: of its first evaluation, or the defaults of one."""
-    evaluations = (stage for stage in config.stages.values() if isinstance(stage, Evaluate))
-    return next(evaluations, Evaluate(type="evaluate", data="none"))
+def sampling_of(recorded: Manifest, config: RunConfig) -> Sampled:
+    """Return a section that says how the run samples.
+
+    It is that of the last finished evaluation, as it is on record. Without one it is the config's last, or the default.
+    """
+    done = recorded.evaluation
+    if done is not None:
+        options = {key: done.config[key] for key in _SAMPLING if key in done.config}
+        return Evaluate(type="evaluate", data="none", **options)
+    evaluations = [stage for stage in config.stages.values() if isinstance(stage, Evaluate)]
+    return evaluations[-1] if evaluations else Evaluate(type="evaluate", data="none")
 
 
 def about(found: Source) -> JsonObject:

@@ -10,15 +10,16 @@ from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from pipeline.base import base_model
 from pipeline.data.joints import eos_id, pad_id
 from pipeline.export.source import Source
 from pipeline.label.asked import Order
 from pipeline.label.pairs import Completion, Pair
 from pipeline.label.run import Parts
-from pipeline.models import scoring
+from pipeline.models import run_models, scoring
 from pipeline.models.generation import Ids, Sampling, batches, generate
 from pipeline.models.loading import Loader, Model, Weights, load_policy, load_reward, to_device
-from pipeline.system.errors import UserError, reason_of
+from pipeline.system.errors import UserError
 
 NUM_SPARE_ROUNDS = 2  # through all prompts, where completions were equal or empty
 Say = Callable[[str], None]
@@ -81,19 +82,17 @@ def _loaded(load: Callable[[Loader, Weights], Model], found: Source, tokenizer: 
     """Load a stage's model as the stages of its run do.
 
     Raises:
-        UserError: if its weights are not there: those of a base model on the hub may have gone from the cache.
+        UserError: if its weights are not there.
     """
-    loader = Loader(**found.loader_options(), pad_token_id=pad_id(tokenizer), eos_token_id=eos_id(tokenizer))
-    try:
+    loader = run_models.loader(found.recorded, tokenizer)
+    with run_models.readable(found.full):
         return to_device(load(loader, Weights(found.full, found.adapter)))
-    except OSError as error:
-        raise UserError(f"{found.full}: cannot be loaded: {reason_of(error)}") from None
 
 
 def _check_positions(model: Model, max_new_tokens: int, longest: int) -> None:
     """Refuse completions for which the model has no positions."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions and 0 < positions < longest + max_new_tokens:  # some models name 0 or -1
+    positions = base_model.num_positions(model.config)
+    if positions is not None and positions < longest + max_new_tokens:
         fault = f"the longest prompt has {longest} tokens, and the model takes {positions} in all"
         raise UserError(f"--max-new-tokens: {max_new_tokens} are too many: {fault}; ask for fewer")
 

@@ -2,22 +2,24 @@
 
 Its address has a secret path, so that other users of the machine cannot find it. Requests of other pages are refused:
 a foreign `Host` (DNS rebinding), a foreign `Origin`, and a body that is not JSON, which a form of any page could send.
-It serves the files that it was given and nothing else.
+It serves the page's files and nothing else.
 """
 
+import html
 import json
 import secrets
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from string import Template
 
 import anyio
 import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -26,7 +28,7 @@ from pipeline.system.json_object import JsonObject
 from pipeline.system.signals import Interrupted
 
 HOST = "127.0.0.1"
-STYLE = Path(__file__).parent / "files" / "style.css"
+_FILES = Path(__file__).parent / "files"
 MAX_BODY = 1_000_000  # bytes
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -43,14 +45,17 @@ class Site:
     """Name what a page consists of.
 
     Attributes:
-        files: what the browser may load, by its name; `""` is the page itself. `style.css` is there anyway.
+        title: of the page.
+        folder: has `page.html`, which is what the page's body holds, `page.js` and `page.css`. `style.css` of all pages
+            comes before them.
         calls: functions by the name under which the page posts to them. Each takes the JSON object that was sent. It
             returns one, or an iterator of them, of which each is sent as a line of JSON as soon as it is there. One
             call runs at a time, in a thread. Its `UserError` reaches the page as `{"error": message}`, with status 400
             where no line was sent before.
     """
 
-    files: Mapping[str, Path]
+    title: str
+    folder: Path
     calls: Mapping[str, Call]
 
 
@@ -82,11 +87,18 @@ def serve(site: Site, port: int, say: Callable[[str], None]) -> None:
 def application(site: Site, token: str, port: int) -> ASGIApp:
     """Return the site as an ASGI application, under the path `/TOKEN/`, for requests to that port."""
     busy = anyio.Lock()
-    routes = [
-        Route(f"/{token}/{name}", _sender(path)) for name, path in ({"style.css": STYLE} | dict(site.files)).items()
-    ]
+    files = {"style.css": _FILES / "style.css"} | {name: site.folder / name for name in ("page.css", "page.js")}
+    routes = [Route(f"/{token}/{name}", _sender(path)) for name, path in files.items()]
+    routes.append(Route(f"/{token}/", lambda request: HTMLResponse(page_of(site))))
     routes += [Route(f"/{token}/{name}", _caller(call, busy), methods=["POST"]) for name, call in site.calls.items()]
     return _Guard(Starlette(routes=routes), port)
+
+
+def page_of(site: Site) -> str:
+    """Return the page as HTML: the head that all pages have, and the site's own body."""
+    whole = Template((_FILES / "page.html").read_text(encoding="utf-8"))
+    body = (site.folder / "page.html").read_text(encoding="utf-8")
+    return whole.substitute(title=html.escape(site.title), body=body)
 
 
 def _sender(path: Path) -> Callable[[Request], Response]:
@@ -110,13 +122,13 @@ def _caller(call: Call, busy: anyio.Lock) -> Callable[[Request], object]:
             return JSONResponse({"error": str(error)}, 400)
         if isinstance(result, dict):
             return JSONResponse(result)
-        return StreamingResponse(_lines(result, busy), media_type="application/x-ndjson")
+        return StreamingResponse(_lines(request, result, busy), media_type="application/x-ndjson")
 
     return answer
 
 
-async def _lines(result: Iterator[JsonObject], busy: anyio.Lock) -> AsyncIterator[str]:
-    """Yield the objects as lines. A page that is left meanwhile ends the iterator."""
+async def _lines(request: Request, result: Iterator[JsonObject], busy: anyio.Lock) -> AsyncIterator[str]:
+    """Yield the objects as lines. A page that is left meanwhile ends the iterator; one that was left begins none."""
 
     def following() -> JsonObject | None:
         try:
@@ -125,6 +137,8 @@ async def _lines(result: Iterator[JsonObject], busy: anyio.Lock) -> AsyncIterato
             return {"error": str(error)}
 
     async with busy:
+        if await request.is_disconnected():  # starlette sees it only under some versions of the server's protocol
+            return
         try:
             while (item := await run_in_threadpool(following)) is not None:
                 yield json.dumps(item) + "\n"

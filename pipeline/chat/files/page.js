@@ -4,7 +4,6 @@ const find = (id) => document.getElementById(id);
 const [form, question, turns, status, fault] = ["form", "question", "turns", "status", "fault"].map(find);
 let state = null;
 let answering = null; // stops the request that is under way
-let committed = 0; // how many turns the dialogue has
 
 function element(name, className, text) {
   const node = document.createElement(name);
@@ -99,7 +98,14 @@ function showTurns() {
     fillAll(answers, turn.answers);
     return node;
   }));
-  committed = state.turns.length;
+}
+
+// `own`: by how many versions this window itself has moved on. Another window may have changed the dialogue too.
+function show(next, own) {
+  const isShown = next.version === state.version + own;
+  state = next;
+  showStages();
+  if (!isShown) showTurns();
 }
 
 async function attempt(work) {
@@ -112,15 +118,24 @@ async function attempt(work) {
   }
 }
 
+// Changes the dialogue that is shown. If another window was first, its changes are shown.
+async function change(name, body) {
+  try {
+    return await call(name, { version: state.version, ...body });
+  } catch (error) {
+    show(await call("state", {}), 0);
+    throw error;
+  }
+}
+
 function choose(stages) {
   return attempt(async () => {
     status.textContent = "Loading…";
     try {
-      state = await call("choose", { stages });
+      show(await change("choose", { stages }), 1);
     } finally {
       status.textContent = "";
     }
-    showStages();
     status.textContent = `Answering: ${state.stages.join(", ")}`;
   });
 }
@@ -132,8 +147,19 @@ function setAnswering(controller) {
   showStages();
 }
 
+async function follow(response, answers) {
+  for await (const event of lines(response)) {
+    if (event.error) throw new Error(event.error);
+    const follows = isAtEnd();
+    fill(answers[event.stage], event);
+    status.textContent = event.figures === undefined ? `${event.stage} answers…` : `${event.stage} has answered`;
+    if (follows) toEnd();
+  }
+}
+
 async function ask(text) {
-  const body = { question: text };
+  const id = crypto.randomUUID();
+  const body = { question: text, id, version: state.version };
   for (const name of ["temperature", "max_new_tokens", "seed"]) body[name] = find(name).valueAsNumber;
   const { node, answers } = turnNode(text, state.stages);
   const controller = new AbortController();
@@ -142,35 +168,36 @@ async function ask(text) {
   status.textContent = "Asked"; // what it said of the last question is over
   turns.append(node);
   toEnd();
-  let complete = false;
+  let lost = null;
+  let outcome = null;
   try {
-    const response = await post("ask", body, controller.signal);
-    for await (const event of lines(response)) {
-      if (event.error) throw new Error(event.error);
-      const follows = isAtEnd();
-      fill(answers[event.stage], event);
-      status.textContent = event.figures === undefined ? `${event.stage} answers…` : `${event.stage} has answered`;
-      if (follows) toEnd();
-    }
-    complete = true;
+    await follow(await post("ask", body, controller.signal), answers);
   } catch (error) {
-    if (error.name !== "AbortError") throw error;
-    state = await call("state", {});
-    complete = state.turns.length > committed; // it was stopped too late
-    if (complete) fillAll(answers, state.turns.at(-1).answers);
-  } finally {
-    setAnswering(null);
-    status.textContent = "";
-    if (!complete) takeBack(node, text, controller.signal.aborted);
+    lost = error;
   }
-  if (complete) {
-    committed += 1;
+  const wasStopped = controller.signal.aborted;
+  if (wasStopped) status.textContent = "Stopping…";
+  try {
+    outcome = await call("outcome", { id }); // it may have been stopped too late; if not, it is never answered
+  } catch (error) {
+    lost ??= error;
+  }
+  setAnswering(null);
+  status.textContent = "";
+  const isAnswered = outcome !== null && outcome.answered;
+  if (outcome !== null) show(outcome, isAnswered ? 1 : 0);
+  if (isAnswered) {
+    if (node.isConnected) fillAll(answers, state.turns.at(-1).answers);
     status.textContent = "All have answered";
+    return;
   }
+  takeBack(node, text, wasStopped);
+  if (!wasStopped) throw lost;
 }
 
 function takeBack(node, text, wasStopped) {
-  if (!wasStopped) node.remove();
+  if (wasStopped) turns.append(node);
+  else node.remove();
   node.classList.add("taken-back");
   for (const figures of node.querySelectorAll(".figures")) figures.textContent = "not part of the dialogue";
   if (!question.value) question.value = text;
@@ -193,8 +220,7 @@ question.addEventListener("keydown", (event) => {
 });
 find("stop").addEventListener("click", () => answering?.abort());
 find("reset").addEventListener("click", () => attempt(async () => {
-  state = await call("reset", {});
-  showTurns();
+  show(await change("reset", {}), 0);
   status.textContent = "All dialogues begin anew";
   question.focus();
 }));
