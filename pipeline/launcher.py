@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.rule import Rule
 
-from pipeline.chain import forecast, other_run, run_folder, smoke, staleness
+from pipeline.chain import cuts, forecast, other_run, run_folder, smoke, staleness
 from pipeline.chain.staleness import Decision
 from pipeline.config import graph
 from pipeline.config.graph import parents, waits_for
@@ -141,20 +141,21 @@ def smoke_run(
         server.warm_up()
     chosen = devices.of_stages(config, launch_files)
     processes = files.processes(launch_files)
+    launches = files.digests(launch_files)
     known = look(config, run_folder.open_run(config), selected)
     plan.say_warnings(known.warnings, console)
-    cuts = smoke.cut(config, known.sizes, chosen, processes)
+    cut = cuts.of_stages(config, known.sizes, chosen, processes)
     on_gpu = any(device.kind != "cpu" for device in chosen.values())
     of_run = overrides
-    overrides = (*of_run, *smoke.overrides(config, cuts, on_gpu))
+    overrides = (*of_run, *smoke.overrides(config, cut, on_gpu))
     short = load(config.source, overrides)
-    smoke.clear(short)
-    sizes = look(short, run_folder.open_run(short), selected).sizes
-    times.say_changes(short, config, smoke.words(config, known.sizes, cuts), on_gpu, console)
-    run(short, console, overrides, until, accelerate_config=accelerate_config, server=server)
-    measured = smoke.measure(short, config, sizes, cuts, chosen, processes)
-    forecast.write(short.run_path, measured)
-    seconds = times.foretold(config, known.sizes, chosen, processes)
+    with smoke.cleared(short):
+        sizes = look(short, run_folder.open_run(short), selected).sizes
+        times.say_changes(short, config, smoke.words(config, known.sizes, cut), on_gpu, console)
+        run(short, console, overrides, until, accelerate_config=accelerate_config, server=server)
+        measured = smoke.measure(short, config, sizes, cut, chosen, processes, launches)
+        forecast.write(short.run_path, measured)
+        seconds = times.foretold(config, known.sizes, chosen, processes, launches)
     times.say_result(config, measured, seconds, _command(config, of_run, accelerate_config), console)
 
 
@@ -167,7 +168,7 @@ def _show(
     console: Console,
 ) -> None:
     processes = files.processes({name: launch_files[name] for name in chosen})
-    seconds = times.foretold(config, known.sizes, chosen, processes)
+    seconds = times.foretold(config, known.sizes, chosen, processes, files.digests(launch_files))
     plan.plan_table(config, decisions, known.stages, chosen, seconds, console)
     times.say_times(config, known, chosen, processes, seconds, console)
     plan.say_warnings(known.warnings, console)

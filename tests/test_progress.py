@@ -150,6 +150,17 @@ def test_a_resumed_training_has_the_first_figures_of_its_beginning():
     )
 
 
+def test_the_last_line_of_a_training_has_its_last_loss():
+    """Trainer logs once more at the end: TRL's figures since the last log, and no loss but the mean of all."""
+    place = placed(entry(1, 50, logs={"loss": 0.4, "rewards/accuracies": 0.8, "eval_loss": 0.6}), stage_type="dpo")
+    end = {"train_runtime": 9.0, "train_loss": 0.55, "rewards/accuracies": 0.901, "rewards/margins": 0.621}
+    figures = place.take(entry(2, 60, logs=end))
+    line = plain_line("dpo", place, figures, 2)
+    assert line == "dpo: step 60/60: loss 0.400, accuracy 0.901, margin 0.621"
+    assert place.take(entry(2, 60, logs={"train_runtime": 9.0, "train_loss": 0.55})) == {}  # nothing new to say
+    assert placed(stage_type="dpo").take(entry(2, 60, logs=end)) == {"accuracy": 0.901, "margin": 0.621}
+
+
 @pytest.mark.parametrize(
     ("value", "shown"),
     [

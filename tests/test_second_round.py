@@ -15,15 +15,17 @@ from filelock import FileLock
 from safetensors.torch import load_file
 from test_equalities import QUANTISED, run
 from test_readme import fences
+from test_smoke import CPU, in_this_process
 
-from pipeline.chain import other_run, run_folder, staleness
+from pipeline.chain import cuts, earlier_data, forecast, other_run, run_folder, staleness
 from pipeline.config.lineage import shares_backbone
 from pipeline.config.load import load, recall
-from pipeline.export import card, source
+from pipeline.export import ancestors, source
 from pipeline.html import reading, tables
+from pipeline.launch import process
 from pipeline.records import manifest
 from pipeline.records.stage_folder import LOCK
-from pipeline.show import results
+from pipeline.show import facts, results, times
 from pipeline.system.digests import checksums
 from pipeline.system.errors import UserError
 
@@ -61,8 +63,8 @@ def said(cli):
     return call
 
 
-def weights_of(folder: Path, stage: str) -> bytes:
-    output = folder / "run" / stage / "output"
+def weights_of(folder: Path, stage: str, run_dir: str = "run") -> bytes:
+    output = folder / run_dir / stage / "output"
     (file,) = [path for path in output.glob("*.safetensors") if path.stem in ("adapter_model", "model")]
     return file.read_bytes()
 
@@ -196,6 +198,72 @@ def plan(config: Path) -> list[staleness.Decision]:
     return launcher._decide(load(config))[1]
 
 
+def test_what_another_run_has_trained_on_is_not_evaluated_on_in_silence(both, said):
+    """Unless it was held out there, and no more of it is held out here."""
+
+    def warned(**top):
+        tiny.edit(config, top)
+        return list(earlier_data.warnings(load(config), recorded))
+
+    recorded = manifest.Manifest(name="tiny")
+    evaluate = {"data": "comparisons", "max_new_tokens": 8}
+    stages = {"policy": TAKEN | {"stage": "ppo"}, "evaluate": evaluate}
+    config = make(both / "two", stages)
+    one = (both / "one" / "run").resolve()
+    words = f"comparisons has prompts that were trained on in another run, by reward of {one}."
+    mend = "name a dataset there that no run has trained on"
+    (text,) = warned()
+    assert text.startswith(f"stages.evaluate.data: {words}") and text.endswith(mend)
+    assert f"warning: {text}" in said("plan", config)
+    tiny.edit(config, {"stages": {"sft": TAKEN, "evaluate": evaluate}})
+    assert warned() == []  # SFT has seen none of them
+    # Split here, of a dataset that was not split there.
+    split = stages | {"dpo": tiny.DPO | {"init": "policy"}}
+    (text,) = warned(stages=split)
+    assert text.endswith(mend)
+    content = json.loads((one / manifest.FILE).read_text())
+    content["stages"]["reward"]["inputs"]["data: held-out share"] = "0.2"
+    (one / manifest.FILE).write_text(json.dumps(content))
+    data = {"demonstrations": {"path": "demonstrations.jsonl"}, "comparisons": {"path": "comparisons.jsonl"}}
+    data["comparisons"]["heldout"] = 0.2
+    assert warned(data=data) == []
+    data["comparisons"]["heldout"] = 0.3
+    (text,) = warned(data=data)
+    assert text.endswith("lower `data.comparisons.heldout` to 0.2, the share that was held out there")
+    # What was copied knows it without the other run, unless the data are others.
+    origin = other_run.origin_of(load(config), "policy", other_run.find(load(config), "policy"))
+    recorded = manifest.Manifest(name="tiny", stages={"policy": tiny.make_record(type="ppo", origin=origin)})
+    known = load(config)
+    shutil.rmtree(one)
+    assert list(earlier_data.warnings(known, recorded)) == [text]
+    other_comparisons(both / "two")
+    assert list(earlier_data.warnings(known, recorded)) == []
+
+
+def test_a_smoke_run_of_what_is_taken_and_evaluated(both, said, monkeypatch):
+    """Nothing trains in it. It cuts what is sampled by the size of the base model."""
+    monkeypatch.setattr(process, "run_stage", in_this_process)
+    evaluate = {"data": "demonstrations", "max_new_tokens": 24, "batch_size": 8}
+    config = make(both / "two", {"policy": TAKEN | {"stage": "ppo"}, "evaluate": evaluate})
+    before = checksums(both / "one", [both / "one"])
+    text = said("run", config, "--smoke")
+    assert "Every stage works." in text
+    smoke_run = both / "two" / "run-smoke"
+    found = manifest.read(smoke_run).stages
+    assert found["evaluate"].config["max_new_tokens"] == 24  # of so small a model nothing is cut
+    assert weights_of(both / "two", "policy", "run-smoke") == weights_of(both / "one", "ppo")
+    assert list(forecast.read(smoke_run)) == ["evaluate"]  # a copy takes no time
+    assert checksums(both / "one", [both / "one"]) == before and not (both / "two" / "run").exists()
+    known = facts.look(load(config), manifest.Manifest(name="tiny"), ["policy", "evaluate"])
+    assert list(known.sizes) == ["evaluate"] and 50_000 < known.sizes["evaluate"].parameters < 100_000
+    monkeypatch.setattr(cuts, "READ", 1e6)
+    monkeypatch.setattr(cuts, "OPERATIONS", 1e6)
+    cut = cuts.of_stages(load(config), known.sizes, {"evaluate": CPU}, {"evaluate": 1})["evaluate"]
+    assert (cut.batch, cut.new_tokens, cut.keys) == (cuts.FEWEST, cuts.SHORTEST, {"max_new_tokens": cuts.SHORTEST})
+    slow = times.slow_cpu(load(config), known.sizes, {}, speed=1.0)
+    assert slow is not None and "most of it: evaluate" in slow
+
+
 def test_a_stage_that_ran_again_there_is_taken_again(both):
     config = make(both / "two", {"sft": TAKEN, "dpo": tiny.DPO})
     run(config, "sft", "dpo")
@@ -257,10 +325,25 @@ def test_a_new_reward_model_is_reported_on_by_the_policy_that_it_comes_from(both
         "reward": tiny.REWARD | {"init": "before", "eval_data": "comparisons"},
         "ppo": tiny.PPO | {"reward": "reward"},
     }
-    config = load(make(both / "two", stages, gate="stop"))
+    path = make(both / "two", stages, gate="stop")
+    config = load(path)
     assert config.stages["reward-shift"].policy == "policy"
+    assert load(path, ("stages.reward-shift.seed=3",)).stages["reward-shift"].policy == "policy"
     assert config.stages["ppo"].init == "policy"
     assert config.stages["ppo"].shift == "reward-shift"
+
+
+def test_a_report_on_a_reward_model_of_another_run(both):
+    """It samples the policy from which RL against that reward model starts; without RL the only one that was taken."""
+    report = {"type": "shift", "data": "demonstrations"}
+    policy = TAKEN | {"stage": "ppo"}
+    stages = {"policy": policy, "other": TAKEN | {"stage": "sft"}, "reward": TAKEN, "report": report}
+    path = make(both / "two", stages | {"ppo": tiny.PPO | {"init": "policy"}})
+    assert load(path).stages["report"].policy == "policy"
+    tiny.edit(path, {"stages": {"policy": policy, "reward": TAKEN, "report": report}})
+    assert load(path).stages["report"].policy == "policy"
+    tiny.edit(path, {"stages": stages})
+    assert load(path).stages["report"].policy == "base"
 
 
 def test_a_run_from_scratch_goes_on_from_its_pretrained_model(tmp_path):
@@ -313,10 +396,10 @@ def test_two_runs_at_once(first, tmp_path):
     names = ("two", "three")
     configs = [make(tmp_path / name, {"sft": taken, "dpo": tiny.DPO}) for name in names]
     commands = [[sys.executable, "-m", "pipeline.stage", str(config), "sft"] for config in configs]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) for command in commands]
-    for process in processes:
-        output, _ = process.communicate(timeout=600)
-        assert process.returncode == 0, output
+    at_work = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) for command in commands]
+    for one in at_work:
+        output, _ = one.communicate(timeout=600)
+        assert one.returncode == 0, output
     for name in names:
         assert weights_of(tmp_path / name, "sft") == weights_of(first / "one", "sft")
     assert checksums(first / "one", [first / "one"]) == before
@@ -353,7 +436,7 @@ def damage(folder: Path, what: str) -> None:
         ("odd manifest", "{run}/manifest.json: damaged at stages.sft.duration"),
         ("not finished", "stages.sft.run: {run}: stage 'sft' is not finished; run it there first"),
         ("running", "stages.sft.run: {run}: stage 'sft' is being run right now; wait for it"),
-        ("damaged", "stages.sft: {run}/sft/output/adapter_model.safetensors has changed since its stage finished"),
+        ("damaged", "stages.sft: {run}/sft/output/adapter_model.safetensors has changed since the stage finished"),
         ("missing", "stages.sft: {run}/sft/output/adapter_model.safetensors is missing"),
     ],
 )
@@ -449,6 +532,32 @@ def test_a_third_round_knows_the_first(first, tmp_path):
     run(tmp_path / "two" / "tiny.yaml", "sft", "dpo")
     run(make(tmp_path / "three", {"dpo": {"run": "../two/run"}}, name="third"), "dpo")
     shutil.rmtree(tmp_path / "two")
-    lineage = card.lineage(source.find(tmp_path / "three" / "run", "dpo"))
+    lineage = ancestors.lineage(source.find(tmp_path / "three" / "run", "dpo"))
     assert list(lineage) == ["tiny/sft", "second/sft", "second/dpo", "dpo"]
     assert run_folder.open_run(load(tmp_path / "three" / "tiny.yaml")).stages["dpo"].origin.name == "second"
+
+
+def test_two_other_runs_of_one_name_are_told_apart(tmp_path):
+    """By their folders; and a stage that ran again there between two copies is another one."""
+
+    def taken(folder, seed):
+        sft = tiny.make_record(seed=seed)
+        dpo = tiny.make_record(type="dpo", parents={"init": "sft"}, seed=seed)
+        origin = manifest.Origin(run=folder, path=folder, name="tiny", stage="dpo", stages={"sft": sft, "dpo": dpo})
+        return tiny.make_record(type="dpo", origin=origin)
+
+    stages = {"a": taken("/a", 0), "again": taken("/a", 0), "b": taken("/b", 0), "later": taken("/a", 1)}
+    parents = {f"policies.{name}": name for name in stages}
+    stages["last"] = tiny.make_record(type="dpo", parents=parents)
+    recorded = manifest.Manifest(name="tiny", stages=stages)
+    lineage = ancestors.lineage(source.Source(tmp_path, recorded, "last"))
+    of_others = [f"{run}/{name}" for run in ("tiny", "tiny (2)", "tiny (3)") for name in ("sft", "dpo")]
+    assert [name for name in lineage if "/" in name] == of_others
+    assert {name: lineage[name].made_from.removeprefix("taken from ") for name in parents.values()} == {
+        "a": "tiny/dpo",
+        "again": "tiny/dpo",
+        "b": "tiny (2)/dpo",
+        "later": "tiny (3)/dpo",
+    }
+    assert lineage["tiny (2)/dpo"].made_from == "init tiny (2)/sft"
+    assert lineage["tiny (3)/sft"].record.seed == 1

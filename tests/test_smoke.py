@@ -11,17 +11,20 @@ import tiny
 from filelock import FileLock
 
 from pipeline import stage
-from pipeline.chain import forecast, smoke
+from pipeline.chain import cuts, forecast, smoke
 from pipeline.chain.sizes import Size
+from pipeline.config import batch_sizes
 from pipeline.config.load import load
+from pipeline.config.options import effective
 from pipeline.config.schema import Ppo, Sampled
 from pipeline.config.stage_types import KINDS
 from pipeline.data import run_tokenizer
 from pipeline.data.sieve import spread
-from pipeline.launch import process
+from pipeline.launch import devices, files, process
 from pipeline.records import manifest
 from pipeline.records.progress import Entry, Reader
 from pipeline.records.stage_folder import LOCK
+from pipeline.system import locks
 from pipeline.system.device import Device
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -130,11 +133,18 @@ def check_forecast(config, one, folder):
     assert forecast.seconds(one, forecast.work(config, "sft", size)) == one.fixed + speed * 2 * sum(lengths)
 
 
-def test_a_second_one_begins_anew_and_leaves_the_run_alone(tmp_path, cli, monkeypatch):
-    """In this process, with its stages: each would import for ten seconds in one of its own."""
+def in_this_process(config, name, overrides, *_):
+    """Run a stage here: it would import for ten seconds in a process of its own."""
+    stage.run(load(config.source, overrides), name)
 
-    def run_stage(config, name, overrides, *_):
-        stage.run(load(config.source, overrides), name)
+
+def test_a_second_one_begins_anew_and_leaves_the_run_alone(tmp_path, cli, monkeypatch):
+    lock = tmp_path / "runs" / ".tiny-smoke.lock"
+    held: list[bool] = []
+
+    def run_stage(*args):
+        held.append(locks.is_held(lock))
+        in_this_process(*args)
 
     monkeypatch.setattr(process, "run_stage", run_stage)
     path = tiny.write_config(tmp_path)
@@ -151,6 +161,7 @@ def test_a_second_one_begins_anew_and_leaves_the_run_alone(tmp_path, cli, monkey
         assert {record.reason for record in recorded.stages.values()} == {manifest.NOT_FINISHED}
         started.append(json.loads((folder / "sft" / "progress.jsonl").read_text().splitlines()[0])["time"])
     assert started[0] < started[1]
+    assert held == [False] * 2 + [True] * 4 and not locks.is_held(lock)
     assert contents(run) == before
     # What the run keeps of its data is as it was: nothing is stale.
     plan = rows_of(cli("plan", path)[1], "tiny: plan")
@@ -158,6 +169,13 @@ def test_a_second_one_begins_anew_and_leaves_the_run_alone(tmp_path, cli, monkey
     with FileLock(folder / "sft" / LOCK).acquire(timeout=0):
         code, _, err = cli("run", path, "--smoke", "--until", "sft")
     assert code == 2 and "another process works in" in err and (folder / "sft" / "output").is_dir()
+    # Between two stages no process holds a stage's lock.
+    monkeypatch.setattr(smoke, "WAIT", 0)
+    with FileLock(lock).acquire(timeout=0):
+        code, _, err = cli("run", path, "--smoke", "--until", "sft")
+    said = words(err)
+    assert code == 2 and f"another smoke run is at work in {folder}; wait for it or stop it" in said
+    assert (folder / "sft" / "output").is_dir()
 
 
 def test_a_run_that_has_the_name_of_a_smoke_run_is_left_alone(tmp_path, cli):
@@ -205,9 +223,7 @@ def test_a_stage_that_fails_ends_it(tmp_path, rlhf):
 
 def test_rewards_that_tell_nothing_apart_end_no_smoke_run(tmp_path, cli, monkeypatch):
     """In two steps no answer may be right. In the run itself this would be a fault."""
-    monkeypatch.setattr(
-        process, "run_stage", lambda config, name, overrides, *_: stage.run(load(config.source, overrides), name)
-    )
+    monkeypatch.setattr(process, "run_stage", in_this_process)
     (tmp_path / "judge.py").write_text("def same(prompt, completion):\n    return 1.0\n")
     online = {"num_generations": 2, "max_completion_length": 4, "beta": 0.0}
     grpo = {"data": "demonstrations", "reward_functions": ["judge:same"], "training": online}
@@ -225,9 +241,9 @@ def test_a_gpu_keeps_whole_batches_of_held_out_rows():
     assert cuts_of(config, GPU)["reward"].rows == 8  # TRL's per_device_eval_batch_size
     assert cuts_of(config, GPU)["dpo"].rows == 2 * 16
     for processes, rows in ((1, 100), (4, 400)):
-        devices = dict.fromkeys(config.stages, GPU)
-        cuts = smoke.cut(config, sizes_of(config), devices, dict.fromkeys(config.stages, processes))
-        assert cuts["evaluate"].rows == rows  # a batch for each process
+        on = dict.fromkeys(config.stages, GPU)
+        its = cuts.of_stages(config, sizes_of(config), on, dict.fromkeys(config.stages, processes))
+        assert its["evaluate"].rows == rows  # a batch for each process
 
 
 def test_options_that_it_cannot_take(tmp_path, cli):
@@ -246,8 +262,8 @@ def sizes_of(config, per_row=300, parameters=0):
 
 
 def cuts_of(config, device, **sizes):
-    devices = dict.fromkeys(config.stages, device)
-    return smoke.cut(config, sizes_of(config, **sizes), devices, dict.fromkeys(config.stages, 1))
+    on = dict.fromkeys(config.stages, device)
+    return cuts.of_stages(config, sizes_of(config, **sizes), on, dict.fromkeys(config.stages, 1))
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
@@ -255,8 +271,8 @@ def cuts_of(config, device, **sizes):
 def test_every_shipped_config_can_be_made_short(file, device):
     """All that is changed is right for TRL too. A GPU keeps what decides about memory."""
     config = load(file)
-    cuts = cuts_of(config, device, parameters=500_000_000)
-    short = load(file, smoke.overrides(config, cuts, device is GPU))
+    its = cuts_of(config, device, parameters=500_000_000)
+    short = load(file, smoke.overrides(config, its, device is GPU))
     assert short.run_path == config.run_path.with_name(f"{config.name}-smoke")
     assert list(short.stages) == list(config.stages)
     memory = ("per_device_train_batch_size", "max_length", "response_length", "max_completion_length")
@@ -271,9 +287,9 @@ def test_every_shipped_config_can_be_made_short(file, device):
             assert {key: after.get(key) for key in memory} == {key: before.get(key) for key in memory}, name
         if isinstance(its, Ppo):
             batch = after["per_device_train_batch_size"] * after["gradient_accumulation_steps"]
-            assert after["total_episodes"] == smoke.STEPS * batch == short.smoke.rows[name], name
+            assert after["total_episodes"] == cuts.STEPS * batch == short.smoke.rows[name], name
         else:
-            assert after["max_steps"] == smoke.STEPS
+            assert after["max_steps"] == cuts.STEPS
         others = {key: value for key, value in before.items() if key not in changed}
         assert {key: value for key, value in after.items() if key not in changed} == others, name
     for key in ("model", "tokenizer", "quantization", "lora", "data", "checks", "seed"):
@@ -290,7 +306,7 @@ def test_a_cpu_computes_smaller_batches_of_a_large_model_only():
     assert [cuts_of(config, CPU, per_row=300, parameters=10**9)[name].batch for name in ("sft", "dpo")] == [1, 1]
     other = load(CONFIGS / "qwen2.5-0.5b-lora.yaml")
     assert cuts_of(other, CPU, parameters=10**9)["kto"].batch == 2  # it compares the rows of a batch
-    assert large["ppo"].options["response_length"] == smoke.SHORTEST
+    assert large["ppo"].options["response_length"] == cuts.SHORTEST
 
 
 def test_few_rows_are_spread_over_their_lengths():
@@ -341,6 +357,74 @@ def test_what_is_measured_of_a_stage(tmp_path):
     fixed, seconds, tokens = forecast.of_stage(config, "evaluate", size, record, log, 1)
     assert (fixed, seconds) == (40 - 7, {"sampling": 7.0})
     assert tokens == {"sampling": 2 * 12 * (20 + 4)}  # base and sft
+
+
+REUSED = {"num_iterations": 2, "steps_per_generation": 2, "num_generations": 2, "max_completion_length": 6, "beta": 0.0}
+SIZES = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "num_generations": 2}
+JUDGE = "def words(prompt, completion):\n    return float(len(completion))\n"
+
+
+def reusing_run(folder):
+    """A run of GRPO that samples before its steps 1, 5, 9: for two steps at once, and each is made twice."""
+    (folder / "judge.py").write_text(JUDGE)
+    grpo = {"init": "base", "data": "demonstrations", "reward_functions": ["judge:words"], "training": REUSED}
+    return tiny.make_run(folder, {"grpo": grpo}, training=tiny.SMALL)
+
+
+def test_a_whole_cycle_is_measured_where_completions_are_learned_from_again(tmp_path):
+    """By hand: a step takes 10 s if it samples, and 1 s if it does not."""
+    config = load(reusing_run(tmp_path))
+    size = Size(12, 240, 12, 40, 0, 0, 1000)
+    cut = cuts.of_stages(config, {"grpo": size}, {"grpo": CPU}, {"grpo": 1})["grpo"]
+    assert (cut.steps, cut.options["max_steps"], cut.rows) == (5, 5, 2 * 2 * 4)
+    times = [(0, 0), (12, 1), (13, 2), (14, 3), (15, 4), (25, 5)]
+    logs = {1: {"num_tokens": 90}, 5: {"num_tokens": 130}}  # of those that it has sampled
+    log = entries((0, "loading", None, {}), *((time, "training", step, logs.get(step, {})) for time, step in times))
+    short = Size(12, 240, 12, 5, 0, 0, 1000)
+    fixed, seconds, tokens = forecast.of_stage(config, "grpo", short, tiny.make_record(duration=60.0), log, 1)
+    assert seconds == {"training": 13.0}
+    assert tokens == {"training": pytest.approx(4 * 4 * (20 + 6))}
+    assert fixed == 60 - 13 * 5 / 4
+    one = forecast.Measured(basis="", duration=60.0, fixed=fixed, seconds=seconds, tokens=tokens)
+    wanted = forecast.work(config, "grpo", size)
+    assert forecast.seconds(one, wanted) == pytest.approx(fixed + 10 * 13)  # 40 steps are 10 cycles
+
+
+@pytest.mark.parametrize(
+    ("sizes", "steps"),
+    [
+        ({}, 1),
+        ({"num_iterations": 3}, 3),
+        ({"steps_per_generation": 4}, 2),
+        ({"steps_per_generation": 1}, 1),
+        ({"steps_per_generation": 3}, 3),  # two samplings
+        ({"generation_batch_size": 32, "num_iterations": 2}, 4),
+    ],
+)
+def test_how_many_steps_a_cycle_has(sizes, steps):
+    assert batch_sizes.cycle(effective("grpo", SIZES | sizes)) == steps
+
+
+def test_the_plan_counts_the_steps_that_are_made(tmp_path, cli, monkeypatch):
+    """A real smoke run of such a stage: it samples twice, and the plan's steps are those that GRPOTrainer makes."""
+    monkeypatch.setattr(process, "run_stage", in_this_process)
+    path = reusing_run(tmp_path)
+    code, out, err = cli("run", path, "--smoke")
+    assert code == 0, err
+    # 12 prompts, 4 at once for 2 steps, each made twice: 12 of an epoch.
+    assert rows_of(out, "what is changed")["grpo"][2] == "5 of 36"
+    history = json.loads((tmp_path / "run-smoke" / "grpo" / "log_history.json").read_text())
+    assert [entry["step"] for entry in history if "num_tokens" in entry] == [1, 5]  # the steps that sampled
+    measured = forecast.read(tmp_path / "run-smoke")["grpo"]
+    config = load(path)
+    device = devices.of_stages(config, {"grpo": None})["grpo"]
+    assert measured.basis == forecast.basis(config, "grpo", device, 1, None)
+    launch = tmp_path / "launch.yaml"
+    others = []
+    for kind in ("MULTI_CPU", "FSDP"):
+        launch.write_text(f"distributed_type: {kind}\n")
+        others.append(forecast.basis(config, "grpo", device, 1, files.digests({"grpo": str(launch)})["grpo"]))
+    assert len({measured.basis, *others}) == 3
 
 
 def test_work_of_each_kind(tmp_path):

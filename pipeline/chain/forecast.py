@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.base import dtype
 from pipeline.chain.sizes import Size
+from pipeline.config.batch_sizes import cycle
 from pipeline.config.options import effective
 from pipeline.config.schema import Evaluate, Offline, Online, Options, Ppo, RunConfig, Sampled, Shift, TrainingStage
 from pipeline.config.stage_types import makes
@@ -113,13 +114,15 @@ def of_stage(
 ) -> tuple[float, dict[str, float], Work]:
     """Return what a stage of a smoke run took: the fixed seconds, and by kind of work its seconds and tokens.
 
-    The first step of a training warms up, so that it does not count, unless it is the only one.
+    The first step of a training warms up. It does not count if a whole cycle follows: as many steps as those in which
+    RLOO and GRPO sample once and learn.
     """
     placed = [entry for entry in entries if entry.phase is not None]
     seconds: dict[str, float] = {}
     evaluations = 0
     steps = [entry.step or 0 for entry in placed if entry.phase == TRAINING]
-    first = 1 if steps and max(steps) > 1 else 0
+    per_cycle = _cycle_of(config, name, processes)
+    first = 1 if steps and max(steps) > per_cycle else 0
     for before, after in itertools.pairwise(placed):
         evaluations += after.phase == HELD_OUT and before.phase != HELD_OUT
         kind = _kind(before.phase)
@@ -130,7 +133,7 @@ def of_stage(
         if kind is not None:
             seconds[kind] = seconds.get(kind, 0.0) + after.time - before.time
     tokens = work(config, name, size, processes, evaluations)
-    share = _share(placed, first)
+    share = _share(placed, first, are_logged=per_cycle == 1)
     whole = sum(value / (share if kind == "training" else 1) for kind, value in seconds.items())
     if "training" in tokens:
         tokens["training"] *= share
@@ -144,8 +147,17 @@ def _kind(phase: str | None) -> str | None:
     return fixed.get(str(phase), "sampling")
 
 
-def _share(placed: Iterable[Entry], first: int) -> float:
-    """Return the share of a training's tokens that come after its step `first`; of its steps, where none are logged."""
+def _cycle_of(config: RunConfig, name: str, processes: int) -> int:
+    """Return after how many steps all kinds of steps of a training have come."""
+    stage = config.stages[name]
+    return cycle(effective(stage.kind, stage.training), processes) if isinstance(stage, Online) else 1
+
+
+def _share(placed: Iterable[Entry], first: int, are_logged: bool) -> float:
+    """Return the share of a training's tokens that come after its step `first`; of its steps, where none are logged.
+
+    TRL logs tokens once, when they are sampled, and not again where later steps learn from them.
+    """
     steps = [entry for entry in placed if entry.phase == TRAINING and entry.step]
     if not steps or not first:
         return 1.0
@@ -153,7 +165,7 @@ def _share(placed: Iterable[Entry], first: int) -> float:
     last = max(entry.step or 0 for entry in steps)
     before = seen.get(first)
     after = seen.get(last)
-    if before is not None and after:
+    if are_logged and before is not None and after:
         return 1 - before / after
     return 1 - first / last
 
@@ -194,16 +206,20 @@ def speed() -> float:
     return 2 * size**3 / min(taken)
 
 
-def basis(config: RunConfig, name: str, device: Device, processes: int) -> str:
-    """Return the digest of what decides a stage's speed beside the sizes of its data."""
+def basis(config: RunConfig, name: str, device: Device, processes: int, launch: str | None) -> str:
+    """Return the digest of what decides a stage's speed beside the sizes of its data.
+
+    `launch`: the digest of how it is launched; None: by itself.
+    """
     stage = config.stages[name]
     own = {"kind": stage.kind, "lora": getattr(stage, "lora", None)}
     model = config.model.model_dump(mode="json")
-    machine = [platform.node(), num_cores(), str(device), device.kind, processes]
+    machine = [platform.node(), num_cores(), str(device), device.kind, processes, launch]
     shared = [model, dtype.choose(config).dtype, config.quantization, machine]
     options = effective(stage.kind, stage.training) if isinstance(stage, TrainingStage) else {}
     compute = ("bf16", "fp16", "gradient_checkpointing", "num_ppo_epochs", "num_iterations", "optim")
     compute += ("torch_compile", "use_liger_kernel", "precompute_ref_log_probs")
+    compute += ("steps_per_generation", "generation_batch_size", "use_vllm", "vllm_mode")
     return digest([own, shared, {key: options.get(key) for key in compute}])
 
 

@@ -7,15 +7,15 @@ stage that runs again meanwhile is noticed.
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from pipeline.base import base_model
 from pipeline.config.schema import RunConfig, Taken
 from pipeline.config.taken import folder_of, stage_of
 from pipeline.records import manifest
-from pipeline.records.manifest import Manifest, Origin, Record, TokenizerRecord
-from pipeline.system.digests import digest, file_digest
+from pipeline.records.finished import Finished
+from pipeline.records.manifest import Manifest, Origin, TokenizerRecord
+from pipeline.system.digests import file_digest
 from pipeline.system.errors import UserError
 
 SAME_ARCHITECTURE = (
@@ -29,50 +29,7 @@ SAME_ARCHITECTURE = (
 )
 
 
-@dataclass(frozen=True)
-class Source:
-    """A finished stage of another run."""
-
-    folder: Path
-    recorded: Manifest
-    stage: str
-
-    @property
-    def record(self) -> Record:
-        return self.recorded.stages[self.stage]
-
-    @property
-    def below(self) -> str | None:
-        """Name the stage whose full weights the adapter lies on; None: its own, or no weights of that run."""
-        full = self.record.output.full
-        owner = None if full is None else full.split("/")[0]
-        return None if owner == self.stage else owner
-
-    def files(self) -> dict[str, str]:
-        """Return the checksums of the stage's files, and of the full weights below its adapter, by relative path.
-
-        Raises:
-            UserError: if the stage below has no record.
-        """
-        output = self.record.output
-        files = dict(output.files)
-        if self.below is not None:
-            if self.below not in self.recorded.stages:
-                raise UserError(f"{self.folder}: {self.stage!r} is an adapter on {self.below!r}, which is not finished")
-            files |= self.recorded.stages[self.below].output.files
-        folders = [PurePosixPath(path) for path in (output.path, output.full) if path is not None]
-        return {
-            path: checksum
-            for path, checksum in files.items()
-            if any(PurePosixPath(path).is_relative_to(folder) for folder in folders)
-        }
-
-    def content(self) -> str:
-        """Return the digest of what would be taken."""
-        return digest(self.files())
-
-
-def find(config: RunConfig, name: str) -> Source:
+def find(config: RunConfig, name: str) -> Finished:
     """Find the stage that `name` is taken from.
 
     Raises:
@@ -86,10 +43,10 @@ def find(config: RunConfig, name: str) -> Source:
         raise UserError(f"there is no run in {section.run}")
     if stage not in recorded.stages:
         raise UserError(f"stage {stage!r} of {section.run} is not finished")
-    return Source(folder, recorded, stage)
+    return Finished(folder, recorded, stage)
 
 
-def fitting(config: RunConfig, name: str, recorded: Manifest, tokenizer: TokenizerRecord) -> Source:
+def fitting(config: RunConfig, name: str, recorded: Manifest, tokenizer: TokenizerRecord) -> Finished:
     """Find the stage that `name` is taken from; `recorded`, `tokenizer`: what this run has on record, and uses.
 
     Raises:
@@ -108,14 +65,12 @@ def check(config: RunConfig, name: str, recorded: Manifest, tokenizer: Tokenizer
         UserError: with what does not fit, or the file that is damaged.
     """
     try:
-        source = fitting(config, name, recorded, tokenizer)
-        for path, expected in source.files().items():
-            _compare(source.folder / path, expected)
+        fitting(config, name, recorded, tokenizer).verify()
     except UserError as error:
         raise UserError(f"stages.{name}: {error}") from None
 
 
-def _check_tokenizer(source: Source, tokenizer: TokenizerRecord) -> None:
+def _check_tokenizer(source: Finished, tokenizer: TokenizerRecord) -> None:
     other = source.recorded.tokenizer
     if other is not None and other.fingerprint == tokenizer.fingerprint == source.record.tokenizer:
         return
@@ -127,10 +82,10 @@ def _check_tokenizer(source: Source, tokenizer: TokenizerRecord) -> None:
             words.append("the chat template differs")
         differs = ", ".join(words) or differs
     mend = "give this config the same model and `tokenizer` section as that run's"
-    raise UserError(f"{source.folder} has another tokenizer than this run: {differs}; {mend}")
+    raise UserError(f"{source.run_dir} has another tokenizer than this run: {differs}; {mend}")
 
 
-def _check_base(config: RunConfig, source: Source, stage: Taken, recorded: Manifest) -> None:
+def _check_base(config: RunConfig, source: Finished, stage: Taken, recorded: Manifest) -> None:
     """Compare the base models: an adapter needs the one that it was trained on, full weights one of their sizes."""
     if stage.weights != "on base":
         _check_sizes(config, source)
@@ -149,7 +104,7 @@ def _check_base(config: RunConfig, source: Source, stage: Taken, recorded: Manif
     raise UserError(f"it is an adapter on {base}{commit}, and not on this run's base model, {here}; set `model` to it")
 
 
-def _is_same_base(config: RunConfig, source: Source, recorded: Manifest) -> bool:
+def _is_same_base(config: RunConfig, source: Finished, recorded: Manifest) -> bool:
     if config.model.path is None:
         return False
     if base_model.fingerprint(config) == source.record.inputs.get("base model"):
@@ -160,7 +115,7 @@ def _is_same_base(config: RunConfig, source: Source, recorded: Manifest) -> bool
     return is_same_hub_model and base_model.commit_of(config, recorded) == commit
 
 
-def _check_sizes(config: RunConfig, source: Source) -> None:
+def _check_sizes(config: RunConfig, source: Finished) -> None:
     """Compare the sizes of full weights with those of this run's base model, by which a plan counts."""
     from transformers import AutoConfig
 
@@ -168,9 +123,9 @@ def _check_sizes(config: RunConfig, source: Source) -> None:
     path = output.path if output.kind == "full" else output.full
     assert path is not None, "it brings full weights"
     try:
-        there = AutoConfig.from_pretrained(source.folder / path, trust_remote_code=config.model.trust_remote_code)
+        there = AutoConfig.from_pretrained(source.run_dir / path, trust_remote_code=config.model.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise UserError(f"{source.folder / path}: {error}") from None
+        raise UserError(f"{source.run_dir / path}: {error}") from None
     here = base_model.architecture(config).get_text_config()
     there = there.get_text_config()
     for key in SAME_ARCHITECTURE:
@@ -180,20 +135,7 @@ def _check_sizes(config: RunConfig, source: Source) -> None:
             raise UserError(f"{fault} and {values[1]} here; set `model` to what that run has, or to its pretrain stage")
 
 
-def _compare(path: Path, expected: str) -> None:
-    """Compare a file with its checksum.
-
-    Raises:
-        UserError: if it is gone or changed.
-    """
-    mend = "restore it, or run that stage again there"
-    if not path.is_file():
-        raise UserError(f"{path} is missing; {mend}")
-    if file_digest(path) != expected:
-        raise UserError(f"{path} has changed since its stage finished (its checksum differs); {mend}")
-
-
-def copy(source: Source, output: Path, merged: Path | None) -> None:
+def copy(source: Finished, output: Path, merged: Path | None) -> None:
     """Copy the stage's output, and for `merged` the full weights below its adapter; compare what was copied.
 
     Raises:
@@ -207,7 +149,7 @@ def copy(source: Source, output: Path, merged: Path | None) -> None:
     for path, expected in source.files().items():
         for folder, target in folders.items():
             if PurePosixPath(path).is_relative_to(folder):
-                _copy_file(source.folder / path, target / PurePosixPath(path).relative_to(folder), expected)
+                _copy_file(source.run_dir / path, target / PurePosixPath(path).relative_to(folder), expected)
 
 
 def _copy_file(path: Path, target: Path, expected: str) -> None:
@@ -222,20 +164,20 @@ def _copy_file(path: Path, target: Path, expected: str) -> None:
         raise UserError(f"{path} is not what its record says; its stage may be running again, or it is damaged")
 
 
-def origin_of(config: RunConfig, name: str, source: Source) -> Origin:
+def origin_of(config: RunConfig, name: str, source: Finished) -> Origin:
     """Return what to record of where a stage was taken from."""
     section = config.section(name, Taken)
     stages = {other: source.recorded.stages[other] for other in _lineage(source)}
     return Origin(
         run=section.run,
-        path=str(source.folder),
+        path=str(source.run_dir),
         name=source.recorded.name,
         stage=source.stage,
         stages=stages,
     )
 
 
-def _lineage(source: Source) -> Iterator[str]:
+def _lineage(source: Finished) -> Iterator[str]:
     """Yield the stage and all that it was made from, in the order of the manifest, which is that of time."""
     needed = {source.stage}
     for name, record in reversed(source.recorded.stages.items()):

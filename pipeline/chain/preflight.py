@@ -18,10 +18,11 @@ from transformers import (
 from pipeline.base import base_model, dtype, weights
 from pipeline.chain import foresight, positions
 from pipeline.chain.trials import try_functions
+from pipeline.config.batch_sizes import batches_per_sampling
 from pipeline.config.graph import datasets, functions_of
 from pipeline.config.options import effective
 from pipeline.config.requests import request, run_data
-from pipeline.config.schema import Online, Options, Ppo, RunConfig, TrainingStage
+from pipeline.config.schema import Online, Options, Ppo, RunConfig, Sampled, TrainingStage
 from pipeline.config.stage_types import makes
 from pipeline.data.audit import Audit
 from pipeline.data.prepare import Datasets
@@ -38,7 +39,8 @@ class Facts:
     """What a stage would do: its datasets' rows by role, optimizer steps, parameters.
 
     `prompt`: the one that its functions are tried with; None if it has no functions. `head`: the weights of a score
-    head, which are not among the `parameters`; None if it has none.
+    head, which are not among the `parameters`; None if it has none. `sampled`: the parameters of the base model, where
+    nothing trains.
     """
 
     audits: dict[str, Audit]
@@ -46,6 +48,7 @@ class Facts:
     parameters: dict[str, int] | None = None
     prompt: str | None = None
     head: int | None = None
+    sampled: int | None = None
 
 
 def check(
@@ -122,7 +125,8 @@ def _facts(
         try_functions(config, name, prompt)
     positions.check(config, name, audits)
     if not isinstance(stage, TrainingStage):
-        return Facts(audits, prompt=prompt)
+        sampled = _parameters_of_base(config, tokenizer) if isinstance(stage, Sampled) else None
+        return Facts(audits, prompt=prompt, sampled=sampled)
     head = _hidden_size(config) if makes(stage, "reward model") else None
     return Facts(audits, _steps(stage, audits["data"]), _parameters(config, stage, tokenizer), prompt, head)
 
@@ -182,8 +186,19 @@ def _steps(stage: TrainingStage, audit: Audit) -> int:
     if isinstance(stage, Ppo):
         return math.ceil((options["total_episodes"] or options["num_train_epochs"] * rows) / batch)
     if isinstance(stage, Online):
-        rows *= options["num_generations"]
+        return _steps_online(options, rows)
     return math.ceil(math.ceil(rows / batch) * options["num_train_epochs"])
+
+
+def _steps_online(options: Options, prompts: int) -> int:
+    """Return the optimizer steps of RLOO and GRPO: they sample for so many prompts at once, and leave out the rest.
+
+    Several steps may learn from the same completions.
+    """
+    batches = batches_per_sampling(options)
+    at_once = max(options["per_device_train_batch_size"] * batches // options["num_generations"], 1)
+    learned = prompts // at_once * batches * options["num_iterations"]
+    return math.ceil(math.ceil(learned / options["gradient_accumulation_steps"]) * options["num_train_epochs"])
 
 
 def _parameters(config: RunConfig, stage: TrainingStage, tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
@@ -202,6 +217,14 @@ def _parameters(config: RunConfig, stage: TrainingStage, tokenizer: PreTrainedTo
     except _ERRORS as error:
         raise UserError(f"lora: {reason_of(error)}") from None
     return num_parameters(adapted)
+
+
+def _parameters_of_base(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> int:
+    """Count the parameters of the base model, on a model without memory."""
+    with init_empty_weights(include_buffers=False):
+        model = _model(config, tokenizer)
+    model.tie_weights()
+    return num_parameters(model)["total"]
 
 
 def _model(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:

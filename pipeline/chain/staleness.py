@@ -37,6 +37,7 @@ _LOADING = ("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persi
 NEUTRAL = ("logging_", "log_", "save_", "report_to", "disable_tqdm", *_LOADING)
 _WIRING = {"init", "reward", "shift", "policy", "baseline", "policies", "data", "eval_data", "accelerate_config"}
 _TOO_LONG = "too_long"
+HELD_OUT_SHARE = "{role}: held-out share"  # among the inputs, of a dataset that is split
 _OTHER_RUN = "stage of another run"  # among the inputs
 CURRENT = "finished, nothing changed"
 _UNSET = "unset"  # shown for a key that one side lacks
@@ -125,7 +126,7 @@ def identify(config: RunConfig, name: str, recorded: Manifest, data: Removed | N
         record = recorded.stages.get(parent)
         inputs[role] = digest(record.output.files) if record else ""
     if isinstance(config.stages[name], Taken):
-        inputs[_OTHER_RUN] = other_run.find(config, name).content()
+        inputs[_OTHER_RUN] = digest(other_run.find(config, name).files())
     return Identity(_config_of(config, name), inputs)
 
 
@@ -189,7 +190,7 @@ def _data_inputs(config: RunConfig, name: str, data: Removed) -> dict[str, str]:
     for role, dataset in datasets(stage).items():
         inputs[role] = fingerprints.of_dataset(dataset, config.data[dataset], config.folder)
         if graph.is_shared(config, dataset):
-            inputs[f"{role}: held-out share"] = str(config.data[dataset].heldout)
+            inputs[HELD_OUT_SHARE.format(role=role)] = str(config.data[dataset].heldout)
         trained_on = graph.role_split(role, isinstance(stage, TrainingStage)) == graph.TRAIN
         removed = data.digest_of(dataset) if trained_on else None
         if removed:

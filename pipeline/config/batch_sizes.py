@@ -1,6 +1,9 @@
-"""Check the sizes into which PPOTrainer cuts the batch of an update."""
+"""Say into which sizes trainers of RL cut what they sample and learn from."""
 
+import math
 from typing import Protocol
+
+from pipeline.config.schema import Options
 
 
 class PpoSizes(Protocol):
@@ -33,3 +36,20 @@ def fault_of_ppo(args: PpoSizes) -> str | None:
     if args.whiten_rewards and mini < 8:
         return f"whiten_rewards needs mini-batches of at least 8, and these have {mini}; lower num_mini_batches"
     return None
+
+
+def batches_per_sampling(options: Options, processes: int = 1) -> int:
+    """Return for how many batches RLOO and GRPO sample completions at once; `options`: all of `training:`."""
+    if options["generation_batch_size"] is not None:
+        return max(options["generation_batch_size"] // (options["per_device_train_batch_size"] * processes), 1)
+    return options["steps_per_generation"] or options["gradient_accumulation_steps"]
+
+
+def cycle(options: Options, processes: int = 1) -> int:
+    """Return the fewest optimizer steps in which RLOO and GRPO learn from all that they have sampled, and from no more.
+
+    They sample before the first of them. The steps after it may learn from the same completions.
+    """
+    accumulated = options["gradient_accumulation_steps"]
+    batches = batches_per_sampling(options, processes) * options["num_iterations"]
+    return math.lcm(batches, accumulated) // accumulated

@@ -26,6 +26,8 @@ from pipeline.system.errors import unknown
 
 Stages = dict[str, Stage]  # by name
 Changes = dict[str, object]  # field -> value, of a stage
+# What a report copies from the first evaluate stage, so that both use the same stored completions.
+_COPIED = ("data", "seed", "temperature", "max_new_tokens", "max_prompt_length", "batch_size")
 
 
 def wire(config: RunConfig, problems: Problems) -> RunConfig:
@@ -39,6 +41,9 @@ def wire(config: RunConfig, problems: Problems) -> RunConfig:
             changes["training"] = _training(config, stage)
             rules.check_training(config, name, changes["training"], problems)
         stages[name] = stage.model_copy(update=changes)
+    for name, stage in stages.items():
+        if isinstance(stage, Shift):  # what it follows is filled in by now
+            stages[name] = _filled_in_report(name, stage, stages, problems)
     if config.gate != "off":
         stages = _with_reports(stages)
     for name, stage in stages.items():
@@ -92,10 +97,8 @@ def _references(config: RunConfig, name: str, problems: Problems) -> Changes:
             _check_reference(config, name, reference, problems)
         elif not needless:
             _fill_in(config, name, reference, changes, problems)
-    policies = [other for other in stages_that_make(config, *POLICIES) if other != name]
-    if isinstance(stage, Shift):
-        _fill_in_report(config, name, policies, changes, problems)
     if isinstance(stage, Evaluate):
+        policies = [other for other in stages_that_make(config, *POLICIES) if other != name]
         aligned = [other for other in stages_that_make(config, "aligned policy") if other != name]
         changes["policies"] = aligned if stage.policies is None else stage.policies
         for policy in set(changes["policies"]) - set(policies):
@@ -134,46 +137,50 @@ def _fill_in(config: RunConfig, name: str, reference: Reference, changes: Change
         changes[reference.field] = reference.fallback
 
 
-def _fill_in_report(config: RunConfig, name: str, policies: list[str], changes: Changes, problems: Problems) -> None:
+def _filled_in_report(name: str, report: Shift, stages: Stages, problems: Problems) -> Shift:
     """Let a shift stage measure the policy that its reward model started from, sampled as the evaluation does."""
-    stage = config.section(name, Shift)
-    reward = config.stages.get(str(changes.get("reward", stage.reward)))
+    policies = [other for other, stage in stages.items() if makes(stage, *POLICIES)]
+    if report.policy not in (None, BASE, *policies):
+        problems.add(unknown("policy", report.policy, policies), "stages", name, "policy")
+    reward = stages.get(str(report.reward))
     if not isinstance(reward, TrainingStage | Taken):  # that is a problem already
-        reward = None
-    if stage.policy is None and reward is not None:
-        policy = _policy_below(reward, config.stages)
-        if policy is None:
-            missing = "is required: the reward model is of another run, so name the policy that is to be sampled"
-            problems.add(missing, "stages", name, "policy")
-        changes["policy"] = policy
-    elif stage.policy not in (None, BASE, *policies):
-        problems.add(unknown("policy", stage.policy, policies), "stages", name, "policy")
-    if reward is not None:
-        changes |= _sampling_settings(stage, reward, config.stages)
-        if changes.get("data", stage.data) is None:
-            missing = "is required where there is no evaluate stage and the reward model has no `eval_data`"
-            problems.add(missing, "stages", name, "data")
+        return report
+    changes = _sampling_settings(report, reward, stages)
+    if report.policy is None:
+        changes["policy"] = _policy_to_sample(str(report.reward), stages)
+    if changes.get("data", report.data) is None:
+        missing = "is required where there is no evaluate stage and the reward model has no `eval_data`"
+        problems.add(missing, "stages", name, "data")
+    return report.model_copy(update=changes)
 
 
-def _policy_below(reward: TrainingStage | Taken, stages: Stages) -> str | None:
+def _policy_to_sample(reward: str, stages: Stages) -> str:
+    """Return the policy whose completions a report on this reward model scores, where the report names none.
+
+    It is the one that the reward model started from. If that is in another run: the one from which RL against the
+    reward model starts, or the only policy that was taken from another run, or the base.
+    """
+    policy = _policy_below(reward, stages)
+    if policy is not None:
+        return policy
+    for stage in stages.values():
+        if isinstance(stage, Reinforced) and stage.reward == reward and stage.init is not None:
+            return stage.init
+    taken = [name for name, stage in stages.items() if isinstance(stage, Taken) and makes(stage, *POLICIES)]
+    return taken[0] if len(taken) == 1 else BASE
+
+
+def _policy_below(reward: str, stages: Stages) -> str | None:
     """Return the policy that a reward model started from, at any distance; None: it is in another run."""
-    stage: Stage | None = reward
-    policy = None
+    name = reward
     for _ in stages:  # no longer than that, since references may still make a circle
+        stage = stages.get(name)
         if stage is None or not makes(stage, "reward model"):
             break
         if not isinstance(stage, TrainingStage):
             return None
-        sft = [other for other, its in stages.items() if type_of(its).rows == "demonstrations"]
-        policy = stage.init or next(iter(sft), BASE)
-        stage = stages.get(policy)
-    return policy
-
-
-def _policy_before_rl(reward: str, stages: Stages) -> str:
-    """Return the policy from which RL against a reward model starts, or the base where there is no RL."""
-    learners = [stage for stage in stages.values() if isinstance(stage, Reinforced) and stage.reward == reward]
-    return next((stage.init for stage in learners if stage.init is not None), BASE)
+        name = stage.init or BASE
+    return name
 
 
 def _with_reports(stages: Stages) -> Stages:
@@ -187,8 +194,7 @@ def _with_reports(stages: Stages) -> Stages:
             continue
         if name in measured or name + REPORT in stages:
             continue
-        policy = _policy_below(stage, stages) or _policy_before_rl(name, stages)
-        report = Shift(type="shift", reward=name, policy=policy)
+        report = Shift(type="shift", reward=name, policy=_policy_to_sample(name, stages))
         report = report.model_copy(update=_sampling_settings(report, stage, stages))
         if report.data is not None:
             extended[name + REPORT] = report
@@ -208,17 +214,26 @@ def _comes_before_rl(name: str, stages: Stages) -> bool:
 
 
 def _sampling_settings(report: Shift, reward: TrainingStage | Taken, stages: Stages) -> Changes:
-    """Return sampling settings copied from the first evaluate stage into a shift stage where the user gave none.
-
-    Both stages then use the same stored completions.
-    """
-    for stage in stages.values():
-        if isinstance(stage, Evaluate):
-            shared = ("data", "seed", "temperature", "max_new_tokens", "max_prompt_length", "batch_size")
-            return {key: getattr(stage, key) for key in shared if key not in report.model_fields_set}
+    """Return the settings that a shift stage copies from the first evaluate stage where the user gave none."""
+    evaluation = _first_evaluation(stages)
+    if evaluation is not None:
+        return {key: getattr(evaluation, key) for key in _COPIED if key not in report.model_fields_set}
     if report.data is not None:
         return {}
     return {"data": datasets(reward).get("eval_data")}
+
+
+def _first_evaluation(stages: Stages) -> Evaluate | None:
+    return next((stage for stage in stages.values() if isinstance(stage, Evaluate)), None)
+
+
+def follows_evaluation(config: RunConfig, name: str, key: str) -> bool:
+    """Tell whether a stage of a finished config is a report whose setting is that of the evaluation that it copies."""
+    stage = config.stages[name]
+    evaluation = _first_evaluation(config.stages)
+    if not isinstance(stage, Shift) or evaluation is None or key not in _COPIED:
+        return False
+    return getattr(stage, key) == getattr(evaluation, key)
 
 
 def _with_report(name: str, stage: Reinforced, stages: Stages, problems: Problems) -> Reinforced:

@@ -12,9 +12,9 @@ from huggingface_hub import ModelCardData
 from pipeline import __version__
 from pipeline.config.stage_types import STAGE_TYPES
 from pipeline.export import limits, snippets
+from pipeline.export.ancestors import lineage
 from pipeline.export.job import Job
 from pipeline.export.source import Source
-from pipeline.records.manifest import Record
 from pipeline.shift.estimate import estimate
 from pipeline.show.results import MEASURES, headline, win_rate
 from pipeline.show.tables import duration, number
@@ -123,51 +123,12 @@ def _comparison(job: Job, figures: JsonObject, about: JsonObject) -> str:
     return "\n".join(lines)
 
 
-def lineage(source: Source) -> dict[str, Record]:
-    """Return the records of the stage and of all that it was made from, ancestors first.
-
-    A stage of another run is named RUN/STAGE.
-    """
-    found: dict[str, Record] = {}
-
-    def visit(name: str) -> None:
-        record = source.recorded.stages.get(name)
-        if record is None or name in found:
-            return
-        for parent in record.parents.values():
-            visit(parent)
-        found.update(_elsewhere(record))
-        found[name] = record
-
-    visit(source.stage)
-    return found
-
-
-def _elsewhere(record: Record) -> dict[str, Record]:
-    """Return the records of other runs that a stage was taken from, as they were then."""
-    found: dict[str, Record] = {}
-    if record.origin is not None:
-        for name, other in record.origin.stages.items():
-            found |= _elsewhere(other)
-            found[f"{record.origin.name}/{name}"] = other
-    return found
-
-
-def _made_from(name: str, record: Record) -> str:
-    """Say what a stage was made from; `name` is that in the lineage."""
-    if record.origin is not None:
-        return f"taken from {record.origin.name}/{record.origin.stage}"
-    run = name.rpartition("/")[0]
-    above = f"{run}/" if run else ""
-    parents = [f"{role} {above}{parent}" for role, parent in record.parents.items() if f"{above}{parent}" != name]
-    return ", ".join(parents) or "base"
-
-
 def _lineage(source: Source) -> str:
     stages = []
     datasets = []
-    for name, record in lineage(source).items():
-        stages.append((name, record.type, _made_from(name, record), headline(record), duration(record.duration)))
+    for name, ancestor in lineage(source).items():
+        record = ancestor.record
+        stages.append((name, record.type, ancestor.made_from, headline(record), duration(record.duration)))
         own = record.datasets if record.origin is None else {}  # those of a stage that was taken are told above it
         for role, data in own.items():
             used = data.get("used", data.get("rows", "-"))

@@ -11,8 +11,8 @@ from filelock import FileLock, Timeout
 from pipeline.base import base_model
 from pipeline.config.stage_types import STAGE_TYPES
 from pipeline.config.type_row import POLICIES, REWARD_MODELS
-from pipeline.records import manifest
-from pipeline.records.manifest import Manifest, Record
+from pipeline.records.finished import Finished
+from pipeline.records.manifest import Record
 from pipeline.records.stage_folder import LOCK
 from pipeline.show.results import recorded_in
 from pipeline.system.errors import UserError, unknown
@@ -21,27 +21,12 @@ WAIT = 5  # seconds, for a stage that is at work
 
 
 @dataclass(frozen=True)
-class Source:
-    """A finished stage of a run: its record, and the stage whose full weights its adapter lies on, if any."""
-
-    run_dir: Path
-    recorded: Manifest
-    stage: str
-
-    @property
-    def record(self) -> Record:
-        return self.recorded.stages[self.stage]
+class Source(Finished):
+    """A finished stage of a run, as what its model is loaded from."""
 
     @property
     def scores(self) -> bool:
         return STAGE_TYPES[self.record.type].makes in REWARD_MODELS
-
-    @property
-    def below(self) -> str | None:
-        """Name the stage that has put out the full weights below an adapter; None: they are its own or the base."""
-        full = self.record.output.full
-        owner = None if full is None else full.split("/")[0]
-        return None if owner == self.stage else owner
 
     @property
     def dtype(self) -> str:
@@ -120,13 +105,7 @@ def verify(source: Source) -> None:
     now = recorded_in(source.run_dir)
     if now.stages.get(source.stage) != source.record:
         raise UserError(f"stage {source.stage!r} has been run again by another process; give the same command again")
-    manifest.verify(source.run_dir, source.stage, source.record)
-    if source.below is not None:
-        record = source.recorded.stages.get(source.below)
-        if record is None:
-            fault = f"its adapter lies on the weights of {source.below!r}, which has no record"
-            raise UserError(f"stage {source.stage!r}: {fault}. Run both again")
-        manifest.verify(source.run_dir, source.below, record)
+    source.verify()
     if source.needs_base and Path(source.full).is_absolute():
         verify_base(Path(source.full), source.record)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from pipeline.config.schema import RunConfig
 from pipeline.launch import sharding
+from pipeline.system.digests import digest, file_digest
 from pipeline.system.errors import UserError, all_of
 
 
@@ -36,3 +37,12 @@ def of_stages(config: RunConfig, names: list[str], common: str | None) -> dict[s
 def processes(files: Mapping[str, str | None]) -> dict[str, int]:
     """Return the number of processes of each stage, by the accelerate config that it is launched with (None: none)."""
     return {name: sharding.processes_of(file) for name, file in files.items()}
+
+
+def digests(files: Mapping[str, str | None]) -> dict[str, str | None]:
+    """Return the digest of how each stage is launched, with how its model is split over processes; None: by itself."""
+    return {name: None if file is None else _digest_of(file) for name, file in files.items()}
+
+
+def _digest_of(file: str) -> str:
+    return digest([file_digest(Path(file)), sharding.of_file(file, "--accelerate-config")])

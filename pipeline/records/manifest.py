@@ -289,9 +289,17 @@ def verify(run_dir: Path, stage: str, record: Record) -> None:
         UserError: naming the first file that is gone or changed.
     """
     for name, expected in record.output.files.items():
-        path = run_dir / name
-        mend = f"Restore the file, or make it again with `--redo {stage}`"
-        if not path.is_file():
-            raise UserError(f"{path} is missing. {mend}")
-        if file_digest(path) != expected:
-            raise UserError(f"{path} has changed since the stage finished (its checksum differs). {mend}")
+        verify_file(run_dir / name, expected, stage)
+
+
+def verify_file(path: Path, expected: str, stage: str) -> None:
+    """Compare a file of a finished stage with its checksum.
+
+    Raises:
+        UserError: if it is gone or changed.
+    """
+    mend = f"Restore the file, or make it again with `--redo {stage}`"
+    if not path.is_file():
+        raise UserError(f"{path} is missing. {mend}")
+    if file_digest(path) != expected:
+        raise UserError(f"{path} has changed since the stage finished (its checksum differs). {mend}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.base import base_model
-from pipeline.chain import run_folder, staleness
+from pipeline.chain import earlier_data, run_folder, staleness
 from pipeline.chain.sizes import Size, size_of
 from pipeline.chain.trials import try_functions
 from pipeline.config import validated
@@ -52,6 +52,13 @@ def look(config: RunConfig, recorded: Manifest, names: list[str]) -> Known:
     Raises:
         UserError: with one line for each stage that could not run.
     """
+    known = _look(config, recorded, names)
+    earlier = list(earlier_data.warnings(config, recorded))  # other runs change by themselves
+    return dataclasses.replace(known, warnings=[*known.warnings, *earlier])
+
+
+def _look(config: RunConfig, recorded: Manifest, names: list[str]) -> Known:
+    """Look at what follows from this run alone, or recall it."""
     key = _key(config, recorded, names)
     value = None if key is None else kept.recall(_KIND, key)
     if value is not None:

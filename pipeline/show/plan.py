@@ -101,7 +101,7 @@ def _amount(config: RunConfig, name: str, size: Size) -> str:
         return f"{count(options['total_episodes'] or int(options['num_train_epochs'] * size.rows))} episodes"
     if isinstance(stage, Online):
         rows = options["per_device_train_batch_size"] * options["gradient_accumulation_steps"]
-        return f"{count(size.steps * rows)} completions"
+        return f"{count(size.steps * rows // options['num_iterations'])} completions"
     return f"{count(round(forecast.work(config, name, size)['training']))} tokens"
 
 

@@ -9,7 +9,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from pipeline.config.logged_figures import Ours, in_our_words
+from pipeline.config.logged_figures import LOSSES, Ours, in_our_words
 from pipeline.config.stage_types import STAGE_TYPES
 from pipeline.records import states
 from pipeline.records.progress import LOADING, TRAINING, Entry, Reader
@@ -22,6 +22,8 @@ from pipeline.system.streams import either
 MAX_WIDTH = 80
 MAX_CHAIN = 3  # lines; a longer chain is counted
 BAR = (8, 40)  # columns of a bar, at least and at most
+LOSS = LOSSES["loss"][0]
+SUMMARY = "train_runtime"  # among the last figures of a training, which Trainer logs without a loss
 ALARMS = ("watchdog: ", ": FAILED: ")  # in a message that must not be overlooked
 STYLES: Mapping[State, str] = {
     "finished": "green",
@@ -52,7 +54,7 @@ class Place:
     said: list[str] = field(default_factory=list)
 
     def take(self, entry: Entry) -> dict[str, float]:
-        """Add an entry; returns the figures in it that are shown."""
+        """Add an entry; returns the figures in it that are shown. Those at the end of a training get its last loss."""
         if entry.said is not None:
             self.said.append(entry.said)
         if entry.phase is not None:
@@ -64,6 +66,9 @@ class Place:
         figures = in_our_words(self.names, entry.logs)
         self.first = figures | in_our_words(self.names, entry.first) | self.first
         self.last |= figures
+        if figures and SUMMARY in entry.logs and LOSS in self.last:
+            figures[LOSS] = self.last[LOSS]
+            figures = {label: figures[label] for label, _ in self.names.values() if label in figures}
         return figures
 
     def seconds_left(self, now: float) -> float | None:

@@ -2,13 +2,12 @@
 
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 from rich.console import Console
 
 from pipeline.chain import forecast, smoke
 from pipeline.chain.forecast import Measured
-from pipeline.chain.sizes import Size
+from pipeline.chain.sizes import Size, largest
 from pipeline.config.schema import RunConfig
 from pipeline.show.facts import Known
 from pipeline.show.screen import Table, say, show
@@ -20,22 +19,24 @@ WORTH_SAYING = 1.5  # times as large a batch makes a difference
 
 
 def foretold(
-    config: RunConfig, sizes: Mapping[str, Size], devices: Mapping[str, Device], processes: Mapping[str, int]
+    config: RunConfig,
+    sizes: Mapping[str, Size],
+    devices: Mapping[str, Device],
+    processes: Mapping[str, int],
+    launches: Mapping[str, str | None],
 ) -> dict[str, float]:
-    """Return the seconds of those stages that a smoke run of this config has measured on this device."""
-    measured = forecast.read(smoke_folder(config))
+    """Return the seconds of those stages that a smoke run of this config has measured on this device.
+
+    `launches`: the digest of how each stage is launched.
+    """
+    measured = forecast.read(smoke.folder_of(config))
     seconds: dict[str, float] = {}
     for name, device in devices.items():
         if name not in measured or name not in sizes:
             continue
-        if measured[name].basis == forecast.basis(config, name, device, processes[name]):
+        if measured[name].basis == forecast.basis(config, name, device, processes[name], launches[name]):
             seconds[name] = forecast.seconds(measured[name], forecast.work(config, name, sizes[name], processes[name]))
     return seconds
-
-
-def smoke_folder(config: RunConfig) -> Path:
-    """Return the run folder of a config's smoke run, beside the run's own."""
-    return config.run_path.with_name(config.run_path.name + smoke.SUFFIX)
 
 
 def say_times(
@@ -59,7 +60,7 @@ def say_times(
 
 def slow_cpu(config: RunConfig, sizes: Mapping[str, Size], processes: Mapping[str, int], speed: float) -> str | None:
     """Say that a CPU of this speed, in operations a second, would take more than a day; None: it would not."""
-    parameters = max((size.parameters for size in sizes.values()), default=0)
+    parameters = largest(sizes)
     seconds = {
         name: forecast.operations(config, name, size, parameters, processes.get(name, 1)) / speed
         for name, size in sizes.items()
@@ -115,5 +116,8 @@ def say_result(
         say(
             console, f"Smaller batches than the run's were measured: {', '.join(smaller)}. There it may take less time."
         )
-    say(console, f"Every stage works. `rlhf plan` shows these times, from {smoke_folder(full)}; nothing else uses it.")
+    say(
+        console,
+        f"Every stage works. `rlhf plan` shows these times, from {smoke.folder_of(full)}; nothing else uses it.",
+    )
     say(console, f"The run: {shlex.join(command)}")

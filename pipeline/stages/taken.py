@@ -19,7 +19,7 @@ def run(ctx: StageContext[Taken]) -> Result:
     source = other_run.fitting(ctx.config, ctx.name, recorded, recorded.tokenizer)
     if PartialState().is_main_process:
         merged = ctx.folder / "merged" if ctx.stage.weights == "with base" else None
-        ctx.say(f"{ctx.name}: copying the output of {source.stage} from {source.folder}")
+        ctx.say(f"{ctx.name}: copying the output of {source.stage} from {source.run_dir}")
         other_run.copy(source, ctx.new_output, merged)
         _name_base(ctx)
     record = source.record
