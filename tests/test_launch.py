@@ -222,7 +222,7 @@ def test_under_deepspeed_ppo_has_four_models(parents, monkeypatch, capsys):
     init = ppo.CentredReward.__init__
     monkeypatch.setattr(ppo.CentredReward, "__init__", lambda self, *a: (init(self, *a), centred.append(self))[0])
     record = run(parents / "tiny.yaml", "ppo").stages["ppo"]
-    assert "ppo: four separate models" in capsys.readouterr().out
+    assert "ppo: its four models are separate" in capsys.readouterr().out
     assert record.metrics["initial_kl"] == pytest.approx(0, abs=1e-6)
     models = [made["models"].policy, made["models"].reference, made["models"].value, centred[0]]
     assert [model.config.hidden_size for model in models] == [64] * 4

@@ -1,5 +1,6 @@
 """Notes below a result table: each rule on a table that it is about and on one that it is not, and its statistics."""
 
+import dataclasses
 import json
 import math
 import re
@@ -13,7 +14,7 @@ from test_readme import fences
 
 from pipeline.records import manifest
 from pipeline.shift.estimate import Estimate
-from pipeline.show.notes import FEW, RULES, needed_prompts, notes
+from pipeline.show.notes import FEW, RULES, Scale, needed_prompts, notes
 from pipeline.show.results import MEASURES
 from pipeline.stages.evaluate import win_rate
 
@@ -26,7 +27,9 @@ WORDS = {
     "few_prompts": "prompts are few:",
     "nothing_ends": "of any policy ends",
     "never_ends": "and those of others do",
-    "mostly_cut": "completions end by themselves",
+    "mostly_cut": "Most completions were cut off",
+    "chance": "cannot be told from chance",
+    "rounding": "rounding in",
     "same": "give the same completion",
     "not_separated": "would show it",
     "no_difference": "no difference to look for",
@@ -66,7 +69,34 @@ def test_completions_that_do_not_end():
     names, texts = said(ppo=cut, dpo={"ended": 0.34})
     assert names == ["never_ends", "mostly_cut"]
     assert texts[0].startswith("No completion of ppo ends by itself, and those of others do")
-    assert texts[1].startswith("Only 34% of dpo's completions end by themselves.")
+    assert texts[1].endswith("Those that end by themselves: 34% of dpo's.")
+    names, texts = said(sft=TIE | {"ended": 0.2}, ppo={"ended": 0.15}, dpo={"ended": 0.25})
+    assert names == ["mostly_cut"]  # once for all
+    assert texts[0].endswith("Those that end by themselves: 20% of sft's, 15% of ppo's and 25% of dpo's.")
+
+
+def test_a_reward_model_that_is_a_coin():
+    """Its win rates are no reason to look for a difference with more prompts. A judge's are."""
+    policies = {name: GOOD | {"score": 0.1, "score_win_rate": [0.55, 0.38, 0.72]} for name in ("sft", "ppo")}
+    policies["sft"] |= TIE
+    coin = Scale("float32", "reward", Estimate(0.43, 0.1, 0.82), 7)
+    (text,) = notes("sft", policies, [("score", "reward")], coin)
+    assert text.startswith("The win rates by the reward model say nothing: reward cannot be told from chance.")
+    assert "Its accuracy is 0.43 [0.10, 0.82] on 7 held-out comparisons." in text
+    good = dataclasses.replace(coin, accuracy=Estimate(0.8, 0.7, 0.9))
+    (text,) = notes("sft", policies, [("score", "reward")], good)
+    assert "do not separate ppo from sft" in text
+    both = [("judge", "judge"), ("score", "reward")]
+    assert list(notes("sft", policies, both, coin)) == []
+
+
+def test_a_kl_that_is_rounding():
+    policies = {name: GOOD | {"kl": kl} for name, kl in {"sft": 0.0, "ppo": 0.07, "dpo": 0.05, "far": 0.06}.items()}
+    policies["far"]["length"] = 19.0
+    (text,) = notes("sft", policies | {"sft": policies["sft"] | TIE}, MEASURE, Scale("bfloat16"))
+    assert text.startswith("The KL of dpo is what rounding in bfloat16 makes by itself")
+    assert "nearer to sft" in text
+    assert list(notes("sft", policies, MEASURE, Scale("float32"))) == []
 
 
 def test_prompts_that_do_not_separate():

@@ -42,6 +42,15 @@ def test_nothing_is_to_mend_in_a_good_run(tmp_path):
     assert "wins most often by the judge: 0.70 [0.65, 0.75] of 4 prompts against sft" in said.result
 
 
+def test_a_tie_has_no_winner(tmp_path):
+    tie = {"judge_win_rate": [0.55, 0.38, 0.72]}
+    run = run_with(tmp_path, evaluate=policies(ppo=tie, dpo=tie))
+    expected = (
+        "no policy is better than sft for certain by the judge: the best is ppo with 0.55 [0.38, 0.72] of 4 prompts"
+    )
+    assert expected in words.summarise(run).result
+
+
 RISING = [{"step": step, "eval_loss": loss} for step, loss in enumerate((2.0, 1.0, 1.2))]
 LOSES = {"judge_win_rate": [0.3, 0.2, 0.4]}
 OVERRATED = {"score_win_rate": [0.9, 0.85, 0.95], "judge_win_rate": [0.6, 0.55, 0.65]}

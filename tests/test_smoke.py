@@ -24,6 +24,7 @@ from pipeline.launch import devices, files, process
 from pipeline.records import manifest
 from pipeline.records.progress import Entry, Reader
 from pipeline.records.stage_folder import LOCK
+from pipeline.show.times import shorter
 from pipeline.system import locks
 from pipeline.system.device import Device
 
@@ -88,6 +89,7 @@ def test_every_type_of_stage_beside_the_run(tmp_path, rlhf, cli):
     config = load(path)
     assert {its.kind for its in config.stages.values()} == KINDS.keys()
     before = rows_of(cli("plan", path)[1], "tiny: plan")
+    load(path, tuple(f"{key}=4" for key in shorter(config)))  # they are keys of this config
     done = rlhf("run", path, "--smoke")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
     folder = tmp_path / "runs" / "tiny-smoke"

@@ -9,6 +9,7 @@ from pipeline.config.stage_types import STAGE_TYPES
 from pipeline.config.type_row import POLICIES, REWARD_MODELS
 from pipeline.export import source
 from pipeline.export.source import Source
+from pipeline.records.finished import last_evaluation
 from pipeline.records.manifest import Manifest, Record
 from pipeline.show.results import recorded_in
 from pipeline.system.errors import UserError, unknown
@@ -35,7 +36,7 @@ class Run:
     @property
     def evaluation(self) -> Record | None:
         """Return the record of the last finished evaluation."""
-        return self.recorded.evaluation
+        return last_evaluation(self.recorded)
 
     @property
     def baseline(self) -> str | None:

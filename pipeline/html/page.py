@@ -123,7 +123,7 @@ def _view(run: Run, label: str, number: int) -> dict[str, Any]:
         "picture": drawing.draw_chain(run) if stages else None,
         "chain": tables.chain(run),
         "evaluations": [
-            _evaluation(stage, f"run{number}-{stage.name}") for stage in stages if _has(stage, "evaluation")
+            _evaluation(run, stage, f"run{number}-{stage.name}") for stage in stages if _has(stage, "evaluation")
         ],
         "shifts": [_shift(stage) for stage in stages if _has(stage, "shift report")],
         "stages": [_stage(run, stage) for stage in stages if stage.state not in ("waiting", "not begun")],
@@ -165,7 +165,7 @@ def _extreme(one: Extreme) -> tuple[str, str, str]:
     return one["prompt"], f"{one['offset']:+.2f}", "-" if spread is None else number(spread, 2)
 
 
-def _evaluation(stage: Stage, anchor: str) -> dict[str, Any]:
+def _evaluation(run: Run, stage: Stage, anchor: str) -> dict[str, Any]:
     """Return the table of an evaluation, and its completions as the script reads them."""
     assert stage.record is not None, "stages without a record were left out"
     policies = list(stage.metrics["policies"])
@@ -180,7 +180,7 @@ def _evaluation(stage: Stage, anchor: str) -> dict[str, Any]:
         "name": stage.name,
         "id": anchor,
         "table": results.policies(stage.name, stage.record),
-        "notes": results.notes_of(stage.record),
+        "notes": results.notes_of(run.recorded, stage.record),
         "policies": policies,
         "baseline": baseline,
         "chosen": (aligned or policies)[0],

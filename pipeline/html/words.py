@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pipeline.html import aligned, rules
 from pipeline.html.rules import Finding
 from pipeline.html.values import Run, Stage
+from pipeline.shift.estimate import Estimate
+from pipeline.show import results
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,27 @@ def _result(run: Run) -> str:
             rate = aligned.win_rate(figures, measure)
             if rate is None:
                 continue
-            against = f"of {figures['prompts']} prompts against {stage.metrics['baseline']}"
-            text = f"In {stage.name}, {policy} wins most often by {by}: {rate} {against}."
+            if (
+                measure == "score"
+                and stage.record is not None
+                and results.scale_of(run.recorded, stage.record).is_chance
+            ):
+                break  # what it says of policies is chance too; a note below the table says so
+            text = _best(stage, policy, rate, by, figures["prompts"])
             best = max(best or (rate.value, text), (rate.value, text))
             break  # the judge's opinion counts where there is one
     return "" if best is None else best[1]
+
+
+def _is_chance(run: Run, stage: Stage) -> bool:
+    """Tell whether the reward model of an evaluation cannot be told from a coin."""
+    return stage.record is not None and results.scale_of(run.recorded, stage.record).is_chance
+
+
+def _best(stage: Stage, policy: str, rate: Estimate, by: str, prompts: int) -> str:
+    """Say what the best policy's win rate is worth."""
+    baseline = stage.metrics["baseline"]
+    if rate.low is not None and rate.low <= 0.5:
+        figures = f"the best is {policy} with {rate} of {prompts} prompts"
+        return f"In {stage.name}, no policy is better than {baseline} for certain by {by}: {figures}."
+    return f"In {stage.name}, {policy} wins most often by {by}: {rate} of {prompts} prompts against {baseline}."

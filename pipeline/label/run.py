@@ -11,6 +11,7 @@ from pipeline.config.type_row import POLICIES, REWARD_MODELS
 from pipeline.export import source
 from pipeline.export.source import Source
 from pipeline.records import last_run
+from pipeline.records.finished import last_evaluation
 from pipeline.records.manifest import Manifest, Record
 from pipeline.system.digests import digest
 from pipeline.system.errors import UserError
@@ -99,7 +100,7 @@ def sampling_of(recorded: Manifest, config: RunConfig) -> Sampled:
 
     It is that of the last finished evaluation, as it is on record. Without one it is the config's last, or the default.
     """
-    done = recorded.evaluation
+    done = last_evaluation(recorded)
     if done is not None:
         options = {key: done.config[key] for key in _SAMPLING if key in done.config}
         return Evaluate(type="evaluate", data="none", **options)

@@ -3,9 +3,16 @@
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from pipeline.config.stage_types import STAGE_TYPES
 from pipeline.records import manifest
 from pipeline.records.manifest import Manifest, Record
 from pipeline.system.errors import UserError
+
+
+def last_evaluation(recorded: Manifest) -> Record | None:
+    """Return the record of the run's last finished evaluation."""
+    records = [one for one in recorded.stages.values() if STAGE_TYPES[one.type].makes == "evaluation"]
+    return records[-1] if records else None
 
 
 @dataclass(frozen=True)

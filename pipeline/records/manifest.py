@@ -127,12 +127,6 @@ class Manifest(Frozen):
     tokenizer: TokenizerRecord | None = None
     stages: dict[str, Record] = {}
 
-    @property
-    def evaluation(self) -> Record | None:
-        """Return the record of the last finished evaluation."""
-        records = [one for one in self.stages.values() if STAGE_TYPES[one.type].makes == "evaluation"]
-        return records[-1] if records else None
-
     def without(self, stages: Collection[str]) -> "Manifest":
         """Return the manifest without the records of these stages."""
         others = {name: record for name, record in self.stages.items() if name not in stages}

@@ -15,14 +15,42 @@ MOSTLY_CUT = 0.5  # of the completions: below, most of what is scored is unfinis
 FEW = 20  # prompts: below, the interval of a win rate of 0.9 holds in fewer than 85 of 100 cases, and is said to in 95
 POWER = 0.8  # the chance that a number of prompts is to have to tell a difference
 MOST_PROMPTS = 100_000  # nobody evaluates on more
+# Nats a token: the KL that rounding made between a 135M model in bfloat16 and one whose weights hardly differed. There
+# the KL in float32 was below 0.0001. Logits of 16 to 32 are rounded by up to 1/16.
+ROUNDING = 0.003
+ROUNDED = ("bfloat16", "float16")
+CHANCE = 0.5
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What the scores of a table can be worth.
+
+    `dtype`: the type of the models that were evaluated. `reward`: the reward model's name, `accuracy`: its accuracy on
+    `comparisons` held-out ones; None where it was not measured.
+    """
+
+    dtype: str | None = None
+    reward: str = ""
+    accuracy: Estimate | None = None
+    comparisons: int = 0
+
+    @property
+    def is_chance(self) -> bool:
+        """Tell whether the reward model cannot be told from a coin."""
+        return self.accuracy is not None and self.accuracy.low is not None and self.accuracy.low <= CHANCE
+
+
+NOTHING_KNOWN = Scale()
 
 
 @dataclass(frozen=True)
 class Line:
     """A policy in a result table, beside the others.
 
-    `wins`: its win rate against the baseline by `measure`, the judge where there is one. `same`: the prompts on which
-    it says what the baseline says. `is_first`: stands for the whole table.
+    `wins`: its win rate against the baseline by `measure`, the judge where there is one. `by_chance`: this is a reward
+    model that cannot be told from a coin. `same`: the prompts on which it says what the baseline says. `is_first`:
+    stands for the whole table.
     """
 
     policy: str
@@ -33,8 +61,11 @@ class Line:
     measure: str
     ended: float | None
     length: float
+    kl: float | None
     nothing_ends: bool
     is_first: bool
+    by_chance: bool
+    scale: Scale
 
     @property
     def is_compared(self) -> bool:
@@ -48,9 +79,16 @@ class Line:
     @property
     def is_open(self) -> bool:
         """Tell whether its interval includes a tie, although it says something else."""
-        if not self.is_compared or self.wins is None or self.same == self.prompts:
+        if not self.is_compared or self.wins is None or self.same == self.prompts or self.by_chance:
             return False
         return self.wins.low is not None and self.wins.high is not None and self.wins.low <= 0.5 <= self.wins.high
+
+    @property
+    def is_rounding(self) -> bool:
+        """Tell whether its KL is no larger than rounding alone makes it."""
+        if self.kl is None or self.policy == self.baseline or self.scale.dtype not in ROUNDED:
+            return False
+        return self.kl <= ROUNDING * self.length
 
     @property
     def needed(self) -> float:
@@ -60,11 +98,15 @@ class Line:
 
 @dataclass(frozen=True)
 class Rule:
-    """If `when` holds of a line, `text` is said, filled in with the line's figures."""
+    """If `when` holds of a line, `text` is said, filled in with the line's figures.
+
+    With `each`, the text is said once for all lines of which `when` holds: what `each` says of them is its `{each}`.
+    """
 
     name: str
     when: Callable[[Line], bool]
     text: str
+    each: str = ""
 
 
 def needed_prompts(wins: Estimate, prompts: int) -> float:
@@ -104,8 +146,23 @@ RULES = (
     Rule(
         "mostly_cut",
         lambda line: line.policy != BASE and line.ended is not None and 0 < line.ended < MOSTLY_CUT,
-        "Only {ended:.0%} of {policy}'s completions end by themselves. The others were cut off at `max_new_tokens`, "
-        "and unfinished texts were scored: raise it.",
+        "Most completions were cut off at `max_new_tokens`, and unfinished texts were scored: raise it. Those that end "
+        "by themselves: {each}.",
+        each="{ended:.0%} of {policy}'s",
+    ),
+    Rule(
+        "chance",
+        lambda line: line.is_first and line.by_chance,
+        "The win rates by the reward model say nothing: {scale.reward} cannot be told from chance. Its accuracy is "
+        "{scale.accuracy} on {scale.comparisons} held-out comparisons. Train it on more or cleaner comparisons, or "
+        "name a `judge`.",
+    ),
+    Rule(
+        "rounding",
+        lambda line: line.is_rounding,
+        "The KL of {each} is what rounding in {scale.dtype} makes by itself (up to 0.003 nats a token): they may be "
+        "nearer to {baseline} than it says. `model.dtype: float32` would tell.",
+        each="{policy}",
     ),
     Rule(
         "same",
@@ -128,20 +185,34 @@ RULES = (
 )
 
 
-def notes(baseline: str, policies: JsonObject, measures: Sequence[tuple[str, str]]) -> Iterator[str]:
+def notes(
+    baseline: str, policies: JsonObject, measures: Sequence[tuple[str, str]], scale: Scale = NOTHING_KNOWN
+) -> Iterator[str]:
     """Return what is to say below the table of an evaluation: the texts of the RULES that hold, in order.
 
     `policies` are the lines of the table by name, `measures` the names and labels of its scores, the first counts.
     """
-    lines = list(_lines(baseline, policies, measures))
+    lines = list(_lines(baseline, policies, measures, scale))
     for rule in RULES:
-        for line in lines:
-            if rule.when(line):
-                figures: dict[str, Any] = vars(line) | {"needed": line.needed}
-                yield rule.text.format(**figures)
+        holds = [line for line in lines if rule.when(line)]
+        if rule.each and holds:
+            each = _listed([_said(rule.each, line) for line in holds])
+            yield _said(rule.text, holds[0], each=each)
+        elif not rule.each:
+            yield from (_said(rule.text, line) for line in holds)
 
 
-def _lines(baseline: str, policies: JsonObject, measures: Sequence[tuple[str, str]]) -> Iterator[Line]:
+def _listed(words: Sequence[str]) -> str:
+    """Write a list as a sentence has it: `a, b and c`."""
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+
+
+def _said(text: str, line: Line, **more: Any) -> str:
+    """Fill in a text with a line's figures."""
+    return text.format(**vars(line), needed=line.needed, **more)
+
+
+def _lines(baseline: str, policies: JsonObject, measures: Sequence[tuple[str, str]], scale: Scale) -> Iterator[Line]:
     nothing_ends = all(summary.get("ended") == 0 for summary in policies.values())
     for number, (name, summary) in enumerate(policies.items()):
         measure, label = measures[0] if measures else ("", "")
@@ -156,6 +227,9 @@ def _lines(baseline: str, policies: JsonObject, measures: Sequence[tuple[str, st
             measure=label,
             ended=summary.get("ended"),
             length=summary.get("length") or math.nan,
+            kl=summary.get("kl"),
             nothing_ends=nothing_ends,
             is_first=number == 0,
+            by_chance=measure == "score" and scale.is_chance,
+            scale=scale,
         )

@@ -13,7 +13,7 @@ from pipeline.records import manifest
 from pipeline.records.manifest import Manifest, Record
 from pipeline.shift.estimate import Estimate, EstimateJson, estimate
 from pipeline.show.loading_code import Loading, loading_code
-from pipeline.show.notes import notes
+from pipeline.show.notes import Scale, notes
 from pipeline.show.progress import show_unfinished
 from pipeline.show.screen import Table, say, show
 from pipeline.show.tables import duration, number
@@ -65,7 +65,7 @@ def result_table(finished: Manifest, console: Console) -> None:
     for name, record in finished.stages.items():
         if _makes(record) == "evaluation":
             show(policies(f"{finished.name}: {name}", record), console)
-            for note in notes_of(record):
+            for note in notes_of(finished, record):
                 say(console, f"- {note}")
 
 
@@ -90,9 +90,21 @@ def policies(name: str, record: Record) -> Table:
     return table
 
 
-def notes_of(record: Record) -> list[str]:
-    """Return what is to say below the table of an evaluation."""
-    return list(notes(record.metrics["baseline"], record.metrics["policies"], list(_measures(record).items())))
+def notes_of(finished: Manifest, record: Record) -> list[str]:
+    """Return what is to say below the table of an evaluation of a run."""
+    metrics = record.metrics
+    measures = list(_measures(record).items())
+    return list(notes(metrics["baseline"], metrics["policies"], measures, scale_of(finished, record)))
+
+
+def scale_of(finished: Manifest, record: Record) -> Scale:
+    """Return what the scores of an evaluation can be worth, as far as the run's records tell."""
+    dtype = finished.model.get("dtype")
+    reward = record.parents.get("reward", "")
+    held_out = finished.stages[reward].metrics.get("held_out") if reward in finished.stages else None
+    if held_out is None:
+        return Scale(dtype)
+    return Scale(dtype, reward, Estimate(**held_out["accuracy"]), held_out["count"])
 
 
 def _measures(record: Record) -> dict[str, str]:

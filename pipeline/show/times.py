@@ -8,13 +8,14 @@ from rich.console import Console
 from pipeline.chain import forecast, smoke
 from pipeline.chain.forecast import Measured
 from pipeline.chain.sizes import Size, largest
-from pipeline.config.schema import RunConfig
+from pipeline.config.schema import Online, Ppo, RunConfig, Sampled, TrainingStage
 from pipeline.show.facts import Known
 from pipeline.show.screen import Table, say, show
 from pipeline.show.tables import about
 from pipeline.system.device import Device
 
 DAY = 86400
+WORTH_SHORTENING = 1200  # seconds
 WORTH_SAYING = 1.5  # times as large a batch makes a difference
 
 
@@ -94,6 +95,21 @@ def say_changes(
         say(console, "The gate lets every model pass: after so few steps none is good. Its models are of no use.")
 
 
+def shorter(config: RunConfig) -> list[str]:
+    """Return the keys that a run's time depends on: rows of datasets, steps or episodes, prompts."""
+    keys = []
+    for name, stage in config.stages.items():
+        if isinstance(stage, Sampled):
+            keys.append(f"stages.{name}.num_prompts")
+        elif isinstance(stage, Ppo):
+            keys.append(f"stages.{name}.training.total_episodes")
+        elif isinstance(stage, Online) or (isinstance(stage, TrainingStage) and config.data[stage.data].streaming):
+            keys.append(f"stages.{name}.training.max_steps")
+        elif isinstance(stage, TrainingStage):
+            keys.append(f"data.{stage.data}.limit")
+    return list(dict.fromkeys(keys))
+
+
 def say_result(
     full: RunConfig,
     measured: Mapping[str, Measured],
@@ -116,6 +132,8 @@ def say_result(
         say(
             console, f"Smaller batches than the run's were measured: {', '.join(smaller)}. There it may take less time."
         )
+    if sum(seconds.values()) > WORTH_SHORTENING:
+        say(console, f"To make it shorter, lower {', '.join(f'`{key}`' for key in shorter(full))}.")
     say(
         console,
         f"Every stage works. `rlhf plan` shows these times, from {smoke.folder_of(full)}; nothing else uses it.",

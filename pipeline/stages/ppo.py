@@ -157,7 +157,7 @@ def _load_models(ctx: StageContext[Ppo], args: "PPOConfig | CriticConfig", promp
     assert stage.reward is not None, "references.py fills it in"
     # DeepSpeed takes each model as a whole, and would place and cast the one behind several views several times.
     shared = shares_backbone(ctx.config, ctx.name) and sharding.of_process() is None
-    ctx.say(f"{ctx.name}: " + ("four views of one backbone" if shared else "four separate models"))
+    ctx.say(f"{ctx.name}: " + ("its four models share one base" if shared else "its four models are separate"))
     parent = ctx.start()
     reward = ctx.weights_of(stage.reward)
     policy = continue_policy(ctx.loader, parent, stage.lora, ctx.seed)
