@@ -51,6 +51,16 @@ def test_a_tie_has_no_winner(tmp_path):
     assert expected in words.summarise(run).result
 
 
+def test_the_win_rates_of_a_coin_say_nothing(tmp_path):
+    scored = {name: {"judge_win_rate": None, "score_win_rate": [0.55, 0.4, 0.7]} for name in ("ppo", "dpo")}
+    run = run_with(tmp_path / "coin", evaluate=policies(**scored), reward={"held_out": COIN})
+    assert words.summarise(run).result == ""
+    assert "no better" not in [rule for rule, _ in found(run)]
+    run = run_with(tmp_path / "good", evaluate=policies(**scored))
+    assert "is better than sft for certain by the reward model" in words.summarise(run).result
+    assert [what for rule, what in found(run) if rule == "no better"] == ["ppo", "dpo"]
+
+
 RISING = [{"step": step, "eval_loss": loss} for step, loss in enumerate((2.0, 1.0, 1.2))]
 LOSES = {"judge_win_rate": [0.3, 0.2, 0.4]}
 OVERRATED = {"score_win_rate": [0.9, 0.85, 0.95], "judge_win_rate": [0.6, 0.55, 0.65]}

@@ -6,6 +6,7 @@ from pipeline.config.schema import BASE
 from pipeline.html.values import Found, Run, Stage
 from pipeline.rl.healthy_ranges import HEALTHY
 from pipeline.shift.estimate import Estimate
+from pipeline.show import results
 from pipeline.system.json_object import JsonObject
 
 OVERRATED = 0.2  # win rate by the reward model above that by the judge
@@ -62,6 +63,11 @@ def win_rate(figures: JsonObject, measure: str) -> Estimate | None:
     return None if values is None or values[0] is None else Estimate(*values)
 
 
+def by_chance(run: Run, stage: Stage) -> bool:
+    """Tell whether the scores of an evaluation are those of a reward model that cannot be told from a coin."""
+    return stage.record is not None and results.scale_of(run.recorded, stage.record).is_chance
+
+
 def overrated(run: Run) -> Iterator[Found]:
     """Yield reward models by which a policy that was trained against them wins far more than by the judge."""
     for stage, policy, figures in judged(run):
@@ -88,6 +94,8 @@ def no_better(run: Run) -> Iterator[Found]:
         measure = "judge" if win_rate(figures, "judge") is not None else "score"
         rate = win_rate(figures, measure)
         if policy not in run.stages or rate is None or rate.low is None or rate.high is None or rate.low > 0.5:
+            continue
+        if measure == "score" and by_chance(run, stage):
             continue
         by = "judge" if measure == "judge" else "reward model"
         against = stage.metrics["baseline"]

@@ -17,6 +17,8 @@ MANY_NOTICED = 0.05
 # Rows that are left out on purpose: none of them is a fault of the data.
 INTENDED = ("blank", "label_false", "held_out", "same_prompt", "weight")
 WORTH_A_LOOK = ("contradictory", "special_tokens", "eos", "other_tokens", "truncated")
+_LOOK = "Look at them with `rlhf check-data`"
+_TOO_LONG = "Raise `max_length` of the stages that learn from it (of prompts: `max_prompt_length`), or shorten them"
 MOST_EMPTY = 0.5  # share of prompts whose likeliest first token is special, as the gate has it
 RISE = 0.05  # of a held-out loss over its least value, as a share of it
 LEARNED_BY_HEART = 0.15  # accuracy on rows that were trained on, above that on held-out ones
@@ -47,7 +49,7 @@ def _rows(run: Run, key: str, of: str, kinds: Sequence[str], limit: float, words
                 what = words[kind].format(limit="the limit of tokens")
                 outcome = " and are left out" if key == "dropped" else ""
                 text = f"{count} of {total} rows of the dataset {dataset} {what}{outcome}."
-                yield stage.name, f"{text} Look at them with `rlhf check-data`."
+                yield stage.name, f"{text} {_TOO_LONG if '{limit}' in words[kind] else _LOOK}."
 
 
 def learned_nothing(run: Run) -> Iterator[Found]:

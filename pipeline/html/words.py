@@ -6,7 +6,6 @@ from pipeline.html import aligned, rules
 from pipeline.html.rules import Finding
 from pipeline.html.values import Run, Stage
 from pipeline.shift.estimate import Estimate
-from pipeline.show import results
 
 
 @dataclass(frozen=True)
@@ -55,21 +54,12 @@ def _result(run: Run) -> str:
             rate = aligned.win_rate(figures, measure)
             if rate is None:
                 continue
-            if (
-                measure == "score"
-                and stage.record is not None
-                and results.scale_of(run.recorded, stage.record).is_chance
-            ):
+            if measure == "score" and aligned.by_chance(run, stage):
                 break  # what it says of policies is chance too; a note below the table says so
             text = _best(stage, policy, rate, by, figures["prompts"])
             best = max(best or (rate.value, text), (rate.value, text))
             break  # the judge's opinion counts where there is one
     return "" if best is None else best[1]
-
-
-def _is_chance(run: Run, stage: Stage) -> bool:
-    """Tell whether the reward model of an evaluation cannot be told from a coin."""
-    return stage.record is not None and results.scale_of(run.recorded, stage.record).is_chance
 
 
 def _best(stage: Stage, policy: str, rate: Estimate, by: str, prompts: int) -> str:
