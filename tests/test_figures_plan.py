@@ -60,7 +60,7 @@ STEPS = {
     "dpo": (stage_of("dpo", "pairs", per_device_train_batch_size=3, num_train_epochs=2), 5 * 2),
     "ppo": (stage_of("ppo", "demos", **ROLLOUT, total_episodes=17), 3),
     "ppo-epochs": (stage_of("ppo", "demos", **ROLLOUT, num_train_epochs=3), math.ceil(13 * 3 / 8)),
-    "rloo": (stage_of("rloo", "demos", num_generations=2, num_train_epochs=1), math.ceil(13 * 2 / 4)),
+    "rloo": (stage_of("rloo", "demos", num_generations=2, num_train_epochs=1), 13 // 2),  # of 2 prompts
     "grpo": (stage_of("grpo", "demos", num_generations=4, num_train_epochs=2), math.ceil(13 * 4 / 4) * 2),
     "learns": (stage_of("sft", "shared") | {"eval_data": "shared"}, None),
     "cleaned": (stage_of("sft", "other"), None),

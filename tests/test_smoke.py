@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import tiny
 from filelock import FileLock
+from trl.trainer.utils import RepeatSampler
 
 from pipeline import stage
-from pipeline.chain import cuts, forecast, smoke
+from pipeline.chain import cuts, forecast, preflight, smoke
 from pipeline.chain.sizes import Size
 from pipeline.config import batch_sizes
 from pipeline.config.load import load
@@ -176,7 +177,7 @@ def test_a_second_one_begins_anew_and_leaves_the_run_alone(tmp_path, cli, monkey
     with FileLock(lock).acquire(timeout=0):
         code, _, err = cli("run", path, "--smoke", "--until", "sft")
     said = words(err)
-    assert code == 2 and f"another smoke run is at work in {folder}; wait for it or stop it" in said
+    assert code == 2 and f"another smoke run is at work in {folder}; give the same command again when" in said
     assert (folder / "sft" / "output").is_dir()
 
 
@@ -361,7 +362,14 @@ def test_what_is_measured_of_a_stage(tmp_path):
     assert tokens == {"sampling": 2 * 12 * (20 + 4)}  # base and sft
 
 
-REUSED = {"num_iterations": 2, "steps_per_generation": 2, "num_generations": 2, "max_completion_length": 6, "beta": 0.0}
+REUSED = {
+    "num_iterations": 2,
+    "steps_per_generation": 2,
+    "num_generations": 2,
+    "max_completion_length": 6,
+    "beta": 0.0,
+    "num_train_epochs": 1,
+}
 SIZES = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "num_generations": 2}
 JUDGE = "def words(prompt, completion):\n    return float(len(completion))\n"
 
@@ -370,7 +378,10 @@ def reusing_run(folder):
     """A run of GRPO that samples before its steps 1, 5, 9: for two steps at once, and each is made twice."""
     (folder / "judge.py").write_text(JUDGE)
     grpo = {"init": "base", "data": "demonstrations", "reward_functions": ["judge:words"], "training": REUSED}
-    return tiny.make_run(folder, {"grpo": grpo}, training=tiny.SMALL)
+    path = tiny.make_run(folder, {"grpo": grpo}, training=tiny.SMALL)
+    left_over = {"prompt": "What is left?", "completion": "This one, which fills no batch."}
+    tiny.write_rows(folder / "demonstrations.jsonl", [*tiny.demonstrations(), left_over])
+    return path
 
 
 def test_a_whole_cycle_is_measured_where_completions_are_learned_from_again(tmp_path):
@@ -403,8 +414,16 @@ def test_a_whole_cycle_is_measured_where_completions_are_learned_from_again(tmp_
         ({"generation_batch_size": 32, "num_iterations": 2}, 4),
     ],
 )
-def test_how_many_steps_a_cycle_has(sizes, steps):
-    assert batch_sizes.cycle(effective("grpo", SIZES | sizes)) == steps
+def test_how_many_steps_a_cycle_and_an_epoch_have(sizes, steps):
+    """The steps of an epoch as TRL's sampler repeats prompts; it leaves out those that are too few to sample for."""
+    options = effective("grpo", SIZES | {"num_train_epochs": 1} | sizes)
+    assert batch_sizes.cycle(options) == steps
+    batches = batch_sizes.batches_per_sampling(options)
+    at_once = 8 * batches // 2
+    for prompts in (3 * at_once, 3 * at_once + 1, 4 * at_once - 1):
+        sampler = RepeatSampler(range(prompts), 2, at_once, options["num_iterations"] * batches)
+        learned = len(sampler) // (8 * batches)
+        assert preflight._steps_online(options, prompts) == math.ceil(learned / 2)
 
 
 def test_the_plan_counts_the_steps_that_are_made(tmp_path, cli, monkeypatch):
@@ -413,8 +432,8 @@ def test_the_plan_counts_the_steps_that_are_made(tmp_path, cli, monkeypatch):
     path = reusing_run(tmp_path)
     code, out, err = cli("run", path, "--smoke")
     assert code == 0, err
-    # 12 prompts, 4 at once for 2 steps, each made twice: 12 of an epoch.
-    assert rows_of(out, "what is changed")["grpo"][2] == "5 of 36"
+    # 13 prompts, 4 at once for 2 steps, each made twice; TRL leaves out the last prompt.
+    assert rows_of(out, "what is changed")["grpo"][2] == "5 of 12"
     history = json.loads((tmp_path / "run-smoke" / "grpo" / "log_history.json").read_text())
     assert [entry["step"] for entry in history if "num_tokens" in entry] == [1, 5]  # the steps that sampled
     measured = forecast.read(tmp_path / "run-smoke")["grpo"]
@@ -427,6 +446,8 @@ def test_the_plan_counts_the_steps_that_are_made(tmp_path, cli, monkeypatch):
         launch.write_text(f"distributed_type: {kind}\n")
         others.append(forecast.basis(config, "grpo", device, 1, files.digests({"grpo": str(launch)})["grpo"]))
     assert len({measured.basis, *others}) == 3
+    stage.run(config, "grpo")
+    assert manifest.read(tmp_path / "run").stages["grpo"].metrics["steps"] == 12
 
 
 def test_work_of_each_kind(tmp_path):

@@ -88,16 +88,17 @@ def cleared(config: RunConfig) -> Iterator[None]:
     Raises:
         UserError: if the folder is another run's, or no smoke run's, or a process is at work in it.
     """
-    recorded = run_folder.open_run(config)
+    run_folder.open_run(config)  # before anything is written
     folder = config.run_path
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         lock = FileLock(folder.with_name(f".{folder.name}.lock")).acquire(timeout=WAIT)
     except Timeout:
-        raise UserError(f"another smoke run is at work in {folder}; wait for it or stop it") from None
+        mend = "give the same command again when it has ended"
+        raise UserError(f"another smoke run is at work in {folder}; {mend}") from None
     with lock:
         if manifest.read(folder) is not None:
-            _remove(config, recorded)
+            _remove(config, run_folder.open_run(config))
         folder.mkdir(parents=True, exist_ok=True)
         forecast.write(folder, {})
         yield
