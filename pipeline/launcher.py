@@ -169,9 +169,11 @@ def _show(
     console: Console,
 ) -> None:
     processes = files.processes({name: launch_files[name] for name in chosen})
-    seconds = times.foretold(config, known.sizes, chosen, processes, files.digests(launch_files))
+    launches = files.digests(launch_files)
+    seconds = times.foretold(config, known.sizes, chosen, processes, launches)
     plan.plan_table(config, decisions, known.stages, chosen, seconds, console)
     times.say_times(config, known, chosen, processes, seconds, console)
+    times.say_changed(times.changed(config, chosen, processes, launches), console)
     plan.say_warnings(known.warnings, console)
 
 
