@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.rule import Rule
 
-from pipeline.chain import cuts, forecast, other_run, run_folder, smoke, staleness
+from pipeline.chain import cuts, forecast, gate, other_run, run_folder, smoke, staleness
 from pipeline.chain.staleness import Decision
 from pipeline.config import graph
 from pipeline.config.graph import parents, waits_for
@@ -106,7 +106,8 @@ def run(
             for number, (name, reason) in enumerate(pending.items(), 1):
                 console.print(Rule(_title(config, name, number, len(pending)), align="left", style="bold cyan"))
                 run_folder.open_run(config)  # before anything is written: other files may have come since
-                with last_run.attempt(config.run_path, planned, name), screen.at_work(name) as watch:
+                attempt = last_run.attempt(config.run_path, planned, name)
+                with gate.explained(config, name, planned.command), attempt, screen.at_work(name) as watch:
                     file = launch_files[name]
                     process.run_stage(config, name, overrides, file, reason, name in redo, console, server, watch)
     if config.smoke is None:  # after a few steps there is no result
@@ -168,9 +169,11 @@ def _show(
     console: Console,
 ) -> None:
     processes = files.processes({name: launch_files[name] for name in chosen})
-    seconds = times.foretold(config, known.sizes, chosen, processes, files.digests(launch_files))
+    launches = files.digests(launch_files)
+    seconds = times.foretold(config, known.sizes, chosen, processes, launches)
     plan.plan_table(config, decisions, known.stages, chosen, seconds, console)
     times.say_times(config, known, chosen, processes, seconds, console)
+    times.say_changed(times.changed(config, chosen, processes, launches), console)
     plan.say_warnings(known.warnings, console)
 
 

@@ -329,6 +329,7 @@ def test_check_data_shows_everything_and_then_refuses(cli, tmp_path, read):
     read(FAULTY, "reward")
     exit_code, shown, message = cli("check-data", tmp_path / "tiny.yaml", "--sample", "2")
     assert exit_code == 2
+    assert "20 % (at" in shown and "allowed)" in shown  # one row of five; the cell is wrapped
     assert "3 dataset" not in shown and "prefer the longer side" in shown and "have equal chosen and rejected" in shown
     assert "<user>a<assistant>" in shown and "yes yes<eos>" in shown
     for words in ("`checks.identical`", "`checks.empty`", "`checks.malformed`"):

@@ -86,7 +86,14 @@ def test_a_dataset_that_is_split_names_its_share(tmp_path, cli):
     tiny.edit(path, {"data": {name: {"path": f"{name}.jsonl", "heldout": share} for name in DATA}})
     code, _, err = cli("plan", path)
     assert code == 2 and "reward has 2 held-out comparisons of comparisons." in err
-    assert f"Raise `data.comparisons.heldout` (it is {share:g}), add comparisons, or say `gate: warn`" in err
+    needed = math.ceil(25 / share)
+    words = f"for 25 held-out rows it needs about {needed:,} at `data.comparisons.heldout` = {share:g}, and has 12"
+    assert f"Add rows to comparisons: {words}, or say `gate: warn`" in err
+    code, _, err = cli("plan", path, "stages.ppo.training.gradient_accumulation_steps=64")
+    assert code == 2 and "1 stage cannot run" in err  # and says at once all that is wrong with it
+    batch = "(`training.per_device_train_batch_size` = 4 x `training.gradient_accumulation_steps` = 64)"
+    assert f"stages.ppo: 10 prompts are fewer than one batch of 256 {batch}; add rows, or lower one" in err
+    assert "stages.ppo: the gate cannot pass" in err
 
 
 def test_a_report_on_one_prompt_is_told(tmp_path, cli):
@@ -117,7 +124,7 @@ def test_completions_that_are_shorter_than_every_demonstration_are_told(tmp_path
     assert f"The shortest has {lengths[0]} tokens, nine of ten have {nine_of_ten} or fewer; raise" in told
     assert warnings(cli("plan", path, override.format(lengths[0]))[1]) == []
     config = load(path, (override.format(1), "stages.evaluate.max_new_tokens=1"))
-    assert list(foresight.warnings(config, {})) == []  # nothing is known of stages that are not looked at
+    assert list(foresight.warnings(config, {}, {})) == []  # nothing is known of stages that are not looked at
 
 
 @pytest.mark.parametrize("allowed", ["0.5", "null"])
@@ -128,8 +135,27 @@ def test_rows_that_are_all_too_long_name_the_length_and_the_keys(tmp_path, cli, 
     longest = max(len(tokenizer.encode(text, add_special_tokens=False)) for text in texts)
     code, _, err = cli("plan", path, "stages.sft.training.max_length=5", f"checks.too_long={allowed}")
     assert code == 2
-    words = f"the longest has {longest} tokens: raise `training.max_length`, say `too_long: truncate`, or `checks: {{"
-    assert words in " ".join(err.split())
+    words = f"the longest has {longest} tokens: raise `training.max_length`, or say `too_long: truncate`"
+    assert err.rstrip().endswith(words)  # without these rows there are none
+
+
+def test_of_rows_that_are_too_long_only_what_is_not_set_is_advised(tmp_path, cli):
+    """Of two thirds of the comparisons an answer alone is too long: it cannot be cut."""
+    path = make(tmp_path, reward=tiny.REWARD | {"eval_data": "comparisons"})
+    rows = [row | {"prompt": f"{number} {row['prompt']}"} for number, row in enumerate(tiny.comparisons() * 4)]
+    rows = [row | {"chosen": "so " * 60 if number % 3 else row["chosen"]} for number, row in enumerate(rows)]
+    tiny.write_rows(tmp_path / "comparisons.jsonl", rows)
+    tiny.edit(path, {"data": {name: {"path": f"{name}.jsonl", "heldout": 0.5} for name in DATA}})
+    code, _, err = cli("plan", path, "gate=off")
+    said = " ".join(err.split())
+    assert code == 2 and "1 stage cannot run" in said  # of two datasets
+    for role in ("data", "eval_data"):
+        assert f"stages.reward: `{role}`: " in said
+    go_on = "or say `checks: {too_long: null}` to go on without them"
+    assert f"raise `training.max_length`, or say `too_long: truncate`, {go_on}" in said
+    code, _, err = cli("plan", path, "gate=off", "too_long=truncate")
+    said = " ".join(err.split())
+    assert code == 2 and f"raise `training.max_length`, {go_on}" in said and "too_long: truncate" not in said
 
 
 def test_prompts_that_the_models_positions_cannot_hold_name_the_length_and_the_keys(tmp_path, cli):
@@ -145,8 +171,57 @@ def test_an_evaluation_on_a_few_prompts_is_told(tmp_path, cli):
     path = make(tmp_path, evaluate=EVALUATE | {"num_prompts": 4})
     (told,) = warnings(cli("plan", path)[1])
     assert told.startswith("stages.evaluate: 4 held-out prompts of held_out cannot tell policies apart: a win rate of ")
-    assert f"could as well be {0.5 - 1.959964 / 4:.2f} or {0.5 + 1.959964 / 4:.2f}. Name a larger dataset" in told
+    assert (
+        f"could as well be {0.5 - 1.959964 / 4:.2f} or {0.5 + 1.959964 / 4:.2f}. Raise `stages.evaluate.num_prompts`"
+        in told
+    )
+    tiny.edit(path, {"data": {name: {"path": f"{name}.jsonl", "heldout": 0.3} for name in DATA}})
+    changes = ("stages.evaluate.data=comparisons", "gate=off")
+    (told,) = warnings(cli("plan", path, *changes)[1])
+    assert (
+        told.startswith("stages.evaluate: ") and "Add rows to comparisons: for 10 held-out rows it needs about " in told
+    )
+    tiny.write_rows(tmp_path / "comparisons.jsonl", [row | {"prompt": f"{n}"} for n, row in enumerate(many())])
+    (told,) = warnings(cli("plan", path, *changes, "data.comparisons.heldout=0.1")[1])
+    assert (
+        "Raise `data.comparisons.heldout`, or add rows to comparisons: for 10 held-out rows it needs about 100 " in told
+    )
     assert warnings(cli("plan", path, f"stages.evaluate.num_prompts={foresight.FEWEST_PROMPTS}")[1]) == []
+
+
+def many():
+    return (tiny.comparisons() * 4)[:40]
+
+
+def test_a_training_of_few_steps_is_told(tmp_path, cli):
+    """12 comparisons are 3 batches of 4, in 3 epochs 9; whoever gives `max_steps` knows."""
+    path = make(tmp_path, dpo=tiny.DPO)
+    assert warnings(cli("plan", path)[1]) == []
+    few = [f"stages.{name}.training.max_steps=-1" for name in ("reward", "dpo")]
+    told = warnings(cli("plan", path, *few, "stages.reward.training.num_train_epochs=4")[1])
+    assert [text.split(":")[0] for text in told] == ["stages.dpo"]  # 12 steps are enough
+    batch = "`training.per_device_train_batch_size` = 4 x `training.gradient_accumulation_steps` = 1"
+    assert "it trains for 9 optimizer steps on 12 rows of comparisons, which changes a model little." in told[0]
+    assert f"raise `training.num_train_epochs` (it is 3), or lower the batch of 4 ({batch})" in told[0]
+
+
+@pytest.mark.parametrize(("eos", "fits"), [("<|im_end|>", "chatml"), ("<eos>", "scratch"), ("<end>", None)])
+def test_a_template_is_advised_whose_tokens_are_in_the_vocabulary(tmp_path, cli, eos, fits):
+    path = make(tmp_path)
+    model = tmp_path / "model"
+    (model / "chat_template.jinja").unlink()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        text = (model / name).read_text()
+        if fits != "scratch":
+            text = text.replace("<eos>", eos).replace("<user>", "<|im_start|>").replace("<assistant>", "<|x|>")
+        (model / name).write_text(text)
+    code, shown, err = cli("check-data", path)
+    assert code == 0, err
+    (told,) = warnings(shown)
+    if fits is None:
+        assert "to the form that the model knows: chatml, hermes, scratch, verbatim, or a Jinja file." in told
+    else:
+        assert f"set `tokenizer.chat_template` to `{fits}`, since the model's vocabulary has its tokens <" in told
 
 
 def test_a_model_without_a_template_is_told(tmp_path, cli):

@@ -12,7 +12,7 @@ from filelock import FileLock
 from trl.trainer.utils import RepeatSampler
 
 from pipeline import stage
-from pipeline.chain import cuts, forecast, preflight, smoke
+from pipeline.chain import basis, cuts, forecast, preflight, smoke
 from pipeline.chain.sizes import Size
 from pipeline.config import batch_sizes
 from pipeline.config.load import load
@@ -27,7 +27,7 @@ from pipeline.records.progress import Entry, Reader
 from pipeline.records.stage_folder import LOCK
 from pipeline.show.times import shorter
 from pipeline.system import locks
-from pipeline.system.device import Device
+from pipeline.system.device import Device, num_cores
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 CPU = Device("cpu", "CPU", "no GPU is visible", "slow")
@@ -347,7 +347,7 @@ def test_what_is_measured_of_a_stage(tmp_path):
     assert seconds == {"training": 3.0, "held_out": 4.0 + 2.0}
     assert tokens == {"training": 240 * (1 - 60 / 240), "held_out": 2 * 50}
     assert fixed == 40 - 3 / (1 - 60 / 240) - 6
-    one = forecast.Measured(basis="", duration=40.0, fixed=fixed, seconds=seconds, tokens=tokens)
+    one = forecast.Measured(basis={}, duration=40.0, fixed=fixed, seconds=seconds, tokens=tokens)
     wanted = {"training": 1800.0, "held_out": 500.0}
     assert forecast.seconds(one, wanted) == fixed + 3.0 / 180.0 * 1800.0 + 6.0 / 100.0 * 500.0
     log = entries(
@@ -398,7 +398,7 @@ def test_a_whole_cycle_is_measured_where_completions_are_learned_from_again(tmp_
     assert seconds == {"training": 13.0}
     assert tokens == {"training": pytest.approx(4 * 4 * (20 + 6))}
     assert fixed == 60 - 13 * 5 / 4
-    one = forecast.Measured(basis="", duration=60.0, fixed=fixed, seconds=seconds, tokens=tokens)
+    one = forecast.Measured(basis={}, duration=60.0, fixed=fixed, seconds=seconds, tokens=tokens)
     wanted = forecast.work(config, "grpo", size)
     assert forecast.seconds(one, wanted) == pytest.approx(fixed + 10 * 13)  # 40 steps are 10 cycles
 
@@ -439,15 +439,34 @@ def test_the_plan_counts_the_steps_that_are_made(tmp_path, cli, monkeypatch):
     measured = forecast.read(tmp_path / "run-smoke")["grpo"]
     config = load(path)
     device = devices.of_stages(config, {"grpo": None})["grpo"]
-    assert measured.basis == forecast.basis(config, "grpo", device, 1, None)
+    assert measured.basis == basis.of_stage(config, "grpo", device, 1, None)
+    say_what_has_changed(path, cli, monkeypatch)
     launch = tmp_path / "launch.yaml"
     others = []
     for kind in ("MULTI_CPU", "FSDP"):
         launch.write_text(f"distributed_type: {kind}\n")
-        others.append(forecast.basis(config, "grpo", device, 1, files.digests({"grpo": str(launch)})["grpo"]))
-    assert len({measured.basis, *others}) == 3
+        others.append(basis.of_stage(config, "grpo", device, 1, files.digests({"grpo": str(launch)})["grpo"]))
+    assert others[0] != others[1]
+    for other in others:
+        assert basis.differences(measured.basis, other) == ["another accelerate_config"]
     stage.run(config, "grpo")
     assert manifest.read(tmp_path / "run").stages["grpo"].metrics["steps"] == 12
+
+
+def say_what_has_changed(path, cli, monkeypatch):
+    """A plan whose times do not count says why, and how to get new ones."""
+    out = words(cli("plan", path)[1])
+    assert "as the smoke run foretells" in out and "do not count" not in out
+    cores = num_cores()
+    monkeypatch.setattr(basis, "num_cores", lambda: cores + 1)
+    code, out, err = cli("plan", path, "stages.grpo.training.optim=sgd")
+    assert code == 0, err
+    assert "foretells" not in out
+    changed = f"{cores} core{'' if cores == 1 else 's'}, here are {cores + 1}; training.optim "
+    said = words(out).split("warning: ")[1]
+    assert said.startswith(f"the smoke run's times of grpo do not count. They were measured otherwise: {changed}")
+    assert "now sgd. Run `rlhf run CONFIG --smoke` for new ones" in said
+    monkeypatch.undo()
 
 
 def test_work_of_each_kind(tmp_path):

@@ -8,14 +8,13 @@ load models, to look at them and to save them.
 import itertools
 import json
 import math
-import platform
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pipeline.base import dtype
+from pipeline.chain.basis import Basis
 from pipeline.chain.sizes import Size
 from pipeline.config.batch_sizes import cycle
 from pipeline.config.options import effective
@@ -25,8 +24,6 @@ from pipeline.config.type_row import POLICIES
 from pipeline.records.manifest import Record
 from pipeline.records.progress import FINISHING, HELD_OUT, LOADING, TRAINING, Entry
 from pipeline.records.stage_folder import SMOKE
-from pipeline.system.device import Device, num_cores
-from pipeline.system.digests import digest
 
 Work = dict[str, float]  # kind of work -> tokens
 NUM_TOKENS = "num_tokens"  # what TRL's trainers log as the tokens since the start
@@ -35,13 +32,13 @@ NUM_TOKENS = "num_tokens"  # what TRL's trainers log as the tokens since the sta
 class Measured(BaseModel):
     """Hold what a smoke run measured of a stage: seconds and tokens by kind of work, and the seconds of all else.
 
-    `basis`: the digest of what must be the same for the figures to count. `duration`: the seconds of the whole stage.
+    `basis`: what must be the same for the figures to count. `duration`: the seconds of the whole stage.
     `batch` and `full_batch`: the rows of a batch on one device, in the smoke run and in the run.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    basis: str
+    basis: Basis
     duration: float
     fixed: float
     seconds: dict[str, float]
@@ -204,23 +201,6 @@ def speed() -> float:
         torch.matmul(left, left)
         taken.append(time.perf_counter() - begun)
     return 2 * size**3 / min(taken)
-
-
-def basis(config: RunConfig, name: str, device: Device, processes: int, launch: str | None) -> str:
-    """Return the digest of what decides a stage's speed beside the sizes of its data.
-
-    `launch`: the digest of how it is launched; None: by itself.
-    """
-    stage = config.stages[name]
-    own = {"kind": stage.kind, "lora": getattr(stage, "lora", None)}
-    model = config.model.model_dump(mode="json")
-    machine = [platform.node(), num_cores(), str(device), device.kind, processes, launch]
-    shared = [model, dtype.choose(config).dtype, config.quantization, machine]
-    options = effective(stage.kind, stage.training) if isinstance(stage, TrainingStage) else {}
-    compute = ("bf16", "fp16", "gradient_checkpointing", "num_ppo_epochs", "num_iterations", "optim")
-    compute += ("torch_compile", "use_liger_kernel", "precompute_ref_log_probs")
-    compute += ("steps_per_generation", "generation_batch_size", "use_vllm", "vllm_mode")
-    return digest([own, shared, {key: options.get(key) for key in compute}])
 
 
 def write(folder: Path, measured: Mapping[str, Measured]) -> None:

@@ -3,17 +3,24 @@
 import math
 from collections.abc import Iterator, Mapping
 from statistics import NormalDist
+from typing import TYPE_CHECKING
 
 from pipeline.config import graph
-from pipeline.config.options import value_at
-from pipeline.config.schema import Evaluate, Reinforced, RunConfig, Shift
+from pipeline.config.batch_sizes import batch_in_words, batch_of
+from pipeline.config.options import effective, value_at
+from pipeline.config.schema import Evaluate, Reinforced, RunConfig, Shift, TrainingStage
 from pipeline.config.stage_types import type_of
 from pipeline.data import chat_templates
 from pipeline.data.audit import QUANTILES, Audit
 from pipeline.shift.estimate import LEVEL
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 Audits = Mapping[str, Mapping[str, Audit]]  # of each stage that is looked at, by role
 FEWEST_PROMPTS = 10  # of an evaluation; the interval of a win rate is then 0.31 to either side
+FEWEST_STEPS = 10  # of a training; after fewer a model is about what it was
+LARGEST_SHARE = 0.5  # of a dataset that is worth holding out
 FAIR = 0.7  # the accuracy of a reward model that is good enough to learn from
 _NINE_OF_TEN = QUANTILES.index(0.9)
 
@@ -24,8 +31,8 @@ def faults(config: RunConfig, audits: Audits) -> Iterator[str]:
         yield from _closed_gates(config, audits)
 
 
-def warnings(config: RunConfig, audits: Audits) -> Iterator[str]:
-    """Say what is likely to be a mistake, and can be meant."""
+def warnings(config: RunConfig, audits: Audits, steps: Mapping[str, int]) -> Iterator[str]:
+    """Say what is likely to be a mistake, and can be meant; `steps`: of the stages that train."""
     if config.gate == "warn":
         yield from _closed_gates(config, audits)
     for name, by_role in audits.items():
@@ -34,6 +41,8 @@ def warnings(config: RunConfig, audits: Audits) -> Iterator[str]:
             yield from _few_prompts(name, stage, by_role["data"])
         if isinstance(stage, Evaluate):
             yield from _wide_intervals(config, name, stage, by_role["data"])
+        if name in steps:
+            yield from _few_steps(config, name, by_role["data"], steps[name])
         yield from _too_short(config, name, audits)
 
 
@@ -68,7 +77,7 @@ def _closed_gates(config: RunConfig, audits: Audits) -> Iterator[str]:
         yield (
             f"stages.{name}: the gate cannot pass: {stage.reward} has {held_out.rows} held-out comparisons of "
             f"{held_out.dataset}. A reward model that is right on all of them needs {fewest}{more}. "
-            f"{_more_comparisons(config, stage.reward, held_out)}, or say `gate: warn`"
+            f"{_more_comparisons(config, stage.reward, held_out, fair or fewest)}, or say `gate: warn`"
         )
 
 
@@ -88,36 +97,74 @@ def _wide_intervals(config: RunConfig, name: str, stage: Evaluate, audit: Audit)
         return
     half = min(NormalDist().inv_cdf((1 + LEVEL) / 2) * 0.5 / math.sqrt(max(prompts, 1)), 0.5)
     mend = f"Name a larger dataset as `stages.{name}.data`, or add rows to it"
-    if graph.is_shared(config, audit.dataset):
-        share = config.data[audit.dataset].heldout
-        mend = f"Raise `data.{audit.dataset}.heldout` (it is {share:g}), or add rows to it"
+    if audit.rows > prompts:
+        mend = f"Raise `stages.{name}.num_prompts`"
+    elif graph.is_shared(config, audit.dataset):
+        mend = _more_rows(config, audit, FEWEST_PROMPTS)
     what = f"{prompts} held-out prompt{'' if prompts == 1 else 's'} of {audit.dataset} cannot tell policies apart"
     yield f"stages.{name}: {what}: a win rate of 0.50 could as well be {0.5 - half:.2f} or {0.5 + half:.2f}. {mend}"
 
 
-def no_template(config: RunConfig, template: object) -> Iterator[str]:
-    """Say that a model without a chat template gets a built-in one that nobody asked for."""
+def no_template(config: RunConfig, tokenizer: "PreTrainedTokenizerFast") -> Iterator[str]:
+    """Say that a model without a chat template gets a built-in one that nobody asked for, and which other one fits."""
+    template = tokenizer.chat_template
     asked = config.tokenizer.chat_template is not None or config.model.scratch is not None
     if asked or chat_templates.described(template) != f"the chat template {chat_templates.FALLBACK!r}":
         return
     if all(type_of(stage).reads_raw_text for stage in config.stages.values()):
         return
     others = ", ".join(name for name in chat_templates.built_in_names() if name != chat_templates.FALLBACK)
+    form = f"the form that the model knows: {others}, or a Jinja file"
+    fits = next(iter(chat_templates.fitting(tokenizer.get_vocab()).items()), None)
+    if fits is not None:
+        name, tokens = fits
+        form = f"`{name}`, since the model's vocabulary has its tokens {' and '.join(tokens)}"
     yield (
         f"model.path: {config.model.path} has no chat template, so turns are written as `{chat_templates.FALLBACK}` "
         f"does. For a base model that is all right, since SFT teaches the form. Otherwise set "
-        f"`tokenizer.chat_template` to the form that the model knows: {others}, or a Jinja file. "
-        f"`rlhf check-data CONFIG --sample 1` shows rows"
+        f"`tokenizer.chat_template` to {form}. `rlhf check-data CONFIG --sample 1` shows rows"
     )
 
 
-def _more_comparisons(config: RunConfig, reward: str, held_out: Audit) -> str:
+def _more_comparisons(config: RunConfig, reward: str, held_out: Audit, wanted: int) -> str:
     """Say how to hold out more."""
     uses = graph.datasets(config.stages[reward])
     if uses["data"] == uses["eval_data"]:
-        share = config.data[held_out.dataset].heldout
-        return f"Raise `data.{held_out.dataset}.heldout` (it is {share:g}), add comparisons"
+        return _more_rows(config, held_out, wanted)
     return f"Name a larger dataset as `stages.{reward}.eval_data`"
+
+
+def _more_rows(config: RunConfig, held_out: Audit, wanted: int) -> str:
+    """Say how a dataset that is split gets so many held-out rows: by a larger share, where it has rows enough for that.
+
+    Of the rows that are held out some are left out, and others are so too.
+    """
+    share = config.data[held_out.dataset].heldout
+    lost = held_out.read / held_out.rows if held_out.rows else 1.0
+    whole = sum(size for _, size in held_out.parts)
+    at_share = f"at `data.{held_out.dataset}.heldout` = {share:g}"
+    words = (
+        f"for {wanted} held-out rows it needs about {math.ceil(wanted * lost / share):,} {at_share}, and has {whole:,}"
+    )
+    if wanted * lost <= LARGEST_SHARE * whole:
+        return f"Raise `data.{held_out.dataset}.heldout`, or add rows to {held_out.dataset}: {words}"
+    return f"Add rows to {held_out.dataset}: {words}"
+
+
+def _few_steps(config: RunConfig, name: str, audit: Audit, steps: int) -> Iterator[str]:
+    """Say of a stage that learns from comparisons whether its rows make so few steps that it hardly learns."""
+    stage = config.stages[name]
+    if not isinstance(stage, TrainingStage) or type_of(stage).rows != "comparisons" or steps >= FEWEST_STEPS:
+        return
+    options = effective(stage.kind, stage.training)
+    if options["max_steps"] > 0:  # somebody has chosen the number
+        return
+    plural = "" if steps == 1 else "s"
+    yield (
+        f"stages.{name}: it trains for {steps} optimizer step{plural} on {audit.rows} rows of {audit.dataset}, which "
+        f"changes a model little. Add rows, raise `training.num_train_epochs` (it is "
+        f"{options['num_train_epochs']:g}), or lower the batch of {batch_of(options)} ({batch_in_words(options)})"
+    )
 
 
 def _too_short(config: RunConfig, name: str, audits: Audits) -> Iterator[str]:

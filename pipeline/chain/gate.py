@@ -1,20 +1,26 @@
 """Decide before an aligned policy is trained whether the stages that it builds on are good enough, by their records."""
 
+import contextlib
 import dataclasses
 import json
+import shlex
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config.schema import GateLimits, Reinforced, RunConfig, TrainingStage
+from pipeline.config import graph
+from pipeline.config.schema import BASE, Evaluate, GateLimits, Reinforced, RunConfig, TrainingStage
 from pipeline.config.stage_types import makes
 from pipeline.records.manifest import Manifest, Record
 from pipeline.records.stage_folder import GATE
 from pipeline.shift.estimate import Estimate, estimate
-from pipeline.system.errors import UserError
+from pipeline.system.errors import StageFailed, UserError
 from pipeline.system.json_object import JsonObject
 
 MORE_DATA = "more comparisons, cleaner labels, other training options, or DPO, which needs no reward model"
 NEEDS_PROMPTS = "The report needs two prompts at least; an interval is over prompts"
+
+_STOPPED = "does not start, the gate failed"
 
 
 @dataclass(frozen=True)
@@ -62,8 +68,38 @@ def check(config: RunConfig, name: str, recorded: Manifest) -> list[Verdict]:
     _keep(config.run_path / name, judged, stops)
     if stops:
         how = "Limits are in `gate_limits`; `gate: warn` goes on all the same"
-        raise UserError("\n  ".join([f"{name} does not start, the gate failed:", *failed, how]))
+        raise UserError("\n  ".join([f"{name} {_STOPPED}:", *failed, how]))
     return judged
+
+
+@contextlib.contextmanager
+def explained(config: RunConfig, name: str, command: Sequence[str]) -> Iterator[None]:
+    """Let the message of a stage that the gate has stopped also say how to evaluate what does not build on it.
+
+    `command`: the one that started the run.
+    """
+    try:
+        yield
+    except StageFailed as error:
+        tables = list(_tables_without(config, name, command)) if _STOPPED in str(error) else []
+        raise StageFailed("\n  ".join([str(error), *tables]), error.exit_code) from None
+
+
+def _tables_without(config: RunConfig, name: str, command: Sequence[str]) -> Iterator[str]:
+    """Say of each evaluation how to get its table without stage `name` and what builds on it."""
+    lost = {name, *graph.descendants(config, name)}
+    for other, stage in config.stages.items():
+        if not isinstance(stage, Evaluate):
+            continue
+        fixed = {role: parent for role, parent in graph.parents(stage).items() if not role.startswith("policies.")}
+        if not lost.isdisjoint(fixed.values()):
+            continue
+        policies = [policy for policy in stage.policies or () if policy not in lost]
+        key = f"stages.{other}.policies="
+        start = [word for word in command if not word.startswith(key)]
+        words = shlex.join([*start, f"{key}[{','.join(policies)}]", "--until", other])
+        compared = ", ".join(dict.fromkeys([BASE, str(stage.baseline), *policies]))
+        yield f"The table of {other} without {name} ({compared}) comes from: {words}"
 
 
 def _keep(folder: Path, judged: list[Verdict], stops: bool) -> None:

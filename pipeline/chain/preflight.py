@@ -18,7 +18,7 @@ from transformers import (
 from pipeline.base import base_model, dtype, weights
 from pipeline.chain import foresight, positions
 from pipeline.chain.trials import try_functions
-from pipeline.config.batch_sizes import batches_per_sampling
+from pipeline.config.batch_sizes import batch_in_words, batch_of, batches_per_sampling
 from pipeline.config.graph import datasets, functions_of
 from pipeline.config.options import effective
 from pipeline.config.requests import request, run_data
@@ -65,18 +65,21 @@ def check(
         dtype.check_attention(config)
     problems: list[str] = []
     facts: dict[str, Facts] = {}
+    looked_at: dict[str, dict[str, Audit]] = {}
     data = Datasets(run_data(config), tokenizer, fingerprint)
     for name, audits, faults in audits_of(config, data, names):
         problems += faults
         if faults:
             continue
+        looked_at[name] = audits
         try:
             facts[name] = _facts(config, data, tokenizer, name, audits)
         except UserError as error:
             problems.append(f"stages.{name}: {error}")
-    problems += foresight.faults(config, {name: fact.audits for name, fact in facts.items()})
+    problems += foresight.faults(config, looked_at)
     if problems:
-        raise all_of(config.source, "stage", "cannot run", problems)
+        stages = {problem.partition(":")[0] for problem in problems}
+        raise all_of(config.source, "stage", "cannot run", problems, len(stages))
     return facts
 
 
@@ -94,7 +97,8 @@ def audits_of(
             yield name, {}, [f"stages.{name}: {error}"]
             continue
         limits = config.checks.model_dump()
-        yield name, audits, [f"stages.{name}: {fault}" for audit in audits.values() for fault in audit.problems(limits)]
+        faults = [(role, fault) for role, audit in audits.items() for fault in audit.problems(limits)]
+        yield name, audits, [f"stages.{name}: `{role}`: {fault}" for role, fault in faults]
 
 
 def _audits(config: RunConfig, data: Datasets, name: str) -> dict[str, Audit]:
@@ -159,19 +163,17 @@ def _only_linear(model: PeftModel) -> None:
             raise ValueError(f"target_modules: {path!r} {fault}; name other layers, or `all-linear`")
 
 
-def batch_of(options: Options, num_processes: int = 1) -> int:
-    """Return the rows of one optimizer step (PPO: of one update of the policy); `options`: all of `training:`."""
-    return options["per_device_train_batch_size"] * options["gradient_accumulation_steps"] * num_processes
-
-
-def check_batch(num_rows: int, batch: int, where: str = "") -> None:
+def check_batch(num_rows: int, options: Options, num_processes: int = 1, where: str = "") -> None:
     """Compare the prompts of a PPO stage with its batch, which only the stage itself knows in several processes.
 
     Raises:
         UserError: if they are fewer: PPOTrainer would make no update.
     """
+    batch = batch_of(options, num_processes)
     if num_rows < batch:
-        raise UserError(f"{where}{num_rows} prompts are fewer than one batch of {batch}; lower the batch sizes")
+        fault = f"{where}{num_rows} prompts are fewer than one batch of {batch} ({batch_in_words(options)}"
+        processes = "" if num_processes == 1 else f" x {num_processes} processes"
+        raise UserError(f"{fault}{processes}); add rows, or lower one of these options")
 
 
 def _steps(stage: TrainingStage, audit: Audit) -> int:
@@ -180,7 +182,7 @@ def _steps(stage: TrainingStage, audit: Audit) -> int:
     rows = audit.sequences
     batch = batch_of(options)
     if isinstance(stage, Ppo):
-        check_batch(rows, batch)
+        check_batch(rows, options)
     if options["max_steps"] > 0:
         return int(options["max_steps"])
     if isinstance(stage, Ppo):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from pipeline.chain import forecast, run_folder
+from pipeline.chain import basis, forecast, run_folder
 from pipeline.chain.cuts import Cut, full_batch
 from pipeline.chain.forecast import Measured
 from pipeline.chain.sizes import Size
@@ -146,7 +146,7 @@ def measure(
         stage = full.stages[name]
         options = effective(stage.kind, stage.training) if isinstance(stage, TrainingStage) else {}
         measured[name] = Measured(
-            basis=forecast.basis(full, name, devices[name], processes[name], launches[name]),
+            basis=basis.of_stage(full, name, devices[name], processes[name], launches[name]),
             duration=record.duration,
             fixed=fixed,
             seconds=seconds,

@@ -38,6 +38,17 @@ def fault_of_ppo(args: PpoSizes) -> str | None:
     return None
 
 
+def batch_of(options: Options, num_processes: int = 1) -> int:
+    """Return the rows of one optimizer step (PPO: of one update of the policy); `options`: all of `training:`."""
+    return options["per_device_train_batch_size"] * options["gradient_accumulation_steps"] * num_processes
+
+
+def batch_in_words(options: Options) -> str:
+    """Say which options make a batch in one process."""
+    keys = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    return " x ".join(f"`training.{key}` = {options[key]}" for key in keys)
+
+
 def batches_per_sampling(options: Options, processes: int = 1) -> int:
     """Return for how many batches RLOO and GRPO sample completions at once; `options`: all of `training:`."""
     if options["generation_batch_size"] is not None:

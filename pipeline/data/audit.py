@@ -47,6 +47,7 @@ class Audit:
     head: tuple[list[int], ...] = ()  # of a stream: token ids of its first pieces
     longest_dropped: int = 0  # tokens of the longest row that is left out as too long
     few: tuple[int, int] | None = None
+    truncates: bool = False  # rows that are too long are cut where that is possible
 
     @property
     def dataset(self) -> str:
@@ -90,23 +91,27 @@ class Audit:
             first += f": {finding.why}" if finding.why else ""
             then = f"\n    then {', '.join(more)}" if more else ""
             share = f"{finding.count} of {base} rows ({finding.count / base:.2%}) {self.what(kind)}"
-            mend = f"\n    {self._how_to_keep()}" if kind == "too_long" else ""
+            mend = f"\n    {self._how_to_keep(go_on=self.rows > 0)}" if kind == "too_long" else ""
             messages.append(f"{share}; `checks.{kind}` allows {allowed:.2%}. First {first}{then}{mend}")
         if not self.rows and not messages:
             why = [f"{finding.count} {self.what(kind)}" for kind, finding in self.dropped.items() if finding.count]
             if not self.read:
                 total = sum(size for _, size in self.parts)
                 why = [f"all prompts of its {total} rows are on the other side of the split; change its `heldout`"]
-            mend = f". {self._how_to_keep()}" if self.longest_dropped else ""
+            mend = f". {self._how_to_keep(go_on=False)}" if self.longest_dropped else ""
             messages.append(f"no row is left on the {self.split} side: {', '.join(why)}{mend}")
         if self.fault is not None:
             messages.append(self.fault)
         return [f"{self.label}: {message}" for message in messages]
 
-    def _how_to_keep(self) -> str:
-        """Say what to do about rows that are too long."""
-        ways = f"the longest has {self.longest_dropped} tokens: raise `{self.limit[0]}`, say `too_long: truncate`"
-        return f"{ways}, or `checks: {{too_long: null}}` to go on without them"
+    def _how_to_keep(self, go_on: bool) -> str:
+        """Say what to do about rows that are too long; `go_on`: whether the stage could go on without them."""
+        ways = [f"raise `{self.limit[0]}`"]
+        if not self.truncates:
+            ways.append("say `too_long: truncate`")
+        if go_on:
+            ways.append("say `checks: {too_long: null}` to go on without them")
+        return f"the longest has {self.longest_dropped} tokens: {', or '.join(ways)}"
 
     def record(self) -> JsonObject:
         """Return what the manifest keeps of it."""

@@ -1,10 +1,11 @@
 """Read chat templates, built-in ones and files of the user's own, and try one before any row is read."""
 
 import contextlib
+import re
 import signal
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError
@@ -19,6 +20,7 @@ CODE_ERRORS = (ArithmeticError, AttributeError, LookupError, MemoryError, Recurs
 FALLBACK = "plain"  # of a model that has no template
 SECONDS = 5.0  # for two short dialogues, which take a millisecond
 LONGEST = 1_000_000  # characters of a short dialogue
+_SPECIAL = re.compile(r"<\|?\w+\|?>")  # a token such as <|im_end|> or <eos>
 _QUESTION = {"role": "user", "content": "What is salt?"}
 _ANSWER = {"role": "assistant", "content": "A mineral."}
 _MEND = "mend it, or set tokenizer.chat_template to another one, such as `chatml`"
@@ -57,6 +59,16 @@ def is_built_in(name: str) -> bool:
 
 def built_in_names() -> list[str]:
     return sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
+
+
+def fitting(vocabulary: Container[str]) -> dict[str, list[str]]:
+    """Return the built-in templates that write special tokens of their own, all of them in a vocabulary."""
+    fits: dict[str, list[str]] = {}
+    for name in built_in_names():
+        tokens = sorted(set(_SPECIAL.findall(read(name, TEMPLATES))))
+        if tokens and all(token in vocabulary for token in tokens):
+            fits[name] = tokens
+    return fits
 
 
 def described(template: object) -> str:

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.rule import Rule
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.chain import preflight, run_folder
+from pipeline.chain import foresight, preflight, run_folder
 from pipeline.config.options import effective
 from pipeline.config.requests import request, run_data
 from pipeline.config.schema import RunConfig, Stage, TrainingStage
@@ -18,6 +18,7 @@ from pipeline.data.joints import begins_with
 from pipeline.data.prepare import Datasets
 from pipeline.data.row_kind import RowKind
 from pipeline.data.rows import ROWS
+from pipeline.show.plan import say_warnings
 from pipeline.show.screen import Cell, Table, say, show
 from pipeline.show.tables import count
 from pipeline.system.errors import UserError, all_of, unknown
@@ -47,6 +48,7 @@ def run(config: RunConfig, stages: list[str], sample: int, console: Console) -> 
     for table in tables(audits, config.checks.model_dump()):
         show(table, console)
     say(console, _start_of_rows(tokenizer, audits))
+    say_warnings(list(foresight.no_template(config, tokenizer)), console)
     if sample:
         for name, audits_by_role in audits.items():
             for role, audit in audits_by_role.items():
@@ -127,7 +129,7 @@ def _finding(audit: Audit, kind: str, finding: Finding, thresholds: dict[str, fl
     dropped = kind in audit.dropped
     share = finding.count / (audit.read if dropped else audit.rows)
     allowed = thresholds.get(kind)
-    limit = "" if allowed is None else f" of {allowed:.0%} allowed"
+    limit = "" if allowed is None else f" (at most {_percent(allowed)} are allowed)"
     color = "yellow" if dropped else ""
     if allowed is not None and share > allowed:
         color = "red"
@@ -139,7 +141,12 @@ def _finding(audit: Audit, kind: str, finding: Finding, thresholds: dict[str, fl
         if sum(len(part.files) for part, _ in audit.parts) > 1:
             places = "\n".join(map(audit.place, finding.rows))
     why = f": {finding.why}" if finding.why else ""
-    return words, str(finding.count), f"{share:.2%}{limit}", places + why
+    return words, str(finding.count), f"{_percent(share)}{limit}", places + why
+
+
+def _percent(share: float) -> str:
+    """Show a share with three digits: those of a million rows can be small."""
+    return f"{100 * share:.3g} %"
 
 
 def show_rows(

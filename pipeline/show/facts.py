@@ -76,7 +76,8 @@ def _look(config: RunConfig, recorded: Manifest, names: list[str]) -> Known:
     audits = {name: fact.audits for name, fact in facts.items()}
     tables = check_data.tables(audits, config.checks.model_dump())
     prompts = {name: fact.prompt for name, fact in facts.items() if fact.prompt is not None}
-    warnings = [*foresight.no_template(config, tokenizer.chat_template), *foresight.warnings(config, audits)]
+    steps = {name: fact.steps for name, fact in facts.items() if fact.steps is not None}
+    warnings = [*foresight.no_template(config, tokenizer), *foresight.warnings(config, audits, steps)]
     sizes = {name: size_of(fact) for name, fact in facts.items() if fact.audits}  # others are taken from another run
     shown = {name: figures(config, name, fact) for name, fact in facts.items()}
     known = Known(shown, tables, prompts, warnings, sizes, forecast.speed())

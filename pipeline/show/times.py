@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from rich.console import Console
 
-from pipeline.chain import forecast, smoke
+from pipeline.chain import basis, forecast, smoke
 from pipeline.chain.forecast import Measured
 from pipeline.chain.sizes import Size, largest
 from pipeline.config.schema import Online, Ppo, RunConfig, Sampled, TrainingStage
@@ -26,18 +26,46 @@ def foretold(
     processes: Mapping[str, int],
     launches: Mapping[str, str | None],
 ) -> dict[str, float]:
-    """Return the seconds of those stages that a smoke run of this config has measured on this device.
+    """Return the seconds of those stages that a smoke run of this config has measured as they are now.
 
     `launches`: the digest of how each stage is launched.
     """
     measured = forecast.read(smoke.folder_of(config))
+    changes = changed(config, devices, processes, launches)
     seconds: dict[str, float] = {}
-    for name, device in devices.items():
-        if name not in measured or name not in sizes:
-            continue
-        if measured[name].basis == forecast.basis(config, name, device, processes[name], launches[name]):
+    for name in devices:
+        if name in measured and name in sizes and name not in changes:
             seconds[name] = forecast.seconds(measured[name], forecast.work(config, name, sizes[name], processes[name]))
     return seconds
+
+
+def changed(
+    config: RunConfig,
+    devices: Mapping[str, Device],
+    processes: Mapping[str, int],
+    launches: Mapping[str, str | None],
+) -> dict[str, str]:
+    """Say of each stage that a smoke run has measured otherwise than it is now what has changed since."""
+    measured = forecast.read(smoke.folder_of(config))
+    words: dict[str, str] = {}
+    for name, device in devices.items():
+        if name not in measured:
+            continue
+        now = basis.of_stage(config, name, device, processes[name], launches[name])
+        differences = basis.differences(measured[name].basis, now)
+        if differences:
+            words[name] = "; ".join(differences)
+    return words
+
+
+def say_changed(changes: Mapping[str, str], console: Console) -> None:
+    """Say that a smoke run's times of some stages do not count, and why; stages with one reason share a line."""
+    stages: dict[str, list[str]] = {}
+    for name, words in changes.items():
+        stages.setdefault(words, []).append(name)
+    for words, names in stages.items():
+        what = f"the smoke run's times of {', '.join(names)} do not count. They were measured otherwise: {words}"
+        say(console, f"warning: {what}. Run `rlhf run CONFIG --smoke` for new ones", "yellow")
 
 
 def say_times(
@@ -51,8 +79,8 @@ def say_times(
     """Say how long the stages to run take in all; without a smoke run warn where a CPU would take more than a day."""
     if seconds:
         lacking = [name for name in devices if name not in seconds]
-        without = f", without {', '.join(lacking)}, which it did not measure as they are now" if lacking else ""
-        say(console, f"Time: {about(sum(seconds.values()))} in all, as the smoke run foretells{without}")
+        without = f" without {', '.join(lacking)}" if lacking else ""
+        say(console, f"Time: {about(sum(seconds.values()))} in all{without}, as the smoke run foretells")
     elif known.speed is not None and devices and all(device.kind == "cpu" for device in devices.values()):
         warning = slow_cpu(config, known.sizes, processes, known.speed)
         if warning is not None:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, Trainer
 
 from pipeline.chain.preflight import check_batch
 from pipeline.config.lineage import shares_backbone
+from pipeline.config.options import effective
 from pipeline.config.schema import Ppo
 from pipeline.launch import sharding
 from pipeline.models.generation import Ids, Sampling
@@ -56,7 +57,7 @@ METRICS = {
 def run(ctx: StageContext[Ppo]) -> Result:
     rows, eval_rows, datasets = ctx.rows()
     args: PPOConfig = ctx.training_args(bf16=False, fp16=False, stop_token="eos", **_saving())
-    start = prepare(ctx, args, rows, args.per_device_train_batch_size * args.gradient_accumulation_steps)
+    start = prepare(ctx, args, rows)
     trainer = _make_trainer(ctx, args, start)
     # PPOTrainer does not look at `control.should_training_stop`, so an exception must end it.
     watch = Watch(ctx, trainer, start.policy_parameters, centred=start.is_centred, raises=True)
@@ -87,9 +88,10 @@ class Start:
         return self.subtraction.baseline is not None
 
 
-def prepare(ctx: StageContext[Ppo], args: "PPOConfig | CriticConfig", rows: Dataset, batch: int) -> Start:
-    """Load the models and make the baseline; `batch`: the completions of an update in one process."""
-    check_batch(len(rows), batch * PartialState().num_processes, f"stages.{ctx.name}: ")
+def prepare(ctx: StageContext[Ppo], args: "PPOConfig | CriticConfig", rows: Dataset) -> Start:
+    """Load the models and make the baseline."""
+    options = effective(ctx.stage.kind, ctx.stage.training)
+    check_batch(len(rows), options, PartialState().num_processes, f"stages.{ctx.name}: ")
     prompts = _take_prompts(rows)
     # Before PPO's models are in memory: to sample, the parent is loaded once more.
     answers = answers_of(ctx, prompts, sampling(ctx, args))

@@ -21,7 +21,7 @@ def run(ctx: StageContext[Ppo]) -> Result:
     rows, eval_rows, datasets = ctx.rows()
     group = stage.baseline_completions if stage.prompt_baseline == "leave_one_out" else 1
     args: CriticConfig = ctx.training_args(num_generations=group)
-    start = prepare(ctx, args, rows, args.per_device_train_batch_size)
+    start = prepare(ctx, args, rows)
     trainer = CriticTrainer(start.models, args, start.subtraction, start.prompts, ctx.tokenizer)
     watch = Watch(ctx, trainer, start.policy_parameters, centred=start.is_centred)
     if eval_rows is not None:

@@ -25,10 +25,14 @@ def reason_of(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def all_of(where: object, noun: str, predicate: str, lines: list[str]) -> UserError:
-    """Return one error of several lines, e.g. `config.yaml: 2 problems in the config` with a line for each."""
-    plural = "" if len(lines) == 1 else "s"
-    head = f"{where}: {len(lines)} {noun}{plural} {predicate}"
+def all_of(where: object, noun: str, predicate: str, lines: list[str], number: int | None = None) -> UserError:
+    """Return one error of several lines, e.g. `config.yaml: 2 problems in the config` with a line for each.
+
+    `number`: of what the heading counts, where one of it can have several lines.
+    """
+    number = len(lines) if number is None else number
+    plural = "" if number == 1 else "s"
+    head = f"{where}: {number} {noun}{plural} {predicate}"
     return UserError("\n  ".join([head, *lines]))
 
 
