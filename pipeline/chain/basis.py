@@ -46,7 +46,7 @@ def of_stage(config: RunConfig, name: str, device: Device, processes: int, launc
 def differences(measured: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """Say what has changed since a stage was measured."""
     words: list[str] = []
-    for key in now | measured:
+    for key in {**now, **measured}:
         before = measured.get(key, "not set")
         after = now.get(key, "not set")
         if before == after:
