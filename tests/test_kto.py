@@ -191,7 +191,7 @@ def test_rows_of_one_label_are_refused_but_to_evaluate_on(tmp_path, cli, label):
     path = make_run(tmp_path, {"kto": FROM_BASE}, rows)
     exit_code, _, message = cli("plan", path)
     words = f"all {len(rows)} rows are labelled {str(label).lower()}; expected rows of both labels"
-    assert exit_code == 2 and f"stages.kto: {tmp_path / 'unpaired.jsonl'}: {words}" in message
+    assert exit_code == 2 and f"stages.kto: `data`: {tmp_path / 'unpaired.jsonl'}: {words}" in message
     with pytest.raises(UserError, match=words):
         run(path, "kto")
     tiny.write_rows(tmp_path / "unpaired.jsonl", unpaired())
