@@ -229,7 +229,7 @@ def test_the_table_of_the_plan_says_these_numbers(made, cli):
         assert row[5] == f"{fact.steps or ''} {amount}".strip()
         if fact.parameters:
             assert row[6] == f"{tables.count(fact.parameters['trainable'])} of {tables.count(fact.parameters['total'])}"
-        assert row[7] == "run: not finished yet"
+        assert row[7] == "run"
 
 
 def amount_of(stage, fact):

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 CONFIG = ROOT / "tests" / "smollm2.yaml"
 FAST_BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-NUM_LAYERS = 8
+NUM_LAYERS = 4
 NUM_POSITIONS = 200
 LN_2 = pytest.approx(math.log(2), abs=1e-6)  # in every precision
 pytestmark = [
@@ -106,7 +106,7 @@ def test_every_stage_type(finished):
             score = score_of(shown, line["prompt"], line[policy])
             num_compared += score is not None
             assert score is None or score == pytest.approx(line[policy]["score"], abs=1e-3), policy
-    assert num_compared > len(lines) * len(policies) / 2
+    assert num_compared > len(lines) * len(policies) / 3
     # pad == eos as the model is shipped; the run has another one
     recorded = manifest.read(finished).tokenizer
     assert recorded.eos_token == "<|im_end|>" != recorded.pad_token

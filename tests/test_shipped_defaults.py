@@ -117,7 +117,7 @@ def test_no_shipped_config_repeats_a_default(tmp_path, name):
             own.add(dotted)
         elif {"training", "lora"} & set(keys) and with_library_defaults(without) == with_library_defaults(shipped):
             library.add(dotted.rpartition(".")[2])
-    assert num_valid > 20
+    assert num_valid >= 20
     assert own == set()
     if name == QUICKSTART:
         assert library == REPEATED_BY_THE_QUICKSTART

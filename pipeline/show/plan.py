@@ -24,6 +24,7 @@ from pipeline.config.schema import (
     TrainingStage,
 )
 from pipeline.config.stage_types import type_of
+from pipeline.records.manifest import NOT_FINISHED
 from pipeline.show.screen import Cell, Table, say, show
 from pipeline.show.tables import about, count
 from pipeline.system.device import Device
@@ -211,6 +212,8 @@ def _recomputes(config: RunConfig, name: str) -> bool:
 
 def _will(decision: Decision) -> Cell:
     verb = ("run", "yellow") if decision.run else ("skip", "green")
+    if decision.reason == NOT_FINISHED:  # of a new run it is the reason of every stage
+        return [verb]
     return [verb, (f": {decision.reason}", "")]
 
 
