@@ -108,12 +108,9 @@ def test_changed_data_reruns_all_that_depends_on_it(finished, tmp_path):
 
 
 def test_by_hand_a_stage_says_that_it_is_finished_or_what_it_needs(finished, tmp_path):
-    hand = [sys.executable, "-m", "pipeline.stage"]
-    kept = "stages.ppo.training.kl_coef=0.2"
-    done = subprocess.run([*hand, str(finished), "sft", kept], capture_output=True, text=True, cwd=ROOT)
+    done = warm.rlhf(finished, "sft", "stages.ppo.training.kl_coef=0.2", module="stage")
     assert done.returncode == 0 and "finished already" in done.stdout
-    fresh = make_chain(tmp_path)
-    needs = subprocess.run([*hand, str(fresh), "dpo"], capture_output=True, text=True, cwd=ROOT)
+    needs = warm.rlhf(make_chain(tmp_path), "dpo", module="stage")
     assert needs.returncode == 2 and "needs 'sft'" in needs.stderr and "Traceback" not in needs.stderr
 
 

@@ -119,15 +119,19 @@ def _zygote() -> Zygote:
 
 
 def rlhf(
-    *args: object, folder: Path = REPO, limit: float = 600, environment: dict[str, str | None] | None = None
+    *args: object,
+    folder: Path = REPO,
+    limit: float = 600,
+    environment: dict[str, str | None] | None = None,
+    module: str = "cli",
 ) -> subprocess.CompletedProcess[str]:
-    """Run `rlhf` in a working directory; returns what `subprocess.run` would of its command.
+    """Run `rlhf`, or the module of one stage, in a working directory; returns what `subprocess.run` would of it.
 
     `environment`: variables that are set or, if None, not set; what is read at import is not among them.
     """
     argv = tuple(map(str, args))
     assert not AT_IMPORT.keys() & (environment or {}).keys()
-    answer = _zygote().run(argv, folder, environment or {}, limit)
+    answer = _zygote().run(argv, folder, environment or {}, limit, module)
     if answer.hung:
         raise subprocess.TimeoutExpired(["rlhf", *argv], limit, answer.stdout, answer.stderr)
     return subprocess.CompletedProcess(["rlhf", *argv], answer.exit_code, answer.stdout, answer.stderr)
