@@ -27,8 +27,9 @@ WORDS = {
     "few_prompts": "prompts are few:",
     "nothing_ends": "of any policy ends",
     "never_ends": "and those of others do",
-    "mostly_cut": "Most completions were cut off",
+    "mostly_cut": "Most completions of these",
     "chance": "cannot be told from chance",
+    "reversed": "wrong more often than right",
     "rounding": "rounding in",
     "same": "give the same completion",
     "not_separated": "would show it",
@@ -69,10 +70,10 @@ def test_completions_that_do_not_end():
     names, texts = said(ppo=cut, dpo={"ended": 0.34})
     assert names == ["never_ends", "mostly_cut"]
     assert texts[0].startswith("No completion of ppo ends by itself, and those of others do")
-    assert texts[1].endswith("Those that end by themselves: 34% of dpo's.")
+    assert texts[1].endswith("The share that ends by itself: 34% of dpo's.")
     names, texts = said(sft=TIE | {"ended": 0.2}, ppo={"ended": 0.15}, dpo={"ended": 0.25})
     assert names == ["mostly_cut"]  # once for all
-    assert texts[0].endswith("Those that end by themselves: 20% of sft's, 15% of ppo's and 25% of dpo's.")
+    assert texts[0].endswith("The share that ends by itself: 20% of sft's, 15% of ppo's and 25% of dpo's.")
 
 
 def test_a_reward_model_that_is_a_coin():
@@ -83,6 +84,9 @@ def test_a_reward_model_that_is_a_coin():
     (text,) = notes("sft", policies, [("score", "reward")], coin)
     assert text.startswith("The win rates by the reward model say nothing: reward cannot be told from chance.")
     assert "Its accuracy is 0.43 [0.10, 0.82] on 7 held-out comparisons." in text
+    swapped = dataclasses.replace(coin, accuracy=Estimate(0.3, 0.24, 0.37))
+    (text,) = notes("sft", policies, [("score", "reward")], swapped)
+    assert "reward is wrong more often than right" in text
     good = dataclasses.replace(coin, accuracy=Estimate(0.8, 0.7, 0.9))
     (text,) = notes("sft", policies, [("score", "reward")], good)
     assert "do not separate ppo from sft" in text
@@ -91,12 +95,16 @@ def test_a_reward_model_that_is_a_coin():
 
 
 def test_a_kl_that_is_rounding():
-    policies = {name: GOOD | {"kl": kl} for name, kl in {"sft": 0.0, "ppo": 0.07, "dpo": 0.05, "far": 0.06}.items()}
+    """Of a policy that wins for certain it is not said: it has moved."""
+    tie = {"judge_win_rate": [0.5, 0.4, 0.6]}
+    kls = {"sft": 0.0, "ppo": 0.07, "dpo": 0.05, "far": 0.06, "moved": 0.05}
+    policies = {name: GOOD | tie | {"kl": kl} for name, kl in kls.items()}
     policies["far"]["length"] = 19.0
-    (text,) = notes("sft", policies | {"sft": policies["sft"] | TIE}, MEASURE, Scale("bfloat16"))
-    assert text.startswith("The KL of dpo is what rounding in bfloat16 makes by itself")
-    assert "nearer to sft" in text
-    assert list(notes("sft", policies, MEASURE, Scale("float32"))) == []
+    policies["moved"]["judge_win_rate"] = [0.7, 0.6, 0.8]
+    (text,) = [text for text in notes("sft", policies, MEASURE, Scale("bfloat16")) if "rounding" in text]
+    assert text.startswith("The KL of dpo is no larger than rounding in bfloat16 can make by itself")
+    assert "it may be smaller than it says" in text
+    assert not [text for text in notes("sft", policies, MEASURE, Scale("float32")) if "rounding" in text]
 
 
 def test_prompts_that_do_not_separate():

@@ -65,7 +65,7 @@ def win_rate(figures: JsonObject, measure: str) -> Estimate | None:
 
 def by_chance(run: Run, stage: Stage) -> bool:
     """Tell whether the scores of an evaluation are those of a reward model that cannot be told from a coin."""
-    return stage.record is not None and results.scale_of(run.recorded, stage.record).is_chance
+    return stage.record is not None and results.scale_of(run.recorded, stage.record).is_no_judge
 
 
 def overrated(run: Run) -> Iterator[Found]:

@@ -48,7 +48,7 @@ def _standing(stage: Stage) -> str:
 
 def _result(run: Run) -> str:
     """Name the policy that wins most often; empty without an evaluation that compares any."""
-    best: tuple[float, str] | None = None
+    best: tuple[bool, float, str] | None = None
     for stage, policy, figures in aligned.judged(run):
         for measure, by in (("judge", "the judge"), ("score", "the reward model")):
             rate = aligned.win_rate(figures, measure)
@@ -57,9 +57,10 @@ def _result(run: Run) -> str:
             if measure == "score" and aligned.by_chance(run, stage):
                 break  # what it says of policies is chance too; a note below the table says so
             text = _best(stage, policy, rate, by, figures["prompts"])
-            best = max(best or (rate.value, text), (rate.value, text))
+            one = (rate.low is None or rate.low > 0.5, rate.value, text)  # what is certain comes first
+            best = max(best or one, one)
             break  # the judge's opinion counts where there is one
-    return "" if best is None else best[1]
+    return "" if best is None else best[2]
 
 
 def _best(stage: Stage, policy: str, rate: Estimate, by: str, prompts: int) -> str:

@@ -60,7 +60,9 @@ def choose_device(recorded: Manifest, stages: Sequence[str]) -> Device:
 
 def _trained(record: Record) -> Record:
     """Return the record of the training: of a stage that was taken, the one in the other run."""
-    return record if record.origin is None else record.origin.stages[record.origin.stage]
+    while record.origin is not None:
+        record = record.origin.stages[record.origin.stage]
+    return record
 
 
 @contextlib.contextmanager

@@ -61,4 +61,5 @@ class Finished:
             UserError: naming the first file that is gone or changed, and the stage that makes it again.
         """
         for path, expected in self.files().items():
-            manifest.verify_file(self.run_dir / path, expected, PurePosixPath(path).parts[0])
+            again = f"run {PurePosixPath(path).parts[0]!r} again in that run"
+            manifest.verify_file(self.run_dir / path, expected, again)

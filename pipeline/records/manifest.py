@@ -283,16 +283,16 @@ def verify(run_dir: Path, stage: str, record: Record) -> None:
         UserError: naming the first file that is gone or changed.
     """
     for name, expected in record.output.files.items():
-        verify_file(run_dir / name, expected, stage)
+        verify_file(run_dir / name, expected, f"make it again with `--redo {stage}`")
 
 
-def verify_file(path: Path, expected: str, stage: str) -> None:
-    """Compare a file of a finished stage with its checksum.
+def verify_file(path: Path, expected: str, again: str) -> None:
+    """Compare a file of a finished stage with its checksum. `again`: how it is made again.
 
     Raises:
         UserError: if it is gone or changed.
     """
-    mend = f"Restore the file, or make it again with `--redo {stage}`"
+    mend = f"Restore the file, or {again}"
     if not path.is_file():
         raise UserError(f"{path} is missing. {mend}")
     if file_digest(path) != expected:

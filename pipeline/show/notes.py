@@ -36,9 +36,14 @@ class Scale:
     comparisons: int = 0
 
     @property
-    def is_chance(self) -> bool:
-        """Tell whether the reward model cannot be told from a coin."""
+    def is_no_judge(self) -> bool:
+        """Tell whether the reward model is not better than a coin for certain."""
         return self.accuracy is not None and self.accuracy.low is not None and self.accuracy.low <= CHANCE
+
+    @property
+    def is_reversed(self) -> bool:
+        """Tell whether the reward model is worse than a coin for certain."""
+        return self.accuracy is not None and self.accuracy.high is not None and self.accuracy.high < CHANCE
 
 
 NOTHING_KNOWN = Scale()
@@ -49,8 +54,8 @@ class Line:
     """A policy in a result table, beside the others.
 
     `wins`: its win rate against the baseline by `measure`, the judge where there is one. `by_chance`: this is a reward
-    model that cannot be told from a coin. `same`: the prompts on which it says what the baseline says. `is_first`:
-    stands for the whole table.
+    model that is not better than a coin for certain. `same`: the prompts on which it says what the baseline says.
+    `is_first`: stands for the whole table.
     """
 
     policy: str
@@ -81,13 +86,15 @@ class Line:
         """Tell whether its interval includes a tie, although it says something else."""
         if not self.is_compared or self.wins is None or self.same == self.prompts or self.by_chance:
             return False
-        return self.wins.low is not None and self.wins.high is not None and self.wins.low <= 0.5 <= self.wins.high
+        return _includes_tie(self.wins)
 
     @property
     def is_rounding(self) -> bool:
         """Tell whether its KL is no larger than rounding alone makes it."""
         if self.kl is None or self.policy == self.baseline or self.scale.dtype not in ROUNDED:
             return False
+        if self.wins is not None and not self.by_chance and not _includes_tie(self.wins):
+            return False  # it has moved
         return self.kl <= ROUNDING * self.length
 
     @property
@@ -107,6 +114,11 @@ class Rule:
     when: Callable[[Line], bool]
     text: str
     each: str = ""
+
+
+def _includes_tie(wins: Estimate) -> bool:
+    """Tell whether the interval of a win rate includes one half."""
+    return wins.low is not None and wins.high is not None and wins.low <= 0.5 <= wins.high
 
 
 def needed_prompts(wins: Estimate, prompts: int) -> float:
@@ -146,22 +158,28 @@ RULES = (
     Rule(
         "mostly_cut",
         lambda line: line.policy != BASE and line.ended is not None and 0 < line.ended < MOSTLY_CUT,
-        "Most completions were cut off at `max_new_tokens`, and unfinished texts were scored: raise it. Those that end "
-        "by themselves: {each}.",
+        "Most completions of these policies were cut off at `max_new_tokens`, and unfinished texts were scored: raise "
+        "it. The share that ends by itself: {each}.",
         each="{ended:.0%} of {policy}'s",
     ),
     Rule(
         "chance",
-        lambda line: line.is_first and line.by_chance,
+        lambda line: line.is_first and line.by_chance and not line.scale.is_reversed,
         "The win rates by the reward model say nothing: {scale.reward} cannot be told from chance. Its accuracy is "
-        "{scale.accuracy} on {scale.comparisons} held-out comparisons. Train it on more or cleaner comparisons, or "
-        "name a `judge`.",
+        "{scale.accuracy} on {scale.comparisons} held-out comparisons. Hold out more comparisons, train it on more or "
+        "cleaner ones, or name a `judge`.",
+    ),
+    Rule(
+        "reversed",
+        lambda line: line.is_first and line.by_chance and line.scale.is_reversed,
+        "The win rates by the reward model say nothing: {scale.reward} is wrong more often than right. Its accuracy is "
+        "{scale.accuracy} on {scale.comparisons} held-out comparisons. Look whether chosen and rejected are swapped.",
     ),
     Rule(
         "rounding",
         lambda line: line.is_rounding,
-        "The KL of {each} is what rounding in {scale.dtype} makes by itself (up to 0.003 nats a token): they may be "
-        "nearer to {baseline} than it says. `model.dtype: float32` would tell.",
+        "The KL of {each} is no larger than rounding in {scale.dtype} can make by itself (0.003 nats a token): it may "
+        "be smaller than it says. `model.dtype: float32` would tell.",
         each="{policy}",
     ),
     Rule(
@@ -230,6 +248,6 @@ def _lines(baseline: str, policies: JsonObject, measures: Sequence[tuple[str, st
             kl=summary.get("kl"),
             nothing_ends=nothing_ends,
             is_first=number == 0,
-            by_chance=measure == "score" and scale.is_chance,
+            by_chance=measure == "score" and scale.is_no_judge,
             scale=scale,
         )

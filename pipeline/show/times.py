@@ -8,6 +8,7 @@ from rich.console import Console
 from pipeline.chain import basis, forecast, smoke
 from pipeline.chain.forecast import Measured
 from pipeline.chain.sizes import Size, largest
+from pipeline.config.options import effective
 from pipeline.config.schema import Online, Ppo, RunConfig, Sampled, TrainingStage
 from pipeline.show.facts import Known
 from pipeline.show.screen import Table, say, show
@@ -131,10 +132,13 @@ def shorter(config: RunConfig) -> list[str]:
             keys.append(f"stages.{name}.num_prompts")
         elif isinstance(stage, Ppo):
             keys.append(f"stages.{name}.training.total_episodes")
-        elif isinstance(stage, Online) or (isinstance(stage, TrainingStage) and config.data[stage.data].streaming):
-            keys.append(f"stages.{name}.training.max_steps")
         elif isinstance(stage, TrainingStage):
-            keys.append(f"data.{stage.data}.limit")
+            data = config.data[stage.data]
+            by_steps = effective(stage.kind, stage.training)["max_steps"] > 0
+            if by_steps or isinstance(stage, Online) or data.streaming:
+                keys.append(f"stages.{name}.training.max_steps")
+            elif not data.sources:  # each source has a limit of its own
+                keys.append(f"data.{stage.data}.limit")
     return list(dict.fromkeys(keys))
 
 

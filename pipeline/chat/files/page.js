@@ -192,7 +192,7 @@ async function ask(text) {
     return;
   }
   takeBack(node, text, wasStopped);
-  if (!wasStopped) throw lost;
+  if (!wasStopped) throw lost ?? new Error("The question was not answered; ask again.");
 }
 
 function takeBack(node, text, wasStopped) {
