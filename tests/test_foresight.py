@@ -231,3 +231,15 @@ def test_a_model_without_a_template_is_told(tmp_path, cli):
     (told,) = warnings(cli("plan", path)[1])
     assert told.startswith("model.path: model has no chat template, so turns are written as `plain` does.")
     assert warnings(cli("plan", path, "tokenizer.chat_template=plain")[1]) == []
+
+
+@pytest.mark.parametrize("kind", ["rloo", "grpo"])
+def test_fewer_prompts_than_are_sampled_for_at_once_are_refused(tmp_path, cli, kind):
+    """TRL would make no step at all, also where `max_steps` names some."""
+    training = {"num_generations": 2, "max_completion_length": 8, "max_steps": 1}
+    training |= {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}
+    stages = {"sft": tiny.SFT, "reward": tiny.REWARD, kind: {"data": "demonstrations", "training": training}}
+    code, _, err = cli("plan", tiny.make_run(tmp_path, stages))
+    assert code == 2 and f"stages.{kind}: 12 prompts are fewer than the 16 for which TRL samples at once" in err
+    stages[kind]["training"] = training | {"gradient_accumulation_steps": 3}
+    assert cli("plan", tiny.make_run(tmp_path, stages))[0] == 0

@@ -183,6 +183,11 @@ def _steps(stage: TrainingStage, audit: Audit) -> int:
     batch = batch_of(options)
     if isinstance(stage, Ppo):
         check_batch(rows, options)
+    if isinstance(stage, Online) and rows < _prompts_at_once(options):
+        raise UserError(
+            f"{rows} prompts are fewer than the {_prompts_at_once(options)} for which TRL samples at once in one "
+            f"process ({batch_in_words(options)}), so there would be no step; add rows, or lower one of these options"
+        )
     if options["max_steps"] > 0:
         return int(options["max_steps"])
     if isinstance(stage, Ppo):
@@ -192,14 +197,19 @@ def _steps(stage: TrainingStage, audit: Audit) -> int:
     return math.ceil(math.ceil(rows / batch) * options["num_train_epochs"])
 
 
+def _prompts_at_once(options: Options) -> int:
+    """Return for how many prompts RLOO and GRPO sample at once in one process."""
+    batches = batches_per_sampling(options)
+    return max(options["per_device_train_batch_size"] * batches // options["num_generations"], 1)
+
+
 def _steps_online(options: Options, prompts: int) -> int:
     """Return the optimizer steps of RLOO and GRPO: they sample for so many prompts at once, and leave out the rest.
 
     Several steps may learn from the same completions.
     """
     batches = batches_per_sampling(options)
-    at_once = max(options["per_device_train_batch_size"] * batches // options["num_generations"], 1)
-    learned = prompts // at_once * batches * options["num_iterations"]
+    learned = prompts // _prompts_at_once(options) * batches * options["num_iterations"]
     return math.ceil(math.ceil(learned / options["gradient_accumulation_steps"]) * options["num_train_epochs"])
 
 
