@@ -73,3 +73,20 @@ def test_what_builds_on_the_stopped_stage_is_left_out(tmp_path, stopped, policie
     lines = str(raised.value).splitlines()[1:]
     assert f"rlhf run tiny.yaml 'stages.evaluate.policies={policies}' --until evaluate" in lines[0]
     assert len(lines) == (1 if stopped == "ppo" else 2)  # the second one has PPO as its baseline
+
+
+def test_what_the_same_gate_stops_is_left_out_too(tmp_path, cli, monkeypatch):
+    """The fault is SFT's, from which DPO starts as well."""
+    monkeypatch.setattr(process, "run_stage", in_this_process)
+    sft = tiny.SFT | {"eval_data": "demonstrations", "training": {"max_steps": 1, "learning_rate": 10.0}}
+    path = tiny.make_run(tmp_path, STAGES | {"sft": sft}, gate="stop", gate_limits=LIMITS | {"within_sd": None})
+    tiny.edit(
+        path, {"data": {name: {"path": f"{name}.jsonl", "heldout": 0.3} for name in ("comparisons", "demonstrations")}}
+    )
+    code, _, err = cli("run", path)
+    assert code == 2 and "sft: held-out loss: FAILED" in err
+    what, command = command_of(err)
+    assert what.endswith("(base, sft)") and "stages.evaluate.policies=[]" in command
+    code, out, err = cli(*command[1:])
+    assert code == 0, err
+    assert "win rate" in out

@@ -143,9 +143,10 @@ def _more_rows(config: RunConfig, held_out: Audit, wanted: int) -> str:
     lost = held_out.read / held_out.rows if held_out.rows else 1.0
     whole = sum(size for _, size in held_out.parts)
     at_share = f"at `data.{held_out.dataset}.heldout` = {share:g}"
-    words = (
-        f"for {wanted} held-out rows it needs about {math.ceil(wanted * lost / share):,} {at_share}, and has {whole:,}"
-    )
+    needed = math.ceil(wanted * lost / share)
+    words = f"for {wanted} held-out rows it needs about {needed:,} {at_share}, and has {whole:,}"
+    if needed <= whole:  # prompts fall on the two sides by chance
+        words = f"of its {whole:,} rows {held_out.rows} are held out and usable {at_share}, and {wanted} are needed"
     if wanted * lost <= LARGEST_SHARE * whole:
         return f"Raise `data.{held_out.dataset}.heldout`, or add rows to {held_out.dataset}: {words}"
     return f"Add rows to {held_out.dataset}: {words}"

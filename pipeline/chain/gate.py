@@ -11,6 +11,7 @@ from pathlib import Path
 from pipeline.config import graph
 from pipeline.config.schema import BASE, Evaluate, GateLimits, Reinforced, RunConfig, TrainingStage
 from pipeline.config.stage_types import makes
+from pipeline.records import manifest
 from pipeline.records.manifest import Manifest, Record
 from pipeline.records.stage_folder import GATE
 from pipeline.shift.estimate import Estimate, estimate
@@ -86,8 +87,13 @@ def explained(config: RunConfig, name: str, command: Sequence[str]) -> Iterator[
 
 
 def _tables_without(config: RunConfig, name: str, command: Sequence[str]) -> Iterator[str]:
-    """Say of each evaluation how to get its table without stage `name` and what builds on it."""
-    lost = {name, *graph.descendants(config, name)}
+    """Say of each evaluation how to get its table without stage `name`, what the gate stops too, and what builds on it."""
+    recorded = manifest.read(config.run_path)
+    stopped = [name]
+    if recorded is not None:
+        waiting = [other for other in config.stages if other not in recorded.stages]
+        stopped += [other for other in waiting if any(v.passed is False for v in verdicts(config, other, recorded))]
+    lost = {*stopped, *(below for one in stopped for below in graph.descendants(config, one))}
     for other, stage in config.stages.items():
         if not isinstance(stage, Evaluate):
             continue
