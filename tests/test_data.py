@@ -331,9 +331,29 @@ def test_check_data_shows_everything_and_then_refuses(cli, tmp_path, read):
     assert exit_code == 2
     assert "20 % (at" in shown and "allowed)" in shown  # one row of five; the cell is wrapped
     assert "3 dataset" not in shown and "prefer the longer side" in shown and "have equal chosen and rejected" in shown
+    assert "row 7\n" in shown  # of the file: some of the rows before it are left out
     assert "<user>a<assistant>" in shown and "yes yes<eos>" in shown
     for words in ("`checks.identical`", "`checks.empty`", "`checks.malformed`"):
         assert words in message
+
+
+def test_rows_that_several_stages_get_are_shown_once(cli, tmp_path):
+    """As the stage sees them that trains on parts of them; held-out rows of the same dataset are not shown beside."""
+    comparisons = {"data": "comparisons", "eval_data": "comparisons"}
+    stages = {"sft": tiny.SFT, "reward": comparisons, "dpo": comparisons, "evaluate": {"data": "comparisons"}}
+    path = tiny.make_run(tmp_path, stages)
+    tiny.edit(
+        path, {"data": {name: {"path": f"{name}.jsonl", "heldout": 0.3} for name in ("comparisons", "demonstrations")}}
+    )
+    _, shown, _ = cli("check-data", path, "--sample", "1")
+    titles = [line.partition(" ─")[0] for line in shown.splitlines() if line.endswith("─")]
+    assert titles == [
+        "sft: demonstrations (train)",
+        "reward, dpo: comparisons (train)",
+        "evaluate: comparisons (held-out)",
+    ]
+    (chosen,) = [line for line in shown.splitlines() if line.startswith("chosen: ")]
+    assert chosen.startswith("chosen: ⟦")
 
 
 def test_check_data_of_a_good_run(cli, tmp_path, read):

@@ -294,7 +294,7 @@ def test_status_says_durations_and_headlines(cli, make_record, tmp_path):
         row[0]: row[3] for line in shown.splitlines() if len(row := [c.strip() for c in line.split("│")[1:-1]]) == 6
     }
     assert took == {name: text for text, (name, _) in TOOK.items()} | {"learnt": "1s"}
-    said = "first loss 2.500, loss 0.012, eval loss 0.00123, mean token accuracy nan"
+    said = "first loss 2.500, loss 0.012, held-out loss 0.00123, token accuracy nan"
     assert said in re.sub(r"\s+", " ", shown)
 
 

@@ -419,4 +419,4 @@ def test_the_chain_through_the_command(tmp_path, rlhf, cli):
 
     exit_code, shown, _ = cli("status", tmp_path / "run")
     assert exit_code == 0
-    assert "initial loss 0.500, loss" in shown and "rewards/margins" in shown
+    assert "initial loss 0.500, loss" in shown and "margin" in shown

@@ -87,7 +87,7 @@ def explained(config: RunConfig, name: str, command: Sequence[str]) -> Iterator[
 
 
 def _tables_without(config: RunConfig, name: str, command: Sequence[str]) -> Iterator[str]:
-    """Say of each evaluation how to get its table without stage `name`, what the gate stops too, and what builds on it."""
+    """Say of each evaluation how to get its table without stage `name`, what else the gate stops, and their heirs."""
     recorded = manifest.read(config.run_path)
     stopped = [name]
     if recorded is not None:

@@ -55,7 +55,11 @@ def talk(session: Session, settings: Settings, console: Console) -> None:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  - lets `input` edit the line, and keep those before it
 
-    say(console, f"Answers have at most {settings.max_new_tokens} tokens. /help shows the commands.", "dim")
+    say(
+        console,
+        f"Answers have at most {settings.max_new_tokens} tokens (`--max-new-tokens`). /help shows the commands.",
+        "dim",
+    )
     while True:
         try:
             line = input(f"\n{PROMPT}").strip()

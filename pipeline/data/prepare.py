@@ -35,10 +35,14 @@ NUM_QUIET = 20_000  # fewer rows show no progress bar
 
 @dataclass(frozen=True)
 class Prepared:
-    """The rows of a dataset for one stage, tokenised, and the account of all rows."""
+    """The rows of a dataset for one stage, tokenised, and the account of all rows.
+
+    `numbers`: of each row, its place among all rows of the dataset, from 0; None where texts are cut into pieces.
+    """
 
     rows: Dataset
     audit: Audit
+    numbers: np.ndarray | None
 
 
 class Datasets:
@@ -114,7 +118,8 @@ class Datasets:
         if request.piece_length is not None:
             chosen = _in_pieces(chosen, request.piece_length)
         sequences = len(chosen) if request.packing is None else num_packed(lengths[taken], request)
-        return Prepared(chosen, audit_of(rows, parts, sizes, request, kind, sieve, taken, sequences))
+        audit = audit_of(rows, parts, sizes, request, kind, sieve, taken, sequences)
+        return Prepared(chosen, audit, np.flatnonzero(taken) if request.piece_length is None else None)
 
     def _tokenised(self, part: Part, kind: RowKind, request: Request) -> Dataset:
         """Return all rows of a source, tokenised and measured."""

@@ -186,5 +186,5 @@ def _show(job: Job, figures: JsonObject, about: JsonObject, target: Path, consol
 def _cells(key: str, figures: Sequence[JsonObject], allowed: Sequence[limits.Limit]) -> list[str]:
     cells = []
     for values, limit in zip(figures, allowed, strict=True):
-        cells += [f"{values[key]:.3g}", f"{getattr(limit, key):g}" if hasattr(limit, key) else "-"]
+        cells += [f"{values[key]:.3g}", limits.in_words(limit, key)]
     return cells

@@ -12,6 +12,7 @@ NAMES = {
     "score": "largest difference of a score (log-odds)",
     "mean_score": "mean difference of scores (log-odds)",
 }
+_LEAST = "same_token"  # the figure of those that may not be smaller
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Limit:
 
     log_prob: float
     mean_log_prob: float
-    same_token: float  # at least
+    same_token: float
     score: float
     mean_score: float
 
@@ -46,16 +47,21 @@ LOST = 0.5
 NOTICEABLE = 0.2  # from here on it is told
 
 
+def in_words(limit: Limit, name: str) -> str:
+    """Say how far a figure may go."""
+    if not hasattr(limit, name):
+        return "none"
+    return f"{'at least' if name == _LEAST else 'at most'} {getattr(limit, name):g}"
+
+
 def faults(figures: JsonObject, limit: Limit) -> list[str]:
     """Say which figures are beyond their limit."""
     beyond = []
     for name, most in vars(limit).items():
         if name not in figures:
             continue
-        is_least = name == "same_token"
-        if (figures[name] < most) if is_least else not figures[name] <= most:
-            bound = "at least" if is_least else "at most"
-            beyond.append(f"{NAMES[name]} is {figures[name]:.4g}, expected {bound} {most:g}")
+        if (figures[name] < most) if name == _LEAST else not figures[name] <= most:
+            beyond.append(f"{NAMES[name]} is {figures[name]:.4g}, expected {in_words(limit, name)}")
     return beyond
 
 

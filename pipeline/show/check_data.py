@@ -1,6 +1,8 @@
 """`rlhf check-data`: what becomes of every dataset's rows, what is worth a look, and rows as the model sees them."""
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 from rich.console import Console
@@ -26,6 +28,7 @@ from pipeline.system.streams import either, printable
 
 TRAINED = (("⟦", "⟧"), ("[[", "]]"))  # around tokens that are trained on; the second where the first cannot be printed
 _STYLE = "bold green"
+Parts: TypeAlias = list[tuple[str, list[tuple[str, bool]]]]  # of a row: (label, [(text, whether it is trained on)])
 
 
 def run(config: RunConfig, stages: list[str], sample: int, console: Console) -> None:
@@ -50,9 +53,7 @@ def run(config: RunConfig, stages: list[str], sample: int, console: Console) -> 
     say(console, _start_of_rows(tokenizer, audits))
     say_warnings(list(foresight.no_template(config, tokenizer)), console)
     if sample:
-        for name, audits_by_role in audits.items():
-            for role, audit in audits_by_role.items():
-                show_rows(config, data, name, role, audit, sample, console)
+        show_rows(_samples(config, data, audits, sample), console)
     if problems:
         raise all_of(config.source, "dataset", "cannot be used", problems)
 
@@ -137,11 +138,16 @@ def _finding(audit: Audit, kind: str, finding: Finding, thresholds: dict[str, fl
     is_of_rows = not any(kind in rows.findings for rows in ROWS.values())
     places = ""
     if finding.rows and is_of_rows:
-        places = f"row {', '.join(map(str, finding.rows))}"
-        if sum(len(part.files) for part, _ in audit.parts) > 1:
-            places = "\n".join(map(audit.place, finding.rows))
+        places = _places(audit, finding.rows)
     why = f": {finding.why}" if finding.why else ""
     return words, str(finding.count), f"{_percent(share)}{limit}", places + why
+
+
+def _places(audit: Audit, rows: Sequence[int]) -> str:
+    """Show where rows of a dataset are: their numbers, with their files where there are several."""
+    if sum(len(part.files) for part, _ in audit.parts) > 1:
+        return "\n".join(map(audit.place, rows))
+    return f"row {', '.join(map(str, rows))}"
 
 
 def _percent(share: float) -> str:
@@ -149,33 +155,86 @@ def _percent(share: float) -> str:
     return f"{100 * share:.3g} %"
 
 
-def show_rows(
-    config: RunConfig, read: Datasets, name: str, role: str, audit: Audit, number: int, console: Console
-) -> None:
-    """Show rows of a stage's dataset as the model will see them, spread over the dataset."""
-    stage = config.stages[name]
+@dataclass
+class Sample:
+    """Hold rows of a dataset as the model sees them: for which stages, and of each row where it is and its parts."""
+
+    stages: list[str]
+    audit: Audit
+    rows: list[tuple[str, Parts]]
+
+    @property
+    def marks(self) -> list[bool]:
+        """Tell of all texts whether they are trained on."""
+        return [is_trained for _, parts in self.rows for _, spans in parts for _, is_trained in spans]
+
+    def is_in(self, other: "Sample") -> bool:
+        """Tell whether another sample shows all that this one does: the same texts, and what is trained on of them."""
+
+        def texts(sample: "Sample") -> list[tuple[str, str, str]]:
+            return [
+                (place, label, "".join(text for text, _ in spans))
+                for place, parts in sample.rows
+                for label, spans in parts
+            ]
+
+        return texts(self) == texts(other) and (not any(self.marks) or self.marks == other.marks)
+
+
+def _samples(config: RunConfig, read: Datasets, audits: dict[str, dict[str, Audit]], number: int) -> list[Sample]:
+    """Return samples of all datasets, each rows only once.
+
+    The held-out rows of a dataset are formed as the others are, so that a stage's are not shown beside its others.
+    """
+    samples: list[Sample] = []
+    for name, audits_by_role in audits.items():
+        for role, audit in audits_by_role.items():
+            if role != "data" and audit.dataset == audits_by_role["data"].dataset:
+                continue
+            sample = Sample([name], audit, list(_sampled(config, read, name, role, audit, number)))
+            for other in samples:
+                if sample.is_in(other) or other.is_in(sample):
+                    other.stages.append(name)
+                    other.rows = sample.rows if other.is_in(sample) else other.rows
+                    break
+            else:
+                samples.append(sample)
+    return samples
+
+
+def _sampled(
+    config: RunConfig, read: Datasets, name: str, role: str, audit: Audit, number: int
+) -> Iterator[tuple[str, Parts]]:
+    """Go through rows of a stage's dataset that are spread over it: where each is, and its parts."""
     asked = request(config, name, role)
-    kind = ROWS[asked.rows]
-    title = printable(f"{name}: {audit.dataset} ({audit.split})", console.encoding)
-    console.print(Rule(title, align="left", style="bold cyan"))
-    tokenizer = read.tokenizer
-    assert tokenizer is not None
+    assert read.tokenizer is not None
     rows: Any = [{"input_ids": ids} for ids in audit.head]  # or a Dataset: both give a row for a number
+    numbers = None
     if not audit.streamed:
-        rows = read.prepare(asked).rows
-    opening, closing = (either(*pair, console.encoding) for pair in zip(*TRAINED, strict=True))
+        prepared = read.prepare(asked)
+        rows = prepared.rows
+        numbers = prepared.numbers
     for i in np.linspace(0, len(rows) - 1, min(number, len(rows))).round().astype(int).tolist():
-        say(console, f"row {i} of {len(rows)}", "dim")
-        for label, spans in parts_of(rows[i], kind, stage, tokenizer):
-            line = [(f"{label}: " if label else "", "dim")]
-            for text, is_trained in spans:
-                line.append((f"{opening}{text}{closing}", _STYLE) if is_trained else (text, ""))
-            say(console, line)
+        place = f"piece {i} of {len(rows)}" if numbers is None else _places(audit, [int(numbers[i])])
+        yield place, parts_of(rows[i], ROWS[asked.rows], config.stages[name], read.tokenizer)
 
 
-def parts_of(
-    row: Row, kind: RowKind, stage: Stage, tokenizer: PreTrainedTokenizerFast
-) -> list[tuple[str, list[tuple[str, bool]]]]:
+def show_rows(samples: list[Sample], console: Console) -> None:
+    """Show rows as the model will see them, and where they are; rows of a file are counted from 0."""
+    opening, closing = (either(*pair, console.encoding) for pair in zip(*TRAINED, strict=True))
+    for sample in samples:
+        title = f"{', '.join(sample.stages)}: {sample.audit.dataset} ({sample.audit.split})"
+        console.print(Rule(printable(title, console.encoding), align="left", style="bold cyan"))
+        for place, parts in sample.rows:
+            say(console, place, "dim")
+            for label, spans in parts:
+                line = [(f"{label}: " if label else "", "dim")]
+                for text, is_trained in spans:
+                    line.append((f"{opening}{text}{closing}", _STYLE) if is_trained else (text, ""))
+                say(console, line)
+
+
+def parts_of(row: Row, kind: RowKind, stage: Stage, tokenizer: PreTrainedTokenizerFast) -> Parts:
     """Return a tokenised row as text, special tokens included: (label, [(text, whether it is trained on)])."""
 
     def text(piece: list[int] | str) -> str:

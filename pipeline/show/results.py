@@ -22,6 +22,19 @@ from pipeline.system.json_object import JsonObject
 from pipeline.system.streams import printable
 
 MEASURES = {"judge": "judge", "score": "reward model"}
+# What people call a metric, where its name in the record says less.
+_WORDS = {
+    "eval_loss": "held-out loss",
+    "eval_accuracy": "held-out accuracy",
+    "mean_token_accuracy": "token accuracy",
+    "rewards/accuracies": "accuracy",
+    "rewards/margins": "margin",
+    "initial_kl": "first KL",
+    "kl": "KL",
+    "icc": "ICC",
+    "within_sd": "within-prompt SD",
+    "length_correlation": "score and length",
+}
 
 
 def _makes(record: Record) -> Makes:
@@ -35,9 +48,9 @@ def headline(record: Record) -> str:
         compared = [name for name in metrics["policies"] if name not in ("base", metrics["baseline"])]
         return "\n".join(f"{name}: {_wins(metrics['policies'][name])}" for name in compared)
     if _makes(record) == "shift report":
-        return ", ".join(f"{key} {_figure(metrics[key])}" for key in ("icc", "within_sd", "length_correlation"))
+        return ", ".join(f"{_WORDS[key]} {_figure(metrics[key])}" for key in ("icc", "within_sd", "length_correlation"))
     present = [key for key in STAGE_TYPES[record.type].headline if key in metrics]
-    figures = ", ".join(f"{key.replace('_', ' ')} {number(metrics[key])}" for key in present)
+    figures = ", ".join(f"{_WORDS.get(key, key.replace('_', ' '))} {number(metrics[key])}" for key in present)
     resumed = f" (resumed at step {record.resumed_from_step})" if record.resumed_from_step else ""
     return figures + resumed
 
@@ -174,11 +187,15 @@ def recorded_in(run_dir: Path) -> Manifest:
 
 
 def status(run_dir: Path, console: Console) -> None:
-    """Show the chain so far: stage, parents, duration, headline metrics, output, how to load it; then what is left."""
+    """Show how to load each output, then the chain so far (stage, parents, duration, headline metrics, output), the
+    results, and what is left: what people read first comes last, where a terminal shows it.
+    """
     recorded = manifest.read(run_dir)
     if recorded is None and show_unfinished(run_dir, {}, console):
         return
     recorded = recorded_in(run_dir)
+    for name, record in recorded.stages.items():
+        _show_output(run_dir, recorded, name, record, console)
     table = Table(f"{recorded.name}: {run_dir}", ("stage", "type", "from", "took", "metrics", "output"))
     for name, record in recorded.stages.items():
         parents = ", ".join(dict.fromkeys(record.parents.values())) or "-"
@@ -188,12 +205,15 @@ def status(run_dir: Path, console: Console) -> None:
     show(table, console)
     shift_table(recorded, console)
     result_table(recorded, console)
-    for name, record in recorded.stages.items():
-        say(console, f"\n{name}", "bold")
-        if record.origin is not None:
-            say(console, f"taken from {record.origin.stage} of the run {record.origin.name}, in {record.origin.path}")
-        if record.reason not in (None, manifest.NOT_FINISHED):  # of a first run there is nothing to tell
-            say(console, f"why it ran: {record.reason}")
-        code = printable(snippet(run_dir, recorded, record), console.encoding)
-        console.print(code, highlight=False, markup=False, emoji=False, soft_wrap=True)  # to be copied: never wrapped
     show_unfinished(run_dir, {name: record.started for name, record in recorded.stages.items()}, console)
+
+
+def _show_output(run_dir: Path, recorded: Manifest, name: str, record: Record, console: Console) -> None:
+    """Show how to load a stage's output, where it was taken from, and why it ran again."""
+    say(console, name, "bold")
+    if record.origin is not None:
+        say(console, f"taken from {record.origin.stage} of the run {record.origin.name}, in {record.origin.path}")
+    if record.reason not in (None, manifest.NOT_FINISHED):  # of a first run there is nothing to tell
+        say(console, f"why it ran: {record.reason}")
+    code = printable(snippet(run_dir, recorded, record), console.encoding)
+    console.print(code, "", sep="\n", highlight=False, markup=False, emoji=False, soft_wrap=True)  # never wrapped
