@@ -74,15 +74,24 @@ def run(
 @click.argument("config", type=click.Path())
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--accelerate-config", metavar="FILE", help="Check for a run with the same option.")
-def plan(config: str, overrides: tuple[str, ...], accelerate_config: str | None) -> None:
+@click.option(
+    "--minutes",
+    metavar="N",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Name values with which the run takes about so long, by what its smoke run has measured.",
+)
+def plan(config: str, overrides: tuple[str, ...], accelerate_config: str | None, minutes: float | None) -> None:
     """Check CONFIG and its data and show what `rlhf run` would do, without training or writing anything."""
-    from pipeline import launcher
+    from pipeline import planner
     from pipeline.config.load import load
     from pipeline.system import disk
 
     loaded = load(config, overrides)
     with disk.reported(loaded.run_path):
-        launcher.show_plan(loaded, console(), accelerate_config)
+        if minutes is not None:
+            planner.show_values(loaded, console(), minutes, overrides, accelerate_config)
+            return
+        planner.show_plan(loaded, console(), accelerate_config)
 
 
 @cli.command("check-data", short_help="Read all data, say what is wrong with it, show rows.")

@@ -1,36 +1,35 @@
-"""`rlhf run` and `rlhf plan`: decide, check everything, then one process per stage that is not current.
+"""`rlhf run`: decide, check everything, then one process per stage that is not current.
 
 A smoke run is a run of the same stages, made short.
 """
 
 import contextlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.rule import Rule
 
-from pipeline.chain import cuts, forecast, gate, other_run, run_folder, smoke, staleness
+from pipeline import planner
+from pipeline.chain import cuts, forecast, gate, run_folder, smoke
 from pipeline.chain.staleness import Decision
 from pipeline.config import graph
 from pipeline.config.graph import parents, waits_for
 from pipeline.config.load import load
-from pipeline.config.schema import Reinforced, RunConfig, Taken
+from pipeline.config.schema import Reinforced, RunConfig
 from pipeline.html import place
 from pipeline.launch import devices, files, process
 from pipeline.launch.stage_server import StageServer
 from pipeline.records import last_run, manifest
 from pipeline.records.last_run import LastRun, Planned
-from pipeline.records.manifest import Manifest
 from pipeline.records.stage_folder import CHECKPOINTS, LOCK
 from pipeline.records.states import Chain, State, this_process
 from pipeline.show import plan, results, times
-from pipeline.show.facts import NOTHING, Known, look
-from pipeline.show.screen import say, show
+from pipeline.show.facts import NOTHING, look
+from pipeline.show.screen import say
 from pipeline.show.watch import Screen
-from pipeline.system.device import Device
 from pipeline.system.errors import StageFailed, UserError, unknown
 
 
@@ -56,18 +55,6 @@ def select(config: RunConfig, until: str | None, only: str | None, redo: tuple[s
     return selected
 
 
-def show_plan(config: RunConfig, console: Console, accelerate_config: str | None = None) -> None:
-    """Check and print what a run would do, without writing to the run folder."""
-    recorded, decisions = _decide(config)
-    launch_files = files.of_stages(config, list(config.stages), accelerate_config)
-    pending = {one.stage: launch_files[one.stage] for one in decisions if one.run}
-    chosen = devices.of_stages(config, pending)
-    known = look(config, recorded, list(config.stages))
-    _show(config, decisions, known, chosen, launch_files, console)
-    for table in known.tables:
-        show(table, console)
-
-
 def run(
     config: RunConfig,
     console: Console,
@@ -85,7 +72,7 @@ def run(
         StageFailed: if a stage's process failed.
     """
     selected = select(config, until, only, redo)
-    recorded, decisions = _decide(config, redo)
+    recorded, decisions = planner.decide(config, redo)
     pending = {one.stage: one.reason for one in decisions if one.run and one.stage in selected}
     _check_parents(config, decisions, selected)
     launch_files = files.of_stages(config, list(pending), accelerate_config)
@@ -96,10 +83,9 @@ def run(
     # Forgotten before the tokenizer is looked at: if no finished stage is left, it may change.
     known = look(config, recorded.without(forgotten), list(pending)) if pending else NOTHING
     if config.smoke is None:
-        _show(config, [one for one in decisions if one.stage in selected], known, chosen, launch_files, console)
-    _tidy(config, [one.stage for one in decisions if not one.run])
-    if forgotten:
-        manifest.drop(config.run_path, forgotten)
+        about = [one for one in decisions if one.stage in selected]
+        planner.show_decisions(config, about, known, chosen, launch_files, console)
+    _tidy(config, [one.stage for one in decisions if not one.run], forgotten)
     planned = _planned(config, decisions, overrides, accelerate_config)
     if pending:
         with _reported_if_failed(config, console), _screen(config, decisions, selected, console) as screen:
@@ -157,24 +143,7 @@ def smoke_run(
         measured = smoke.measure(short, config, sizes, cut, chosen, processes, launches)
         forecast.write(short.run_path, measured)
         seconds = times.foretold(config, known.sizes, chosen, processes, launches)
-    times.say_result(config, measured, seconds, _command(config, of_run, accelerate_config), console)
-
-
-def _show(
-    config: RunConfig,
-    decisions: list[Decision],
-    known: Known,
-    chosen: dict[str, Device],
-    launch_files: Mapping[str, str | None],
-    console: Console,
-) -> None:
-    processes = files.processes({name: launch_files[name] for name in chosen})
-    launches = files.digests(launch_files)
-    seconds = times.foretold(config, known.sizes, chosen, processes, launches)
-    plan.plan_table(config, decisions, known.stages, chosen, seconds, console)
-    times.say_times(config, known, chosen, processes, seconds, console)
-    times.say_changed(times.changed(config, chosen, processes, launches), console)
-    plan.say_warnings(known.warnings, console)
+    times.say_result(config, measured, seconds, planner.command(config, of_run, accelerate_config), console)
 
 
 @contextlib.contextmanager
@@ -196,12 +165,6 @@ def _report(config: RunConfig, console: Console, only_if_outdated: bool = False)
     page.at_end(config.run_path, console)
 
 
-def _command(config: RunConfig, overrides: tuple[str, ...], accelerate_config: str | None) -> list[str]:
-    """Return the command that starts a run."""
-    options = [] if accelerate_config is None else ["--accelerate-config", accelerate_config]
-    return ["rlhf", "run", str(config.source), *overrides, *options]
-
-
 def _planned(
     config: RunConfig, decisions: list[Decision], overrides: tuple[str, ...], accelerate_config: str | None
 ) -> LastRun:
@@ -216,7 +179,7 @@ def _planned(
         stages[decision.stage] = Planned(type=stage.type, parents=roles, reason=reason)
     return LastRun(
         started=last_run.now(),
-        command=_command(config, overrides, accelerate_config),
+        command=planner.command(config, overrides, accelerate_config),
         folder=str(Path.cwd()),
         config=config.source.read_text(encoding="utf-8", errors="replace"),
         stages=stages,
@@ -248,29 +211,8 @@ def _title(config: RunConfig, name: str, number: int, total: int) -> str:
     return f"{number}/{total}  {name}{words}"
 
 
-def _decide(config: RunConfig, redo: tuple[str, ...] = ()) -> tuple[Manifest, list[Decision]]:
-    """Read the run's manifest and decide what happens to each stage.
-
-    Raises:
-        UserError: if a file of a stage that is skipped is not as recorded: then it is not true that nothing changed;
-            or if a stage cannot be taken from another run.
-    """
-    recorded = run_folder.open_run(config)
-    decisions = staleness.decide(config, recorded, redo)
-    for decision in decisions:
-        if not decision.run:
-            manifest.verify(config.run_path, decision.stage, recorded.stages[decision.stage])
-    taken = [one.stage for one in decisions if one.run and isinstance(config.stages[one.stage], Taken)]
-    if taken:
-        others = recorded.without([one.stage for one in decisions if one.run])
-        _, tokenizer = run_folder.tokenizer_of(config, others)
-        for name in taken:
-            other_run.check(config, name, recorded, tokenizer)
-    return recorded, decisions
-
-
-def _tidy(config: RunConfig, finished: list[str]) -> None:
-    """Remove what processes left that were killed after a record was written, or while the manifest was.
+def _tidy(config: RunConfig, finished: list[str], forgotten: set[str]) -> None:
+    """Forget stages that run again. Remove what processes left that were killed as they wrote a record, or after it.
 
     Under the locks, since another process may be at work; what cannot be removed does no harm.
     """
@@ -283,6 +225,8 @@ def _tidy(config: RunConfig, finished: list[str]) -> None:
         with contextlib.suppress(OSError, Timeout), FileLock(folder / LOCK).acquire(timeout=0):
             if name in run_folder.open_run(config).stages:
                 shutil.rmtree(folder / CHECKPOINTS)
+    if forgotten:
+        manifest.drop(config.run_path, forgotten)
 
 
 def _check_parents(config: RunConfig, decisions: list[Decision], selected: list[str]) -> None:

@@ -25,7 +25,7 @@ FLOORS = (
     ("export", "rl"),
     ("chat", "html", "label", "stages"),
 )
-DOORS = ("cli", "cli_results", "launcher", "stage", "stage_server", "__main__")
+DOORS = ("cli", "cli_results", "planner", "launcher", "stage", "stage_server", "__main__")
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 MAX_LINES = 300  # of a file
 MAX_FUNCTION_LINES = 45

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from filelock import FileLock
 from trl.trainer.utils import RepeatSampler
 
 from pipeline import stage
-from pipeline.chain import basis, cuts, forecast, preflight, smoke
+from pipeline.chain import basis, budget, cuts, forecast, preflight, smoke
 from pipeline.chain.sizes import Size
 from pipeline.config import batch_sizes
 from pipeline.config.load import load
@@ -25,7 +26,6 @@ from pipeline.launch import devices, files, process
 from pipeline.records import manifest
 from pipeline.records.progress import Entry, Reader
 from pipeline.records.stage_folder import LOCK
-from pipeline.show.times import shorter
 from pipeline.system import locks
 from pipeline.system.device import Device, num_cores
 
@@ -85,12 +85,13 @@ def rows_of(shown, title):
     return cells
 
 
-def test_every_type_of_stage_beside_the_run(tmp_path, rlhf, cli):
+def test_every_type_of_stage_beside_the_run(tmp_path, rlhf, cli, monkeypatch):
     path = write(tmp_path)
     config = load(path)
     assert {its.kind for its in config.stages.values()} == KINDS.keys()
     before = rows_of(cli("plan", path)[1], "tiny: plan")
-    load(path, tuple(f"{key}=4" for key in shorter(config)))  # they are keys of this config
+    code, _, err = cli("plan", path, "--minutes", "1")
+    assert code == 2 and f"from a smoke run; run it first: rlhf run {path} --smoke" in err
     done = rlhf("run", path, "--smoke")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
     folder = tmp_path / "runs" / "tiny-smoke"
@@ -117,9 +118,36 @@ def test_every_type_of_stage_beside_the_run(tmp_path, rlhf, cli):
         time = after[name].pop(-2)
         assert after[name] == row  # the same rows, tokens, steps and parameters
         assert float(time.split()[0]) > 0, name
+    monkeypatch.setattr(budget, "FEWEST_STEPS", 1)
+    check_values(path, cli, sum(seconds(row[-2]) for row in rows_of(out, "tiny: plan").values()))
     # Another device, type or adapter would take another time.
     other = rows_of(cli("plan", path, "lora.r=2")[1], "tiny: plan")
     assert other["sft"][-2] == "" and other["pretrain"][-2] != ""
+
+
+def seconds(text):
+    number, unit = text.split()
+    return float(number) * {"s": 1, "min": 60, "hours": 3600}[unit]
+
+
+def check_values(path, cli, total):
+    """The command for a shorter run is one that the plan foretells the same time of; a long time changes nothing."""
+    code, out, err = cli("plan", path, "--minutes", "0.01")
+    assert code == 0, err
+    found = {name: row for name, row in rows_of(out, "tiny: a run of").items() if name != "stage"}
+    assert all(" of " in row[1] for name, row in found.items() if name not in ("reward-shift", "evaluate")), found
+    then = {name: row[3] for name, row in found.items()}
+    assert then.keys() == load(path).stages.keys()
+    assert "More cannot be saved with values that make sense" in out and total > sum(map(seconds, then.values()))
+    _, _, words = out.partition("The run: ")
+    command = shlex.split(words)
+    assert command[:3] == ["rlhf", "run", str(path)]
+    code, shown, err = cli("plan", *command[2:])
+    assert code == 0, err
+    assert {name: row[-2] for name, row in rows_of(shown, "tiny: plan").items() if name != "stage"} == then
+    out = cli("plan", path, "--minutes", "600")[1]
+    assert {row[1] for name, row in rows_of(out, "tiny: a run of").items() if name != "stage"} == {"-"}
+    assert out.rstrip().endswith(f"The run: rlhf run {path}")
 
 
 def check_forecast(config, one, folder):
@@ -498,3 +526,32 @@ def test_a_plan_warns_of_days_on_a_cpu(tmp_path, cli):
     said = words(out).split("warning: ")[1]
     assert code == 0 and said.startswith("on this CPU the run would take about ")
     assert "(most of it: sft " in said and "`rlhf run CONFIG --smoke` measures it" in said
+
+
+# A run as long as somebody has
+
+
+def test_the_stages_that_take_longest_are_made_shorter_first():
+    found = {
+        "short": budget.Lever(rows=100, fewest=10, per_row=0.1, fixed=1),
+        "long": budget.Lever(rows=1000, fewest=10, per_row=0.5, fixed=2),
+        "longer": budget.Lever(rows=1000, fewest=10, per_row=1.0, fixed=3),
+    }
+    assert budget.fit(found, 1e6) == {name: lever.rows for name, lever in found.items()}
+    rows = budget.fit(found, 116)
+    assert rows == {"short": 100, "long": 100, "longer": 50}  # 10 s, and 50 s for each of the two others
+    assert budget.fit(found, 0) == {"short": 10, "long": 10, "longer": 10}
+
+
+@pytest.mark.parametrize(
+    ("then", "steps", "accumulated"), [(80, 10, 2), (79, 19, 1), (40, 10, 1), (160, 20, 2), (120, 15, 2)]
+)
+def test_fewer_rows_are_smaller_batches_before_they_are_too_few_steps(tmp_path, then, steps, accumulated):
+    training = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    path = tiny.make_run(tmp_path, {"sft": tiny.SFT | {"training": training}})
+    change = budget.change(load(path), "sft", 200, then, 1)
+    expected = {"training.max_steps": steps}
+    if accumulated != 2:
+        expected["training.gradient_accumulation_steps"] = accumulated
+    assert change.keys == expected
+    assert budget.change(load(path), "sft", 200, 200, 1).keys == {}

@@ -7,9 +7,10 @@ from rich.console import Console
 
 from pipeline.chain import basis, forecast, smoke
 from pipeline.chain.forecast import Measured
+from pipeline.chain.foresight import FEWEST_PROMPTS, FEWEST_STEPS
 from pipeline.chain.sizes import Size, largest
-from pipeline.config.options import effective
-from pipeline.config.schema import Online, Ppo, RunConfig, Sampled, TrainingStage
+from pipeline.config.schema import RunConfig
+from pipeline.config.stage_types import type_of
 from pipeline.show.facts import Known
 from pipeline.show.screen import Table, say, show
 from pipeline.show.tables import about
@@ -17,6 +18,7 @@ from pipeline.system.device import Device
 
 DAY = 86400
 WORTH_SHORTENING = 1200  # seconds
+NOTABLY = 1.1  # times as long as somebody wants
 WORTH_SAYING = 1.5  # times as large a batch makes a difference
 
 
@@ -124,22 +126,27 @@ def say_changes(
         say(console, "The gate lets every model pass: after so few steps none is good. Its models are of no use.")
 
 
-def shorter(config: RunConfig) -> list[str]:
-    """Return the keys that a run's time depends on: rows of datasets, steps or episodes, prompts."""
-    keys = []
-    for name, stage in config.stages.items():
-        if isinstance(stage, Sampled):
-            keys.append(f"stages.{name}.num_prompts")
-        elif isinstance(stage, Ppo):
-            keys.append(f"stages.{name}.training.total_episodes")
-        elif isinstance(stage, TrainingStage):
-            data = config.data[stage.data]
-            by_steps = effective(stage.kind, stage.training)["max_steps"] > 0
-            if by_steps or isinstance(stage, Online) or data.streaming:
-                keys.append(f"stages.{name}.training.max_steps")
-            elif not data.sources:  # each source has a limit of its own
-                keys.append(f"data.{stage.data}.limit")
-    return list(dict.fromkeys(keys))
+def say_values(
+    config: RunConfig,
+    minutes: float,
+    changes: Mapping[str, Sequence[str]],
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    console: Console,
+) -> None:
+    """Say what is changed of each stage so that a run takes so many minutes, and how long it takes then."""
+    table = Table(f"{config.name}: a run of {about(60 * minutes)}", ("stage", "change", "time", "then"))
+    for name, words in changes.items():
+        table.add(name, ", ".join(words) or "-", about(before[name]), about(after[name]))
+    show(table, console)
+    total = sum(after.values())
+    say(console, f"In all {about(total)}, as the smoke run foretells.")
+    if total > NOTABLY * 60 * minutes:
+        longest = max(after, key=lambda name: after[name])
+        length = type_of(config.stages[longest]).new_tokens or "training.max_length"
+        few = f"fewer than {FEWEST_STEPS} steps or {FEWEST_PROMPTS} prompts say nothing"
+        ways = f"lower `stages.{longest}.{length}`, leave the stage out, or take a GPU or a smaller model"
+        say(console, f"More cannot be saved with values that make sense: {few}. {longest} takes longest: {ways}.")
 
 
 def say_result(
@@ -165,7 +172,8 @@ def say_result(
             console, f"Smaller batches than the run's were measured: {', '.join(smaller)}. There it may take less time."
         )
     if sum(seconds.values()) > WORTH_SHORTENING:
-        say(console, f"To make it shorter, lower {', '.join(f'`{key}`' for key in shorter(full))}.")
+        values = shlex.join([*command[:1], "plan", *command[2:], "--minutes", "60"])
+        say(console, f"Values with which it takes an hour, for a try: {values}")
     say(
         console,
         f"Every stage works. `rlhf plan` shows these times, from {smoke.folder_of(full)}; nothing else uses it.",

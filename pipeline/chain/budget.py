@@ -1,0 +1,145 @@
+"""Find values with which a run takes about as long as somebody has: fewer steps, episodes and prompts.
+
+Stages that take longest are made shorter first, down to what still makes sense: 10 optimizer steps, 10 prompts.
+Datasets stay as they are, so that the same prompts stay held out.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from pipeline.chain import forecast
+from pipeline.chain.forecast import Measured
+from pipeline.chain.foresight import FEWEST_PROMPTS, FEWEST_STEPS
+from pipeline.chain.sizes import Size
+from pipeline.config.batch_sizes import batch_of
+from pipeline.config.options import effective
+from pipeline.config.schema import Offline, Options, Ppo, RunConfig, Sampled, TrainingStage
+
+_HALVINGS = 60  # of an interval of seconds: beyond what a float can tell apart
+
+
+@dataclass(frozen=True)
+class Lever:
+    """Hold what makes a stage shorter: rows that it works on, the fewest that make sense, and the seconds of a row.
+
+    `fixed`: the seconds that do not grow with the rows. Rows are prompts where a stage samples, episodes in PPO.
+    """
+
+    rows: int
+    fewest: int
+    per_row: float
+    fixed: float
+
+    def at(self, limit: float) -> int:
+        """Return the rows that take at most `limit` seconds, as far as that makes sense."""
+        if self.per_row * self.rows <= limit:
+            return self.rows
+        return max(self.fewest, int(limit / self.per_row))
+
+
+@dataclass(frozen=True)
+class Change:
+    """Say what is changed of a stage, in words and as overrides of its section: key -> value."""
+
+    words: list[str] = field(default_factory=list)
+    keys: dict[str, int] = field(default_factory=dict)
+
+
+def changes(
+    config: RunConfig,
+    sizes: Mapping[str, Size],
+    measured: Mapping[str, Measured],
+    processes: Mapping[str, int],
+    wanted: float,
+) -> dict[str, Change]:
+    """Say how each stage of `processes` is changed so that all take about `wanted` seconds, as far as that makes sense.
+
+    `measured`: by a smoke run.
+    """
+    found = {name: _lever(config, name, sizes[name], measured[name], number) for name, number in processes.items()}
+    rows = fit(found, wanted)
+    return {name: change(config, name, lever.rows, rows[name], processes[name]) for name, lever in found.items()}
+
+
+def _lever(config: RunConfig, name: str, size: Size, measured: Measured, processes: int) -> Lever:
+    """Return what makes a stage shorter."""
+    work = forecast.work(config, name, size, processes)
+    kind = "sampling" if isinstance(config.stages[name], Sampled) else "training"
+    whole = forecast.seconds(measured, work)
+    grows = whole - forecast.seconds(measured, work | {kind: 0.0})
+    rows = _rows(config, name, size, processes)
+    return Lever(rows, min(rows, _fewest(config, name, processes)), grows / max(rows, 1), whole - grows)
+
+
+def fit(found: Mapping[str, Lever], wanted: float) -> dict[str, int]:
+    """Return the rows of each stage with which all take at most `wanted` seconds, as far as that makes sense.
+
+    No stage that is made shorter has more seconds for its rows than another that is.
+    """
+    low = 0.0
+    high = max((lever.per_row * lever.rows for lever in found.values()), default=0.0)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        total = sum(lever.fixed + lever.per_row * lever.at(middle) for lever in found.values())
+        low, high = (low, middle) if total > wanted else (middle, high)
+    return {name: lever.at(low) for name, lever in found.items()}
+
+
+def change(config: RunConfig, name: str, now: int, then: int, processes: int) -> Change:
+    """Say how a stage gets `then` rows instead of `now`."""
+    if then >= now:
+        return Change()
+    stage = config.stages[name]
+    if isinstance(stage, Sampled):
+        return Change([f"{then} of {now} prompts"], {"num_prompts": then})
+    assert isinstance(stage, TrainingStage), "a stage samples or trains"
+    options = effective(stage.kind, stage.training)
+    batch = batch_of(options, processes)
+    if isinstance(stage, Ppo):
+        episodes = max(then // batch, 1) * batch
+        return Change([f"{episodes:,} of {now:,} episodes"], {"training.total_episodes": episodes})
+    if not isinstance(stage, Offline):  # what is sampled at once is bound to the batch
+        steps = max(then // batch, 1)
+        return Change([f"{steps:,} of {now // batch:,} steps"], {"training.max_steps": steps})
+    return _fewer_rows(options, now, then, processes)
+
+
+def _fewer_rows(options: Options, now: int, then: int, processes: int) -> Change:
+    """Train on fewer rows: by fewer steps, and where these would be too few, by smaller ones."""
+    before = options["gradient_accumulation_steps"]
+    at_once = options["per_device_train_batch_size"] * processes
+    accumulated = min(before, max(then // (FEWEST_STEPS * at_once), 1))
+    steps = max(then // (accumulated * at_once), 1)
+    words = [f"{steps:,} of {math.ceil(now / (before * at_once)):,} steps"]
+    keys = {"training.max_steps": steps}
+    if accumulated != before:
+        keys["training.gradient_accumulation_steps"] = accumulated
+        words.append(f"of {accumulated * at_once} rows instead of {before * at_once}")
+    return Change(words, keys)
+
+
+def _rows(config: RunConfig, name: str, size: Size, processes: int) -> int:
+    """Return the rows that a stage works on."""
+    stage = config.stages[name]
+    if isinstance(stage, Sampled):
+        return min(size.rows, stage.num_prompts or size.rows)
+    assert isinstance(stage, TrainingStage), "a stage samples or trains"
+    options = effective(stage.kind, stage.training)
+    batch = batch_of(options, processes)
+    if isinstance(stage, Ppo):
+        return int(options["total_episodes"] or math.ceil(options["num_train_epochs"] * size.rows / batch) * batch)
+    steps = size.steps if options["max_steps"] > 0 else math.ceil(size.steps / processes)
+    return steps * batch
+
+
+def _fewest(config: RunConfig, name: str, processes: int) -> int:
+    """Return the fewest rows that make sense for a stage."""
+    stage = config.stages[name]
+    if isinstance(stage, Sampled):
+        return FEWEST_PROMPTS
+    assert isinstance(stage, TrainingStage), "a stage samples or trains"
+    options = effective(stage.kind, stage.training)
+    if isinstance(stage, Offline):
+        return FEWEST_STEPS * int(options["per_device_train_batch_size"]) * processes
+    return FEWEST_STEPS * batch_of(options, processes)
