@@ -251,7 +251,7 @@ def test_status_says_why_a_stage_ran(cli, tmp_path, make_record):
     manifest.commit(tmp_path, "sft", make_record(reason="config changed: training.learning_rate (0.1 -> 0.2)"))
     manifest.commit(tmp_path, "dpo", make_record(type="dpo"))
     _, stdout, _ = cli("status", tmp_path)
-    assert "\nsft\nwhy it ran: config changed: training.learning_rate (0.1 -> 0.2)\n" in stdout
+    assert "sft\nwhy it ran: config changed: training.learning_rate (0.1 -> 0.2)\n" in stdout
     assert stdout.count("why it ran") == 1
 
 

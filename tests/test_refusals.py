@@ -5,7 +5,7 @@ import tiny
 from test_equalities import run
 from trl import GRPOConfig
 
-from pipeline import launcher
+from pipeline import planner
 from pipeline.chain import preflight, run_folder
 from pipeline.config import precision
 from pipeline.config.lineage import start_of
@@ -29,7 +29,7 @@ def refused_by_plan(path, *overrides):
     """The message of the plan's refusal; the config alone passes."""
     config = load(path, overrides)
     with pytest.raises(UserError) as refusal:
-        launcher.show_plan(config, None)
+        planner.show_plan(config, None)
     return str(refusal.value)
 
 

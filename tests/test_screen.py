@@ -145,9 +145,9 @@ def test_errors_are_wrapped_on_a_terminal_alone(cli, on_terminal, tmp_path, monk
 
 def test_status_on_a_narrow_terminal_and_in_a_pipe(cli, on_terminal, run_dir, monkeypatch):
     narrow = on_terminal(40, "stdout", "status", "run")
-    assert narrow.startswith("tiny: run\n- sft\n  type: sft\n  from: -\n  took: 1s\n  metrics: loss 1.000\n")
+    assert "\n\ntiny: run\n- sft\n  type: sft\n  from: -\n  took: 1s\n  metrics: loss 1.000\n" in narrow
     wide = on_terminal(100, "stdout", "status", "run")
-    assert wide.startswith("tiny: run\n┏━")
+    assert "\n\ntiny: run\n┏━" in wide
     monkeypatch.setenv("COLUMNS", "40")  # as readline exports it
     exit_code, piped, _ = cli("status", "run")
     assert (exit_code, piped) == (0, wide)
@@ -199,7 +199,7 @@ def test_status_is_shown_in_any_encoding(encoded, make_record, tmp_path, encodin
     manifest.write(run_dir, Manifest(name="tiny", stages={"sft": make_record(output=full)}))
     shown = encoded(encoding, "status", run_dir)
     name = "a [red]x[/red] [/] " + ("漢" if encoding == "utf-8" else "\\u6f22")
-    assert shown.startswith(f"tiny: {tmp_path / name}\n")
+    assert f"\n\ntiny: {tmp_path / name}\n" in shown
     assert ("┃" in shown) == (encoding == "utf-8")
     assert ("| stage |" in shown) == (encoding != "utf-8")
 
@@ -323,7 +323,7 @@ def test_status_while_another_process_writes(cli, run_dir, make_record):
         while not done.is_set():
             exit_code, stdout, stderr = cli("status", run_dir)
             assert (exit_code, stderr) == (0, "")
-            assert stdout.startswith(f"tiny: {run_dir}\n")
+            assert f"tiny: {run_dir}\n" in stdout
             looks += 1
     finally:
         writer.join()

@@ -17,6 +17,7 @@ from test_equalities import QUANTISED, run
 from test_readme import fences
 from test_smoke import CPU, in_this_process
 
+from pipeline import planner
 from pipeline.chain import cuts, earlier_data, forecast, other_run, run_folder, staleness
 from pipeline.config.lineage import shares_backbone
 from pipeline.config.load import load, recall
@@ -193,9 +194,7 @@ def test_a_second_round_by_the_command(both, said, rlhf):
 
 def plan(config: Path) -> list[staleness.Decision]:
     """Decide and check as `rlhf plan` does before it looks at the data."""
-    from pipeline import launcher
-
-    return launcher._decide(load(config))[1]
+    return planner.decide(load(config))[1]
 
 
 def test_what_another_run_has_trained_on_is_not_evaluated_on_in_silence(both, said):
