@@ -77,8 +77,8 @@ def run(
 @click.option(
     "--minutes",
     metavar="N",
-    type=click.FloatRange(min=0, min_open=True),
-    help="Name values with which the run takes about so long, by what its smoke run has measured.",
+    type=click.FloatRange(min=0, min_open=True, max=525_600),
+    help="Print the command of a run of about N minutes, by the times of its smoke run.",
 )
 def plan(config: str, overrides: tuple[str, ...], accelerate_config: str | None, minutes: float | None) -> None:
     """Check CONFIG and its data and show what `rlhf run` would do, without training or writing anything."""
@@ -86,6 +86,8 @@ def plan(config: str, overrides: tuple[str, ...], accelerate_config: str | None,
     from pipeline.config.load import load
     from pipeline.system import disk
 
+    if minutes != minutes:
+        raise click.UsageError("--minutes: expected a number, got nan")
     loaded = load(config, overrides)
     with disk.reported(loaded.run_path):
         if minutes is not None:

@@ -143,7 +143,8 @@ def smoke_run(
         measured = smoke.measure(short, config, sizes, cut, chosen, processes, launches)
         forecast.write(short.run_path, measured)
         seconds = times.foretold(config, known.sizes, chosen, processes, launches)
-    times.say_result(config, measured, seconds, planner.command(config, of_run, accelerate_config), console)
+    start = planner.command(config, of_run, accelerate_config)
+    times.say_result(config, measured, seconds, start, selected == list(config.stages), console)
 
 
 @contextlib.contextmanager

@@ -45,11 +45,14 @@ def show_values(
     """
     recorded, decisions = decide(config)
     pending = [one.stage for one in decisions if one.run]
+    if not pending:
+        say(console, "Every stage is finished: nothing can be made shorter.")
+        return
     launch_files = files.of_stages(config, pending, accelerate_config)
     chosen = devices.of_stages(config, launch_files)
     processes = files.processes(launch_files)
     launches = files.digests(launch_files)
-    sizes = look(config, recorded, pending).sizes if pending else {}
+    sizes = look(config, recorded, pending).sizes
     before = times.foretold(config, sizes, chosen, processes, launches)
     if lacking := [name for name in sizes if name not in before]:
         times.say_changed(times.changed(config, chosen, processes, launches), console)
@@ -59,12 +62,12 @@ def show_values(
     changes = budget.changes(config, sizes, measured, {name: processes[name] for name in before}, 60 * minutes)
     added = [f"stages.{name}.{key}={value}" for name, one in changes.items() for key, value in one.keys.items()]
     shorter = load(config.source, (*overrides, *added))
-    after = before
-    if added:
-        after = times.foretold(shorter, look(shorter, recorded, pending).sizes, chosen, processes, launches)
+    known = look(shorter, recorded, pending)
+    after = times.foretold(shorter, known.sizes, chosen, processes, launches)
     words = {name: one.words for name, one in changes.items()}
+    plan.say_warnings(known.warnings, console)
     times.say_values(config, minutes, words, before, after, console)
-    say(console, f"The run: {shlex.join(command(config, (*overrides, *added), accelerate_config))}")
+    say(console, f"The run:\n{shlex.join(command(config, (*overrides, *added), accelerate_config))}")
 
 
 def command(config: RunConfig, overrides: tuple[str, ...], accelerate_config: str | None) -> list[str]:

@@ -124,7 +124,8 @@ def _prepare(config: RunConfig, name: str, launch: Launch, progress: Progress) -
         manifest.verify(config.run_path, parent, recorded.stages[parent])
     verdicts = gate.check(config, name, recorded)
     for verdict in verdicts if config.smoke is None else []:  # a few rows say nothing about a model
-        progress.say(f"{name}: gate: {verdict}")
+        goes_on = ". It goes on, since `gate` is `warn`" if verdict.passed is False else ""
+        progress.say(f"{name}: gate: {verdict}{goes_on}")
     identity = decision.identity or staleness.identify(config, name, recorded)  # it may not be readable
     folder = config.run_path / name / CHECKPOINTS
     if launch.redo:

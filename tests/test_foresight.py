@@ -12,18 +12,18 @@ from pipeline.chain.foresight import fewest_comparisons
 from pipeline.config.load import load
 from pipeline.shift.calibration import wilson
 
-PPO = tiny.PPO | {"data": "demonstrations"}
+PPO = tiny.PPO | {"data": "demonstrations", "training": tiny.PPO["training"] | {"total_episodes": 80}}
 REWARD = tiny.REWARD | {"eval_data": "held_out"}
 DATA = ("comparisons", "demonstrations", "held_out")
 EVALUATE = {"data": "held_out", "max_new_tokens": 40}
 TRAINING = tiny.TRAINING | {"gradient_checkpointing": False}
 
 
-def make(folder, num_held_out=12, gate="stop", **stages):
+def make(folder, num_held_out=25, gate="stop", **stages):
     """A run of SFT, a reward model and PPO, with so many held-out comparisons."""
     stages = {"sft": tiny.SFT, "reward": REWARD, "ppo": PPO, "evaluate": EVALUATE} | stages
     path = tiny.make_run(folder, stages, gate=gate, training=TRAINING)
-    rows = [row | {"prompt": f"Once more, {number}: {row['prompt']}"} for number, row in enumerate(tiny.comparisons())]
+    rows = [row | {"prompt": f"Once more, {number}: {row['prompt']}"} for number, row in enumerate(many())]
     tiny.write_rows(folder / "held_out.jsonl", rows[:num_held_out])
     tiny.edit(path, {"data": {name: {"path": f"{name}.jsonl"} for name in DATA}})
     return path
@@ -68,7 +68,9 @@ def test_four_comparisons_can_pass_and_a_limit_may_ask_for_more(tmp_path, cli):
     path = make(tmp_path, num_held_out=4)
     code, out, err = cli("plan", path)
     assert code == 0, err
-    assert "the gate" not in out
+    (told, *_) = warnings(out)
+    assert told.startswith("stages.ppo: the gate may not pass: reward has 4 held-out comparisons of held_out. A reward")
+    assert "that is right on 70% of them needs 25. Name a larger dataset as `stages.reward.eval_data`, or say" in told
     code, _, err = cli("plan", path, "gate_limits.accuracy=0.8")
     assert code == 2 and "reward has 4 held-out comparisons" in err and "needs 16." in err
     assert math.isclose(wilson(16, 16).low, 16 / (16 + 1.959964**2), rel_tol=1e-6)
@@ -135,7 +137,9 @@ def test_rows_that_are_all_too_long_name_the_length_and_the_keys(tmp_path, cli, 
     longest = max(len(tokenizer.encode(text, add_special_tokens=False)) for text in texts)
     code, _, err = cli("plan", path, "stages.sft.training.max_length=5", f"checks.too_long={allowed}")
     assert code == 2
-    words = f"the longest has {longest} tokens: raise `training.max_length`, or say `too_long: truncate`"
+    words = (
+        f"the longest has {longest} tokens: raise `training.max_length`, or say `too_long: truncate` at the top level"
+    )
     assert err.rstrip().endswith(words)  # without these rows there are none
 
 
@@ -151,8 +155,8 @@ def test_of_rows_that_are_too_long_only_what_is_not_set_is_advised(tmp_path, cli
     assert code == 2 and "1 stage cannot run" in said  # of two datasets
     for role in ("data", "eval_data"):
         assert f"stages.reward: `{role}`: " in said
-    go_on = "or say `checks: {too_long: null}` to go on without them"
-    assert f"raise `training.max_length`, or say `too_long: truncate`, {go_on}" in said
+    go_on = "or say `checks: {too_long: null}` at the top level to go on without them"
+    assert f"raise `training.max_length`, or say `too_long: truncate` at the top level, {go_on}" in said
     code, _, err = cli("plan", path, "gate=off", "too_long=truncate")
     said = " ".join(err.split())
     assert code == 2 and f"raise `training.max_length`, {go_on}" in said and "too_long: truncate" not in said
@@ -179,12 +183,12 @@ def test_an_evaluation_on_a_few_prompts_is_told(tmp_path, cli):
     changes = ("stages.evaluate.data=comparisons", "gate=off")
     (told,) = warnings(cli("plan", path, *changes)[1])
     assert (
-        told.startswith("stages.evaluate: ") and "Add rows to comparisons: for 10 held-out rows it needs about " in told
+        told.startswith("stages.evaluate: ") and "Add rows to comparisons: for 20 held-out rows it needs about " in told
     )
     tiny.write_rows(tmp_path / "comparisons.jsonl", [row | {"prompt": f"{n}"} for n, row in enumerate(many())])
     (told,) = warnings(cli("plan", path, *changes, "data.comparisons.heldout=0.1")[1])
     assert (
-        "Raise `data.comparisons.heldout`, or add rows to comparisons: for 10 held-out rows it needs about 100 " in told
+        "Raise `data.comparisons.heldout`, or add rows to comparisons: for 20 held-out rows it needs about 200 " in told
     )
     assert warnings(cli("plan", path, f"stages.evaluate.num_prompts={foresight.FEWEST_PROMPTS}")[1]) == []
 
@@ -243,3 +247,11 @@ def test_fewer_prompts_than_are_sampled_for_at_once_are_refused(tmp_path, cli, k
     assert code == 2 and f"stages.{kind}: 12 prompts are fewer than the 16 for which TRL samples at once" in err
     stages[kind]["training"] = training | {"gradient_accumulation_steps": 3}
     assert cli("plan", tiny.make_run(tmp_path, stages))[0] == 0
+
+
+def test_few_updates_of_ppo_are_told(tmp_path, cli):
+    path = make(tmp_path)
+    (told,) = warnings(cli("plan", path, "stages.ppo.training.total_episodes=72")[1])
+    batch = "`training.per_device_train_batch_size` = 4 x `training.gradient_accumulation_steps` = 2"
+    assert told.startswith("stages.ppo: 9 updates of the policy change a model little; raise `training.total_episodes`")
+    assert f"or lower the batch of 8 ({batch})" in told

@@ -67,9 +67,8 @@ OVERRATED = {"score_win_rate": [0.9, 0.85, 0.95], "judge_win_rate": [0.6, 0.55, 
 CASES = [
     ({"sft": {"eval_loss": 2.5}}, [("learned nothing", "sft")], "2.500 after training and was 2.000 before"),
     ({"sft": {"first_token": first_token(0.6)}}, [("empty completions", "sft")], "60% of its prompts"),
-    ({"reward": {"held_out": COIN}}, [("chance", "reward"), ("by heart", "reward")], "includes chance"),
+    ({"reward": {"held_out": COIN}}, [("chance", "reward")], "includes chance"),
     ({"reward": {"held_out": None}}, [("not measured", "reward")], "Give it `eval_data`"),
-    ({"reward": {"accuracy": 1.0, "held_out": calibration([1.0] * 70 + [-1.0] * 30)}}, [("by heart", "reward")], "70%"),
     ({"ppo": {"alarms": [ALARM]}}, [("alarm", "ppo")], f"Remedy: {HEALTHY[0].remedy}"),
     ({"evaluate": policies(ppo=OVERRATED)}, [("overrated", "reward")], "It overrates ppo"),
     ({"evaluate": policies(dpo=LOSES)}, [("no better", "dpo")], "It loses to sft by the judge: its win rate is 0.30"),
@@ -92,7 +91,7 @@ def test_a_rule_names_its_stage(tmp_path, metrics, expected, text):
 
 def test_every_rule_has_a_case():
     told = {rule for _, expected, _ in CASES for rule, _ in expected}
-    elsewhere = {"rows left out", "rows worth a look", "failed", "gate", "overfitted", "shift"}  # the tests below
+    elsewhere = {"rows left out", "rows worth a look", "failed", "gate", "overfitted", "by heart", "shift"}  # below
     assert told | elsewhere == {rule.name for rule in rules.RULES}
 
 
@@ -105,6 +104,21 @@ def test_a_held_out_loss_that_rises_again(tmp_path, stage):
     assert "least at step 1 (1.000) and is 1.200 at the end" in rules.findings(run)[0].text
     run.stages[stage] = type(run.stages[stage])(**(grown | {"history": RISING[:2]}))
     assert found(run) == []
+
+
+def test_rows_are_learned_by_heart_only_when_they_come_again(tmp_path):
+    """In the first epoch each row is new when its accuracy is measured."""
+    run = run_with(tmp_path, reward={"held_out": calibration([1.0] * 70 + [-1.0] * 30)})
+    grown = vars(run.stages["reward"])
+    logs = [{"step": 10 * n, "epoch": n / 2, "accuracy": 1.0 if n in (1, 2, 6) else 0.9} for n in range(1, 7)]
+    run.stages["reward"] = type(run.stages["reward"])(**(grown | {"history": logs[:2]}))
+    assert found(run) == []
+    run.stages["reward"] = type(run.stages["reward"])(**(grown | {"history": logs}))
+    assert found(run) == [("by heart", "reward")]
+    said = (
+        "In its last epoch it is right on 95% of rows that it saw before, and on 70% of held-out ones: it learned rows"
+    )
+    assert rules.findings(run)[0].text.startswith(said)
 
 
 def with_rows(folder, **section):
@@ -143,7 +157,7 @@ def test_the_first_place_of_the_chain_comes_first(tmp_path):
         changes = {"datasets": {"data": data}} if name == "dpo" else {}
         records[name] = record(name, metrics=metrics_of(name) | metrics.get(name, {}), **changes)
     run = reading.read(report_runs.write(tmp_path, records))
-    order = ["the data of dpo", "sft", "sft", "reward", "reward", "ppo", "dpo"]
+    order = ["the data of dpo", "sft", "sft", "reward", "ppo", "dpo"]
     assert [what for _, what in found(run)] == order
     said = words.summarise(run)
     assert said.first.what == "the data of dpo" and [one.what for one in said.others] == order[1:]

@@ -106,7 +106,7 @@ def test_every_type_of_stage_beside_the_run(tmp_path, rlhf, cli, monkeypatch):
     rows = recorded.stages["sft"].datasets["data"]["rows"]  # the others are evaluated on
     assert changed["sft"] == ["sft", f"8 of {rows}", f"2 of {math.ceil(rows / 4) * 2}", "4", ""]
     assert changed["ppo"] == ["ppo", f"8 of {rows}", "2 of 12", "4", "8"]
-    assert "Every stage works." in done.stdout and "gate:" not in done.stdout
+    assert "Every stage works." in done.stdout and ": gate: " not in done.stdout
     measured = forecast.read(folder)
     assert list(measured) == list(config.stages)
     check_forecast(config, measured["sft"], folder)
@@ -138,16 +138,16 @@ def check_values(path, cli, total):
     assert all(" of " in row[1] for name, row in found.items() if name not in ("reward-shift", "evaluate")), found
     then = {name: row[3] for name, row in found.items()}
     assert then.keys() == load(path).stages.keys()
-    assert "More cannot be saved with values that make sense" in out and total > sum(map(seconds, then.values()))
-    _, _, words = out.partition("The run: ")
-    command = shlex.split(words)
+    assert "It cannot be shorter. " in out and "The gate may stop it" in out
+    assert total > sum(map(seconds, then.values()))
+    command = shlex.split(out.splitlines()[-1])
     assert command[:3] == ["rlhf", "run", str(path)]
     code, shown, err = cli("plan", *command[2:])
     assert code == 0, err
     assert {name: row[-2] for name, row in rows_of(shown, "tiny: plan").items() if name != "stage"} == then
     out = cli("plan", path, "--minutes", "600")[1]
     assert {row[1] for name, row in rows_of(out, "tiny: a run of").items() if name != "stage"} == {"-"}
-    assert out.rstrip().endswith(f"The run: rlhf run {path}")
+    assert out.splitlines()[-2:] == ["The run:", f"rlhf run {path}"]
 
 
 def check_forecast(config, one, folder):
@@ -510,10 +510,10 @@ def test_work_of_each_kind(tmp_path):
     config = load(tiny.make_run(tmp_path, stages, training=tiny.SMALL | {"num_train_epochs": 3}))
     size = Size(10, 200, 10, 9, 3, 40, 1000)
     assert forecast.work(config, "sft", size) == {"training": 600, "held_out": (2 + 3) * 40}
-    assert forecast.work(config, "reward", size) == {"training": 600, "held_out": (1 + 2) * 40}
+    assert forecast.work(config, "reward", size) == {"training": 600, "held_out": (2 + 2) * 40}
     assert forecast.work(config, "ppo", size) == {"training": 24 * (20 + 12), "sampling": 10 * 4 * (20 + 12)}
     assert forecast.work(config, "grpo", size) == {"training": 9 * 4 * (20 + 6)}
-    assert forecast.work(config, "reward", size, 4) == {"training": 600, "held_out": (1 + 0) * 40}
+    assert forecast.work(config, "reward", size, 4) == {"training": 600, "held_out": (2 + 0) * 40}
     assert forecast.work(config, "grpo", size, 4) == {"training": 9 * 4 * (20 + 6)}  # as many prompts as ever
     assert forecast.operations(config, "sft", size, 1000, 1) == 1000 * (6 * 600 + 2 * 200)
     assert forecast.operations(config, "ppo", size, 1000, 1) == 1000 * (6 * 2 * 2 * 24 * 32 + 2 * 40 * 32)
@@ -538,6 +538,9 @@ def test_the_stages_that_take_longest_are_made_shorter_first():
         "longer": budget.Lever(rows=1000, fewest=10, per_row=1.0, fixed=3),
     }
     assert budget.fit(found, 1e6) == {name: lever.rows for name, lever in found.items()}
+    for share in range(1, 200):  # the whole is never one row less
+        odd = {"only": budget.Lever(rows=1024, fewest=10, per_row=7.431 / share, fixed=5)}
+        assert budget.fit(odd, 1e12) == budget.fit(odd, 5 + 1024 * 7.431 / share) == {"only": 1024}
     rows = budget.fit(found, 116)
     assert rows == {"short": 100, "long": 100, "longer": 50}  # 10 s, and 50 s for each of the two others
     assert budget.fit(found, 0) == {"short": 10, "long": 10, "longer": 10}
@@ -555,3 +558,12 @@ def test_fewer_rows_are_smaller_batches_before_they_are_too_few_steps(tmp_path, 
         expected["training.gradient_accumulation_steps"] = accumulated
     assert change.keys == expected
     assert budget.change(load(path), "sft", 200, 200, 1).keys == {}
+
+
+def test_no_change_has_more_steps_than_before_and_a_warm_up_stays_its_share(tmp_path):
+    training = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "warmup_steps": 6}
+    path = tiny.make_run(tmp_path, {"sft": tiny.SFT | {"training": training}})
+    change = budget.change(load(path), "sft", 96, 76, 1)
+    assert change.words == ["12 of 12 steps", "of 4 rows instead of 8"]
+    keys = budget.change(load(path), "sft", 480, 160, 1).keys
+    assert keys == {"training.max_steps": 20, "training.warmup_steps": 2}

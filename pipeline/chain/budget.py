@@ -12,11 +12,12 @@ from pipeline.chain import forecast
 from pipeline.chain.forecast import Measured
 from pipeline.chain.foresight import FEWEST_PROMPTS, FEWEST_STEPS
 from pipeline.chain.sizes import Size
-from pipeline.config.batch_sizes import batch_of
+from pipeline.config.batch_sizes import batch_of, cycle
 from pipeline.config.options import effective
 from pipeline.config.schema import Offline, Options, Ppo, RunConfig, Sampled, TrainingStage
 
 _HALVINGS = 60  # of an interval of seconds: beyond what a float can tell apart
+_ROUNDED = 1 + 1e-9  # for what is equal but for rounding
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Lever:
 
     def at(self, limit: float) -> int:
         """Return the rows that take at most `limit` seconds, as far as that makes sense."""
-        if self.per_row * self.rows <= limit:
+        if self.per_row * self.rows <= limit * _ROUNDED:
             return self.rows
         return max(self.fewest, int(limit / self.per_row))
 
@@ -65,9 +66,8 @@ def changes(
 def _lever(config: RunConfig, name: str, size: Size, measured: Measured, processes: int) -> Lever:
     """Return what makes a stage shorter."""
     work = forecast.work(config, name, size, processes)
-    kind = "sampling" if isinstance(config.stages[name], Sampled) else "training"
     whole = forecast.seconds(measured, work)
-    grows = whole - forecast.seconds(measured, work | {kind: 0.0})
+    grows = whole - forecast.seconds(measured, work | forecast.at_least(config, name, size))
     rows = _rows(config, name, size, processes)
     return Lever(rows, min(rows, _fewest(config, name, processes)), grows / max(rows, 1), whole - grows)
 
@@ -77,6 +77,8 @@ def fit(found: Mapping[str, Lever], wanted: float) -> dict[str, int]:
 
     No stage that is made shorter has more seconds for its rows than another that is.
     """
+    if sum(lever.fixed + lever.per_row * lever.rows for lever in found.values()) <= wanted:
+        return {name: lever.rows for name, lever in found.items()}
     low = 0.0
     high = max((lever.per_row * lever.rows for lever in found.values()), default=0.0)
     for _ in range(_HALVINGS):
@@ -98,10 +100,13 @@ def change(config: RunConfig, name: str, now: int, then: int, processes: int) ->
     batch = batch_of(options, processes)
     if isinstance(stage, Ppo):
         episodes = max(then // batch, 1) * batch
-        return Change([f"{episodes:,} of {now:,} episodes"], {"training.total_episodes": episodes})
+        keys = {"training.total_episodes": episodes} | _shorter_warmup(options, episodes / now)
+        return Change([f"{episodes:,} of {now:,} episodes"], keys)
     if not isinstance(stage, Offline):  # what is sampled at once is bound to the batch
-        steps = max(then // batch, 1)
-        return Change([f"{steps:,} of {now // batch:,} steps"], {"training.max_steps": steps})
+        together = cycle(options, processes)  # steps that learn from the same completions
+        steps = max(then // batch // together, 1) * together
+        keys = {"training.max_steps": steps} | _shorter_warmup(options, steps * batch / now)
+        return Change([f"{steps:,} of {now // batch:,} steps"], keys)
     return _fewer_rows(options, now, then, processes)
 
 
@@ -109,14 +114,21 @@ def _fewer_rows(options: Options, now: int, then: int, processes: int) -> Change
     """Train on fewer rows: by fewer steps, and where these would be too few, by smaller ones."""
     before = options["gradient_accumulation_steps"]
     at_once = options["per_device_train_batch_size"] * processes
-    accumulated = min(before, max(then // (FEWEST_STEPS * at_once), 1))
-    steps = max(then // (accumulated * at_once), 1)
-    words = [f"{steps:,} of {math.ceil(now / (before * at_once)):,} steps"]
-    keys = {"training.max_steps": steps}
+    whole = math.ceil(now / (before * at_once))
+    accumulated = min(before, max(then // (min(FEWEST_STEPS, whole) * at_once), 1))
+    steps = min(max(then // (accumulated * at_once), 1), whole)
+    words = [f"{steps:,} of {whole:,} steps"]
+    keys = {"training.max_steps": steps} | _shorter_warmup(options, steps / whole)
     if accumulated != before:
         keys["training.gradient_accumulation_steps"] = accumulated
         words.append(f"of {accumulated * at_once} rows instead of {before * at_once}")
     return Change(words, keys)
+
+
+def _shorter_warmup(options: Options, share: float) -> dict[str, int]:
+    """Return the key of a warm-up of so many steps, as the share of all steps that it was; a share stays one."""
+    steps = options["warmup_steps"]
+    return {"training.warmup_steps": max(int(steps * share), 1)} if steps >= 1 else {}
 
 
 def _rows(config: RunConfig, name: str, size: Size, processes: int) -> int:

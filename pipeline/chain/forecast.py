@@ -20,7 +20,7 @@ from pipeline.config.batch_sizes import cycle
 from pipeline.config.options import effective
 from pipeline.config.schema import Evaluate, Offline, Online, Options, Ppo, RunConfig, Sampled, Shift, TrainingStage
 from pipeline.config.stage_types import makes
-from pipeline.config.type_row import POLICIES
+from pipeline.config.type_row import POLICIES, REWARD_MODELS
 from pipeline.records.manifest import Record
 from pipeline.records.progress import FINISHING, HELD_OUT, LOADING, TRAINING, Entry
 from pipeline.records.stage_folder import SMOKE
@@ -77,8 +77,22 @@ def work(config: RunConfig, name: str, size: Size, processes: int = 1, evaluatio
     else:
         done["training"] = size.tokens * options["num_train_epochs"]
     if isinstance(stage, Offline) and stage.eval_data is not None:
+        if options["max_steps"] > 0 and size.sequences:  # it may end before its epochs do
+            options = options | {"num_train_epochs": rows / size.sequences}
         number = _evaluations(stage, options, size.steps, processes) if evaluations is None else evaluations
         done["held_out"] = number * size.eval_tokens
+    return done
+
+
+def at_least(config: RunConfig, name: str, size: Size) -> Work:
+    """Return the tokens that a stage works on however short it is, of the kinds of work that can be less."""
+    stage = config.stages[name]
+    if isinstance(stage, Sampled):
+        return {"sampling": 0.0}
+    done: Work = {"training": 0.0}
+    if isinstance(stage, Offline) and stage.eval_data is not None:
+        options = effective(stage.kind, stage.training) | {"num_train_epochs": 0, "max_steps": -1}
+        done["held_out"] = _evaluations(stage, options, 0, 1) * size.eval_tokens
     return done
 
 
@@ -91,13 +105,15 @@ def _draws(stage: Sampled) -> int:
 
 
 def _evaluations(stage: Offline, options: Options, steps: int, processes: int) -> int:
-    """Return how often a stage measures its loss on `eval_data`: at the end, a policy at the start, and in between.
+    """Return how often a stage looks at `eval_data`: at the end, and in between.
+
+    A policy does so at the start too. A reward model scores every comparison once more for its record.
 
     `steps`: those of one process, unless `max_steps` says how many there are.
     """
     if options["max_steps"] <= 0:
         steps = math.ceil(steps / processes)
-    number = 2 if makes(stage, *POLICIES) else 1
+    number = 2 if makes(stage, *POLICIES, *REWARD_MODELS) else 1
     if options["eval_strategy"] == "epoch":
         number += math.ceil(options["num_train_epochs"])
     elif options["eval_strategy"] == "steps":

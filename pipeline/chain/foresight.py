@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pipeline.config import graph
 from pipeline.config.batch_sizes import batch_in_words, batch_of
 from pipeline.config.options import effective, value_at
-from pipeline.config.schema import Evaluate, Reinforced, RunConfig, Shift, TrainingStage
+from pipeline.config.schema import Evaluate, Offline, Ppo, Reinforced, RunConfig, Shift, TrainingStage
 from pipeline.config.stage_types import type_of
 from pipeline.data import chat_templates
 from pipeline.data.audit import QUANTILES, Audit
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Audits = Mapping[str, Mapping[str, Audit]]  # of each stage that is looked at, by role
-FEWEST_PROMPTS = 10  # of an evaluation; the interval of a win rate is then 0.31 to either side
+FEWEST_PROMPTS = 20  # of an evaluation, as the notes below its table have it
 FEWEST_STEPS = 10  # of a training; after fewer a model is about what it was
 LARGEST_SHARE = 0.5  # of a dataset that is worth holding out
 FAIR = 0.7  # the accuracy of a reward model that is good enough to learn from
@@ -35,6 +35,8 @@ def warnings(config: RunConfig, audits: Audits, steps: Mapping[str, int]) -> Ite
     """Say what is likely to be a mistake, and can be meant; `steps`: of the stages that train."""
     if config.gate == "warn":
         yield from _closed_gates(config, audits)
+    if config.gate != "off":
+        yield from _narrow_gates(config, audits)
     for name, by_role in audits.items():
         stage = config.stages[name]
         if isinstance(stage, Shift) and config.gate != "off":
@@ -78,6 +80,25 @@ def _closed_gates(config: RunConfig, audits: Audits) -> Iterator[str]:
             f"stages.{name}: the gate cannot pass: {stage.reward} has {held_out.rows} held-out comparisons of "
             f"{held_out.dataset}. A reward model that is right on all of them needs {fewest}{more}. "
             f"{_more_comparisons(config, stage.reward, held_out, fair or fewest)}, or say `gate: warn`"
+        )
+
+
+def _narrow_gates(config: RunConfig, audits: Audits) -> Iterator[str]:
+    """Say of which stages the gate lets pass a reward model only if it is right on nearly all held-out comparisons."""
+    limit = config.gate_limits.accuracy
+    for name in audits:
+        stage = config.stages[name]
+        if limit is None or not isinstance(stage, Reinforced) or stage.reward is None:
+            continue
+        held_out = audits.get(stage.reward, {}).get("eval_data")
+        fewest = fewest_comparisons(limit)
+        fair = fewest_comparisons(limit, FAIR)
+        if held_out is None or fewest is None or fair is None or not fewest <= held_out.rows < fair:
+            continue
+        yield (
+            f"stages.{name}: the gate may not pass: {stage.reward} has {held_out.rows} held-out comparisons of "
+            f"{held_out.dataset}. A reward model that is right on {FAIR:.0%} of them needs {fair}. "
+            f"{_more_comparisons(config, stage.reward, held_out, fair)}, or say `gate: warn`"
         )
 
 
@@ -153,14 +174,18 @@ def _more_rows(config: RunConfig, held_out: Audit, wanted: int) -> str:
 
 
 def _few_steps(config: RunConfig, name: str, audit: Audit, steps: int) -> Iterator[str]:
-    """Say of a stage that learns from comparisons whether its rows make so few steps that it hardly learns."""
+    """Say of a stage whether it makes so few steps that it hardly learns."""
     stage = config.stages[name]
-    if not isinstance(stage, TrainingStage) or type_of(stage).rows != "comparisons" or steps >= FEWEST_STEPS:
+    if not isinstance(stage, TrainingStage) or steps >= FEWEST_STEPS:
         return
     options = effective(stage.kind, stage.training)
-    if options["max_steps"] > 0:  # somebody has chosen the number
-        return
     plural = "" if steps == 1 else "s"
+    if isinstance(stage, Ppo):
+        ways = f"raise `training.total_episodes`, or lower the batch of {batch_of(options)} ({batch_in_words(options)})"
+        yield f"stages.{name}: {steps} update{plural} of the policy change a model little; {ways}"
+        return
+    if options["max_steps"] > 0 or not isinstance(stage, Offline):  # somebody has chosen the number
+        return
     yield (
         f"stages.{name}: it trains for {steps} optimizer step{plural} on {audit.rows} rows of {audit.dataset}, which "
         f"changes a model little. Add rows, raise `training.num_train_epochs` (it is "

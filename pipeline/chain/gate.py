@@ -105,7 +105,7 @@ def _tables_without(config: RunConfig, name: str, command: Sequence[str]) -> Ite
         start = [word for word in command if not word.startswith(key)]
         words = shlex.join([*start, f"{key}[{','.join(policies)}]", "--until", other])
         compared = ", ".join(dict.fromkeys([BASE, str(stage.baseline), *policies]))
-        yield f"The table of {other} without {name} ({compared}) comes from: {words}"
+        yield f"The table of {other} without {name} ({compared}) comes from:\n    {words}"
 
 
 def _keep(folder: Path, judged: list[Verdict], stops: bool) -> None:

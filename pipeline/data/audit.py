@@ -47,7 +47,7 @@ class Audit:
     head: tuple[list[int], ...] = ()  # of a stream: token ids of its first pieces
     longest_dropped: int = 0  # tokens of the longest row that is left out as too long
     few: tuple[int, int] | None = None
-    truncates: bool = False  # rows that are too long are cut where that is possible
+    truncates: bool | None = False  # rows that are too long are cut where that is possible; None: never in this stage
 
     @property
     def dataset(self) -> str:
@@ -107,10 +107,10 @@ class Audit:
     def _how_to_keep(self, go_on: bool) -> str:
         """Say what to do about rows that are too long; `go_on`: whether the stage could go on without them."""
         ways = [f"raise `{self.limit[0]}`"]
-        if not self.truncates:
-            ways.append("say `too_long: truncate`")
+        if self.truncates is False:
+            ways.append("say `too_long: truncate` at the top level")
         if go_on:
-            ways.append("say `checks: {too_long: null}` to go on without them")
+            ways.append("say `checks: {too_long: null}` at the top level to go on without them")
         return f"the longest has {self.longest_dropped} tokens: {', or '.join(ways)}"
 
     def record(self) -> JsonObject:

@@ -16,7 +16,7 @@ from pipeline.export.ancestors import lineage
 from pipeline.export.job import Job
 from pipeline.export.source import Source
 from pipeline.shift.estimate import estimate
-from pipeline.show.results import MEASURES, headline, win_rate
+from pipeline.show.results import MEASURES, headline, notes_of, win_rate
 from pipeline.show.tables import duration, number
 from pipeline.system.json_object import JsonObject
 
@@ -108,7 +108,7 @@ def _comparison(job: Job, figures: JsonObject, about: JsonObject) -> str:
             continue
         row = [label]
         for _, values, limit in columns:
-            row += [f"{values[key]:.3g}", f"{getattr(limit, key):g}" if hasattr(limit, key) else "-"]
+            row += [f"{values[key]:.3g}", limits.in_words(limit, key)]
         rows.append(row)
     head = ["", *(name for label, _, _ in columns for name in (label, "limit"))]
     text = f"It was read back in a new process and compared with the stage on {figures['exact'][unit]} {unit}: "
@@ -174,6 +174,7 @@ def _results(source: Source) -> str:
             "",
         ]
         lines += [_table((*head, "KL (nats)", "length", "ended"), rows)]
+        lines += [f"- {cell(note)}" for note in notes_of(source.recorded, record)] + [""]
     return "\n".join(["## Results", "", *lines]) if lines else ""
 
 

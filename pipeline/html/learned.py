@@ -116,15 +116,24 @@ def unmeasured(run: Run) -> Iterator[Found]:
 
 
 def by_heart(run: Run) -> Iterator[Found]:
-    """Yield the reward models that are right on rows that they trained on, and much less on others."""
+    """Yield the reward models that are right on rows that they saw before, and much less on others."""
     for stage in run.finished(*REWARD_MODELS):
         accuracy = _accuracy(stage)
-        trained = stage.metrics.get("accuracy")
+        trained = _seen_before(stage)
         if accuracy is None or trained is None or trained - accuracy.value <= LEARNED_BY_HEART:
             continue
         if accuracy.high is not None and trained > accuracy.high:
-            text = f"It is right on {trained:.0%} of the last rows that it trained on, and on {accuracy.value:.0%} of"
-            yield stage.name, f"{text} held-out ones: it learned rows by heart. Train for fewer epochs or on more rows."
+            text = f"In its last epoch it is right on {trained:.0%} of rows that it saw before, and on"
+            mend = "it learned rows by heart. Train for fewer epochs or on more rows."
+            yield stage.name, f"{text} {accuracy.value:.0%} of held-out ones: {mend}"
+
+
+def _seen_before(stage: Stage) -> float | None:
+    """Return the accuracy in training over the last epoch; None in the first one, where each row is new."""
+    points = [(entry["epoch"], entry["accuracy"]) for entry in stage.history if {"epoch", "accuracy"} <= entry.keys()]
+    last = max((epoch for epoch, _ in points), default=0.0)
+    seen = [accuracy for epoch, accuracy in points if epoch > max(last - 1, 1.0)]
+    return sum(seen) / len(seen) if seen else None
 
 
 def _accuracy(stage: Stage) -> Estimate | None:

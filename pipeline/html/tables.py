@@ -48,7 +48,9 @@ def data(stage: Stage) -> Table | None:
     columns = ("for", "dataset", "split", "rows read", "rows used", "tokens", "left out", "worth a look")
     table = Table(f"What went into {stage.name}", columns)
     for role, section in sections.items():
-        used = _count(section.get("used", section.get("rows")))
+        used = _count(section.get("rows"))
+        if section.get("used", section.get("rows")) != section.get("rows"):
+            used = f"{_count(section['used'])} of {used}"
         if _is_streamed(section):
             used = "streamed, not counted"
         table.add(

@@ -61,7 +61,7 @@ def run(config: RunConfig, stages: list[str], sample: int, console: Console) -> 
 def _start_of_rows(tokenizer: PreTrainedTokenizerFast, audits: dict[str, dict[str, Audit]]) -> str:
     """Say whether rows begin with BOS, as texts did when the model was trained."""
     if begins_with(tokenizer) is None:
-        return "Rows begin without BOS: the tokenizer puts none before a text."
+        return "The tokenizer puts no BOS before a text: rows begin as the chat template writes them."
     bos = tokenizer.bos_token
     without = [name for name, roles in audits.items() if any(_lacks_bos(audit) for audit in roles.values())]
     if not without:
@@ -145,9 +145,20 @@ def _finding(audit: Audit, kind: str, finding: Finding, thresholds: dict[str, fl
 
 def _places(audit: Audit, rows: Sequence[int]) -> str:
     """Show where rows of a dataset are: their numbers, with their files where there are several."""
-    if sum(len(part.files) for part, _ in audit.parts) > 1:
+    if sum(len(part.files) for part, _ in audit.parts) > 1 or len(audit.parts) > 1:
         return "\n".join(map(audit.place, rows))
     return f"row {', '.join(map(str, rows))}"
+
+
+def _in_its_source(audit: Audit, row: int) -> str:
+    """Show where a row is: its number, with its source where there are several. Files are not read for it."""
+    if len(audit.parts) == 1:
+        return f"row {row}"
+    for part, size in audit.parts:
+        if row < size:
+            return f"{part.label}: row {row}"
+        row -= size
+    raise IndexError(row)
 
 
 def _percent(share: float) -> str:
@@ -178,6 +189,8 @@ class Sample:
                 for label, spans in parts
             ]
 
+        if not self.rows or (self.audit.dataset, self.audit.split) != (other.audit.dataset, other.audit.split):
+            return False
         return texts(self) == texts(other) and (not any(self.marks) or self.marks == other.marks)
 
 
@@ -189,12 +202,13 @@ def _samples(config: RunConfig, read: Datasets, audits: dict[str, dict[str, Audi
     samples: list[Sample] = []
     for name, audits_by_role in audits.items():
         for role, audit in audits_by_role.items():
-            if role != "data" and audit.dataset == audits_by_role["data"].dataset:
+            is_formed_alike = request(config, name, role).rows == request(config, name, "data").rows
+            if role != "data" and is_formed_alike and audit.dataset == audits_by_role["data"].dataset:
                 continue
             sample = Sample([name], audit, list(_sampled(config, read, name, role, audit, number)))
             for other in samples:
                 if sample.is_in(other) or other.is_in(sample):
-                    other.stages.append(name)
+                    other.stages += [] if name in other.stages else [name]
                     other.rows = sample.rows if other.is_in(sample) else other.rows
                     break
             else:
@@ -215,7 +229,9 @@ def _sampled(
         rows = prepared.rows
         numbers = prepared.numbers
     for i in np.linspace(0, len(rows) - 1, min(number, len(rows))).round().astype(int).tolist():
-        place = f"piece {i} of {len(rows)}" if numbers is None else _places(audit, [int(numbers[i])])
+        place = f"piece {i} of {'the first ' if audit.streamed else ''}{len(rows)}"
+        if numbers is not None:
+            place = _in_its_source(audit, int(numbers[i]))
         yield place, parts_of(rows[i], ROWS[asked.rows], config.stages[name], read.tokenizer)
 
 

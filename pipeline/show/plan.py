@@ -144,7 +144,8 @@ def plan_table(
         say(console, f"Autocast: {autocasts}")
     checkpointed = [one.stage for one in decisions if one.run and _recomputes(config, one.stage)]
     if checkpointed:
-        cost = "about a quarter more time, for less memory; `gradient_checkpointing: false` turns it off"
+        cost = "about a quarter more time, for less memory"
+        cost += "; `gradient_checkpointing: false` turns it off, and wants a new smoke run"
         say(console, f"Gradient checkpointing, on in {', '.join(checkpointed)}: {cost}")
 
 

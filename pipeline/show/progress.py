@@ -59,7 +59,8 @@ class Place:
             self.said.append(entry.said)
         if entry.phase is not None:
             before = self._latest.get(entry.phase)
-            if before is None or (entry.step or 0) < (before.step or 0):  # an evaluation may come again
+            again = entry.step is None and self.entry is not None and self.entry.phase != entry.phase
+            if before is None or again or (entry.step or 0) < (before.step or 0):  # an evaluation may come again
                 self.starts[entry.phase] = entry
             self._latest[entry.phase] = entry
             self.entry = entry

@@ -53,11 +53,11 @@ def open_console(width: int | None = None) -> Console:
 
 
 def say(console: Console, text: Cell, style: str = "") -> None:
-    """Print prose: wrapped at words on a screen, unwrapped in a pipe, where lines are searched."""
+    """Print prose: wrapped at words on a screen, unwrapped in a pipe, where lines are searched. Commands stay whole."""
     whole = _text(text, console, style)
     width = _width(console) if console.is_terminal else None
     for line in whole.split("\n", allow_blank=True):
-        _lay(line, "", "", width, console)
+        _lay(line, "", "", None if streams.is_command(line.plain) else width, console)
 
 
 def _width(console: Console) -> int:

@@ -9,15 +9,15 @@ from pipeline.chain import basis, forecast, smoke
 from pipeline.chain.forecast import Measured
 from pipeline.chain.foresight import FEWEST_PROMPTS, FEWEST_STEPS
 from pipeline.chain.sizes import Size, largest
-from pipeline.config.schema import RunConfig
-from pipeline.config.stage_types import type_of
+from pipeline.config.schema import Reinforced, RunConfig
+from pipeline.config.stage_types import makes, type_of
 from pipeline.show.facts import Known
 from pipeline.show.screen import Table, say, show
 from pipeline.show.tables import about
 from pipeline.system.device import Device
 
 DAY = 86400
-WORTH_SHORTENING = 1200  # seconds
+SHORTER = (60, 20)  # minutes of a run that is offered for a try
 NOTABLY = 1.1  # times as long as somebody wants
 WORTH_SAYING = 1.5  # times as large a batch makes a difference
 
@@ -143,10 +143,20 @@ def say_values(
     say(console, f"In all {about(total)}, as the smoke run foretells.")
     if total > NOTABLY * 60 * minutes:
         longest = max(after, key=lambda name: after[name])
-        length = type_of(config.stages[longest]).new_tokens or "training.max_length"
-        few = f"fewer than {FEWEST_STEPS} steps or {FEWEST_PROMPTS} prompts say nothing"
-        ways = f"lower `stages.{longest}.{length}`, leave the stage out, or take a GPU or a smaller model"
-        say(console, f"More cannot be saved with values that make sense: {few}. {longest} takes longest: {ways}.")
+        length = type_of(config.stages[longest]).new_tokens
+        ways = [] if length is None else [f"lower `stages.{longest}.{length}`"]
+        ways += ["leave it out"] if makes(config.stages[longest], "aligned policy") else ["make its rows shorter"]
+        few = f"Fewer than {FEWEST_STEPS} steps or {FEWEST_PROMPTS} prompts would say nothing"
+        say(console, f"It cannot be shorter. {few}. {longest} takes longest: {', or '.join(ways)}.")
+    if not any(changes.values()):
+        return
+    stages = config.stages.values()
+    if config.gate == "stop" and any(isinstance(stage, Reinforced) for stage in stages):
+        why = "after so few steps a reward model is often no better than chance"
+        say(console, f"The gate may stop it: {why}. With `gate=warn` it goes on all the same.")
+    beside = f"`name={config.name}-try` keeps it beside the long run"
+    again = "Give the same values each time, or write them into the config"
+    say(console, f"It runs in {config.run_path}; {beside}. {again}.")
 
 
 def say_result(
@@ -154,9 +164,13 @@ def say_result(
     measured: Mapping[str, Measured],
     seconds: Mapping[str, float],
     command: Sequence[str],
+    is_whole: bool,
     console: Console,
 ) -> None:
-    """Say that a smoke run went well, what the run will take, and the command that starts the run."""
+    """Say that a smoke run went well, what the run will take, and the command that starts the run.
+
+    `is_whole`: all stages of the run were measured.
+    """
     table = Table(f"{full.name}: what the run will take", ("stage", "smoke run", "run"), right=True)
     for name, one in measured.items():
         table.add(name, about(one.duration), about(seconds[name]))
@@ -168,14 +182,15 @@ def say_result(
         if one.batch and one.full_batch and one.full_batch >= WORTH_SAYING * one.batch
     ]
     if smaller:
-        say(
-            console, f"Smaller batches than the run's were measured: {', '.join(smaller)}. There it may take less time."
-        )
-    if sum(seconds.values()) > WORTH_SHORTENING:
-        values = shlex.join([*command[:1], "plan", *command[2:], "--minutes", "60"])
-        say(console, f"Values with which it takes an hour, for a try: {values}")
+        what = f"Smaller batches than the run's were measured: {', '.join(smaller)}"
+        say(console, f"{what}. They may take another time there.")
+    for minutes in SHORTER if is_whole else ():
+        if sum(seconds.values()) > WORTH_SAYING * 60 * minutes:
+            values = shlex.join([*command[:1], "plan", *command[2:], "--minutes", str(minutes)])
+            say(console, f"Values with which it takes about {minutes} minutes, for a try:\n{values}")
+            break
     say(
         console,
         f"Every stage works. `rlhf plan` shows these times, from {smoke.folder_of(full)}; nothing else uses it.",
     )
-    say(console, f"The run: {shlex.join(command)}")
+    say(console, f"The run:\n{shlex.join(command)}")

@@ -74,7 +74,7 @@ def run(ctx: StageContext[Evaluate]) -> Result:
         )
         write_json(ctx.new_output / "table.json", metrics)
         _report(ctx.trackers, [messages[-1]["content"] for messages in rows["prompt"]], table, metrics)
-    datasets["data"]["used"] = len(rows)
+    datasets["data"] |= {"used": len(rows), "tokens": sum(map(len, rows["prompt_ids"]))}
     return Result({"baseline": stage.baseline, "policies": metrics}, datasets=datasets)
 
 

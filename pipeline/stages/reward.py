@@ -11,6 +11,7 @@ from pipeline.config.schema import Offline
 from pipeline.data.joints import pad_id
 from pipeline.models import scoring
 from pipeline.models.loading import Weights, load_reward, new_reward, precision_kept
+from pipeline.records.progress import FINISHING, HELD_OUT
 from pipeline.shift.calibration import calibration
 from pipeline.system.processes import gather_in_order, share_of
 from pipeline.training import assertions
@@ -18,7 +19,8 @@ from pipeline.training.context import Result, StageContext, write_json
 from pipeline.training.fit import fit
 
 SIDES = ("chosen_ids", "rejected_ids")
-NUM_RELOADED = 8  # comparisons scored again after the reward model was read back from disk
+NUM_RELOADED = 8  # comparisons scored again after the reward model was read back from disk: the shortest of the first
+NUM_LOOKED_AT = 64
 
 
 def _whole(row: Mapping[str, list[int]]) -> dict[str, list[int]]:
@@ -61,7 +63,11 @@ def _margins(ctx: StageContext[Offline], trainer: RewardTrainer, rows: Dataset) 
     mine = everything if sharded else share_of(everything)
     sequences = [_whole(rows[i])[side] for i in mine for side in SIDES]
     size = trainer.args.per_device_eval_batch_size
-    scores = scoring.score(model, sequences, pad_id(ctx.tokenizer), size)
+    batches = [sequences[start : start + size] for start in range(0, len(sequences), size)]
+    scores: list[float] = []
+    for batch in ctx.progress.each(batches, HELD_OUT):
+        scores += scoring.score(model, batch, pad_id(ctx.tokenizer), size)
+    ctx.progress.begin(FINISHING)
     margins = [chosen - rejected for chosen, rejected in zip(scores[::2], scores[1::2], strict=True)]
     return margins if sharded else gather_in_order(margins)
 
@@ -71,7 +77,9 @@ def _compare_reloaded(ctx: StageContext[Offline], trainer: RewardTrainer, rows: 
 
     All processes score (the weights may be sharded); the main one reads the saved model back.
     """
-    sequences = [_whole(row)[side] for row in rows.take(NUM_RELOADED).to_list() for side in SIDES]
+    pairs = [_whole(row) for row in rows.take(NUM_LOOKED_AT).to_list()]
+    pairs.sort(key=lambda pair: max(len(pair[side]) for side in SIDES))
+    sequences = [pair[side] for pair in pairs[:NUM_RELOADED] for side in SIDES]
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     model.eval()
     pad_token_id = pad_id(ctx.tokenizer)

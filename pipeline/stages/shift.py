@@ -48,7 +48,7 @@ def run(ctx: StageContext[Shift]) -> Result:
         shift.table(report, open_console(width=120), title)
         if ctx.config.smoke is None:  # a few rows say nothing about a model
             ctx.progress.note(f"{ctx.name}: {report['advice']}")
-    datasets["data"]["used"] = len(rows)
+    datasets["data"] |= {"used": len(rows), "tokens": sum(map(len, rows["prompt_ids"]))}
     return Result(dict(report), datasets=datasets)
 
 

@@ -77,9 +77,15 @@ def error(message: str) -> None:
 
 
 def wrapped(text: str, width: int) -> str:
-    """Wrap the text's lines at spaces, with their indentation and two spaces more; words and paths stay whole."""
+    """Wrap the text's lines at spaces, with their indentation and two spaces more.
+
+    Words and paths stay whole, and so do commands: half of one would be another command.
+    """
     lines: list[str] = []
     for line in text.split("\n"):
+        if is_command(line):
+            lines.append(line)
+            continue
         indentation = line[: len(line) - len(line.lstrip())]
         pieces = textwrap.wrap(
             line,
@@ -90,6 +96,11 @@ def wrapped(text: str, width: int) -> str:
         )
         lines += pieces or [""]
     return "\n".join(lines)
+
+
+def is_command(line: str) -> bool:
+    """Tell whether a line of a message is a command, to be copied."""
+    return line.lstrip().startswith("rlhf ")
 
 
 def refuses_stdout(error: OSError) -> bool:

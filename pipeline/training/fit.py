@@ -18,7 +18,7 @@ from pipeline.system.json_object import JsonObject
 from pipeline.training import assertions, checkpoints, kept_completions
 from pipeline.training.context import Result, StageContext, write_json
 from pipeline.training.curves import report
-from pipeline.training.progress import LogOften, Report
+from pipeline.training.progress import LogOften, watch
 
 # What of the trainer's log goes into the record.
 METRICS = ("loss", "accuracy", "margin", "rewards/accuracies", "rewards/margins", "reward", "kl", "mean_token_accuracy")
@@ -51,7 +51,7 @@ def fit(
     kept_completions.make_folder(ctx, trainer)
     report(trainer, ctx.trackers)
     trainer.add_callback(checkpoints.MarkComplete())
-    trainer.add_callback(Report(ctx.progress))
+    watch(trainer, ctx.progress)
     if not ctx.stage.training.keys() & {"logging_steps", "logging_strategy"}:
         trainer.add_callback(LogOften())
     # Streamed rows have no length, so that the trainer cannot do without `max_steps`.

@@ -1,10 +1,10 @@
 """Report to the progress file what a trainer does."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from numbers import Real
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from pipeline.records.progress import FINISHING, HELD_OUT, TRAINING, Logs, Progress
@@ -25,6 +25,7 @@ class Report(TrainerCallback):
     """Write steps, held-out batches and logs of a trainer to a `Progress`, which writes in the main process alone.
 
     Add it after the callback that loads a checkpoint, if the trainer needs one: a resumed training begins at its step.
+    `watch` adds it where the trainer looks at held-out rows.
     """
 
     def __init__(self, progress: Progress):
@@ -54,16 +55,13 @@ class Report(TrainerCallback):
         self._close_evaluation(state)  # it is logged before `on_evaluate`
         self._progress.step(state.global_step, _figures(logs or {}))
 
+    def begin_evaluation(self, batches: Sized) -> None:
+        """Say that held-out batches are looked at next."""
+        self._progress.begin(HELD_OUT, len(batches) if has_length(batches) else None)
+
     def on_prediction_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        eval_dataloader: Any = None,
-        **_: object,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
-        if self._batches == 0:
-            self._progress.begin(HELD_OUT, len(eval_dataloader) if has_length(eval_dataloader) else None)
         self._batches += 1
         self._progress.step(self._batches)
 
@@ -86,6 +84,20 @@ class Report(TrainerCallback):
     def _train(self, state: TrainerState, first: Logs | None = None) -> None:
         # A checkpoint after the last step is only loaded: then fewer steps are to come than were made.
         self._progress.begin(TRAINING, max(state.max_steps, state.global_step), state.global_step, first)
+
+
+def watch(trainer: Trainer, progress: Progress) -> None:
+    """Let a trainer report what it does."""
+    callback = Report(progress)
+    trainer.add_callback(callback)
+    loop = trainer.evaluation_loop
+
+    # upstream: no callback comes before the first held-out batch; its time would be that of what came before it.
+    def evaluation_loop(dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+        callback.begin_evaluation(dataloader)
+        return loop(dataloader, *args, **kwargs)
+
+    trainer.evaluation_loop = evaluation_loop  # type: ignore[method-assign]
 
 
 def _figures(logs: Mapping[str, object]) -> dict[str, float | None]:
