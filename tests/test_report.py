@@ -177,7 +177,7 @@ def test_rows_are_told_as_they_are_on_record(tmp_path):
     left_out = "90 are longer than the limit of tokens\n10 are blank texts"
     assert shown.rows == [
         ("data", "demos", "train", "1,200", "1,100", "9,000", left_out, "7 longer wins"),
-        ("eval_data", "prompts", "held-out", "50", "20", "500", "none", "none"),
+        ("eval_data", "prompts", "held-out", "50", "20 of 50", "500", "none", "none"),
         ("corpus", "texts", "train", "4,000", "streamed, not counted", "-", "none", "none"),
     ]
 
