@@ -41,7 +41,7 @@ class Part:
     def label(self) -> str:
         """Name the source in messages: its only file, or its dataset."""
         if len(self.files) == 1:
-            return str(self.files[0])
+            return _tidied(self.files[0])
         return f"dataset {self.dataset!r} ({self.spec.path})"
 
 
@@ -74,7 +74,7 @@ def _resolve(base: Path, name: str, spec: Source, key: str) -> Part:
     path = spec.path
     matches = _matches(base, path)
     if not matches and _is_local(path):
-        raise UserError(f"{key}: no such file: {base / Path(path).expanduser()}")
+        raise UserError(f"{key}: no such file: {(base / Path(path).expanduser()).resolve()}")
     if not matches:
         return Part(name, spec, "hub")
     is_folder = len(matches) == 1 and matches[0].is_dir()
@@ -86,6 +86,12 @@ def _resolve(base: Path, name: str, spec: Source, key: str) -> Part:
         files += _data_files(match) if match.is_dir() else [match]
     kind = _one_kind(files, key, base / Path(path).expanduser())
     return Part(name, spec, kind, tuple(dict.fromkeys(files)))
+
+
+def _tidied(file: Path) -> str:
+    """Show a path without `..`, where it names the same file then: behind a link it may name another."""
+    short = Path(os.path.normpath(file))
+    return str(short if short.exists() and file.exists() and short.samefile(file) else file)
 
 
 def _matches(folder: Path, path: str) -> list[Path]:
