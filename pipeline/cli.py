@@ -60,8 +60,11 @@ def run(
 
     terminal = console()
     with stopping(), StageServer(environment()) as server:
-        if recall(config, overrides) is None and accelerate_config is None:
-            server.warm_up()  # meanwhile this process checks the config
+        if recall(config, overrides) is None:
+            if terminal.is_terminal:  # it takes seconds
+                terminal.print("Checking the config and its data", style="dim")
+            if accelerate_config is None:
+                server.warm_up()  # meanwhile this process checks the config
         loaded = load(config, overrides)
         with disk.reported(loaded.run_path):
             if smoke:

@@ -466,6 +466,7 @@ def test_completions_are_sampled_once(small):
     assert "sampling" not in logs["centred-shift"]
     evaluated = (small.run_dir / "evaluate" / "log.txt").read_text()
     assert "sampling 12 completions from dpo" in evaluated and "completions from sft" not in evaluated
+    assert "evaluate: 12 completions of sft are there already, from the same prompts" in evaluated
     rows = read_rows(small.run_dir / "evaluate" / "output" / "samples.jsonl")
     samples = read_rows(small.reports / "samples.jsonl")
     assert [row["prompt"][-1]["content"] for row in rows] == [sample["prompt"] for sample in samples]

@@ -56,8 +56,13 @@ def completions(
     # Batches by their key in the store: the number of the draw, and the prompts.
     wanted = {digest((draw, batch)): (draw, batch) for draw in range(num_completions) for batch in in_batches}
     lacking = [key for key in wanted if key not in by_key]
+    number = sum(len(wanted[key][1]) for key in lacking)
+    kept = sum(len(batch) for _, batch in wanted.values()) - number
+    again = f"{kept} completions of {policy} are there already, from the same prompts" if kept else ""
+    if again and not lacking:
+        ctx.say(f"{ctx.name}: {again}")
     if lacking:
-        ctx.say(f"{ctx.name}: sampling {sum(len(wanted[key][1]) for key in lacking)} completions from {policy}")
+        ctx.say(f"{ctx.name}: sampling {number} completions from {policy}{'; ' if again else ''}{again}")
         loads = model is None
         if model is None:
             model = to_device(load_policy(ctx.loader, weights_of(ctx, policy)))
