@@ -1,5 +1,6 @@
 """`rlhf plan`: decide what happens to each stage, show it, and find values with which a run fits into a time."""
 
+import math
 import shlex
 from collections.abc import Mapping
 
@@ -57,9 +58,10 @@ def show_values(
     if lacking := [name for name in sizes if name not in before]:
         times.say_changed(times.changed(config, chosen, processes, launches), console)
         start = shlex.join([*command(config, overrides, accelerate_config), "--smoke"])
-        raise UserError(f"--minutes needs the times of {', '.join(lacking)} from a smoke run; run it first: {start}")
+        raise UserError(f"--minutes needs the times of {', '.join(lacking)} from a smoke run; run it first:\n  {start}")
     measured = forecast.read(smoke.folder_of(config))
-    changes = budget.changes(config, sizes, measured, {name: processes[name] for name in before}, 60 * minutes)
+    by_stage = {name: processes[name] for name in before}
+    changes, least = budget.changes(config, sizes, measured, by_stage, 60 * minutes)
     added = [f"stages.{name}.{key}={value}" for name, one in changes.items() for key, value in one.keys.items()]
     shorter = load(config.source, (*overrides, *added))
     known = look(shorter, recorded, pending)
@@ -67,6 +69,10 @@ def show_values(
     words = {name: one.words for name, one in changes.items()}
     plan.say_warnings(known.warnings, console)
     times.say_values(config, minutes, words, before, after, console)
+    if least is not None:
+        again = command(config, overrides, accelerate_config)
+        longer = ["rlhf", "plan", *again[2:], "--minutes", str(math.ceil(least / 60))]
+        times.say_least(least, longer, console)
     say(console, f"The run:\n{shlex.join(command(config, (*overrides, *added), accelerate_config))}")
 
 

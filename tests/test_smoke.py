@@ -85,13 +85,13 @@ def rows_of(shown, title):
     return cells
 
 
-def test_every_type_of_stage_beside_the_run(tmp_path, rlhf, cli, monkeypatch):
+def test_every_type_of_stage_beside_the_run(tmp_path, rlhf, cli):
     path = write(tmp_path)
     config = load(path)
     assert {its.kind for its in config.stages.values()} == KINDS.keys()
     before = rows_of(cli("plan", path)[1], "tiny: plan")
     code, _, err = cli("plan", path, "--minutes", "1")
-    assert code == 2 and f"from a smoke run; run it first: rlhf run {path} --smoke" in err
+    assert code == 2 and f"from a smoke run; run it first:\n  rlhf run {path} --smoke\n" in err
     done = rlhf("run", path, "--smoke")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
     folder = tmp_path / "runs" / "tiny-smoke"
@@ -118,7 +118,6 @@ def test_every_type_of_stage_beside_the_run(tmp_path, rlhf, cli, monkeypatch):
         time = after[name].pop(-2)
         assert after[name] == row  # the same rows, tokens, steps and parameters
         assert float(time.split()[0]) > 0, name
-    monkeypatch.setattr(budget, "FEWEST_STEPS", 1)
     check_values(path, cli, sum(seconds(row[-2]) for row in rows_of(out, "tiny: plan").values()))
     # Another device, type or adapter would take another time.
     other = rows_of(cli("plan", path, "lora.r=2")[1], "tiny: plan")
@@ -138,9 +137,13 @@ def check_values(path, cli, total):
     assert all(" of " in row[1] for name, row in found.items() if name not in ("reward-shift", "evaluate")), found
     then = {name: row[3] for name, row in found.items()}
     assert then.keys() == load(path).stages.keys()
-    assert "It cannot be shorter. " in out and "The gate may stop it" in out
+    assert "It cannot be shorter: " in out and "The gate may stop it" in out
     assert total > sum(map(seconds, then.values()))
-    command = shlex.split(out.splitlines()[-1])
+    lines = out.splitlines()
+    command = shlex.split(lines[-1])
+    (least,) = [line for line in lines if line.startswith("The least that says something takes about ")]
+    _, _, longer = lines[lines.index(least) + 1].partition("rlhf plan ")
+    assert longer == f"{path} --minutes 1"
     assert command[:3] == ["rlhf", "run", str(path)]
     code, shown, err = cli("plan", *command[2:])
     assert code == 0, err
@@ -560,10 +563,32 @@ def test_fewer_rows_are_smaller_batches_before_they_are_too_few_steps(tmp_path, 
     assert budget.change(load(path), "sft", 200, 200, 1).keys == {}
 
 
-def test_no_change_has_more_steps_than_before_and_a_warm_up_stays_its_share(tmp_path):
+def test_smaller_batches_are_told_by_their_rows_and_a_warm_up_stays_its_share(tmp_path):
     training = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "warmup_steps": 6}
     path = tiny.make_run(tmp_path, {"sft": tiny.SFT | {"training": training}})
     change = budget.change(load(path), "sft", 96, 76, 1)
-    assert change.words == ["12 of 12 steps", "of 4 rows instead of 8"]
+    assert change.words == ["76 of 96 rows: 19 steps of 4 instead of 8"]
     keys = budget.change(load(path), "sft", 480, 160, 1).keys
     assert keys == {"training.max_steps": 20, "training.warmup_steps": 2}
+
+
+def test_completions_that_serve_several_steps_stay_together(tmp_path):
+    """Four batches are sampled at once and learned from four times: that is a cycle of 16 steps."""
+    training = ONLINE | {"per_device_train_batch_size": 2, "steps_per_generation": 4, "num_iterations": 4}
+    stages = {"sft": tiny.SFT, "reward": tiny.REWARD, "grpo": {"data": "demonstrations", "training": training}}
+    config = load(tiny.make_run(tmp_path, stages))
+    batch = batch_sizes.batch_of(effective("grpo", config.stages["grpo"].training))
+    assert budget.change(config, "grpo", 12 * batch, 10 * batch, 1).keys == {}
+    assert budget.change(config, "grpo", 64 * batch, 10 * batch, 1).keys == {"training.max_steps": 16}
+
+
+def test_what_is_too_little_says_so(tmp_path):
+    """Where the fewest rows that say something take too long, there are fewer still."""
+    path = tiny.make_run(tmp_path, {"sft": tiny.SFT | {"training": {"per_device_train_batch_size": 4}}})
+    config = load(path)
+    size = Size(rows=400, tokens=4000, sequences=400, steps=100, eval_rows=0, eval_tokens=0, parameters=10)
+    measured = forecast.Measured(basis={}, duration=3, fixed=1, seconds={"training": 1.0}, tokens={"training": 10.0})
+    changes, least = budget.changes(config, {"sft": size}, {"sft": measured}, {"sft": 1}, 100)
+    assert (changes["sft"].keys, least) == ({"training.max_steps": 24}, None)  # a second a row
+    changes, least = budget.changes(config, {"sft": size}, {"sft": measured}, {"sft": 1}, 11)
+    assert (changes["sft"].keys, least) == ({"training.max_steps": 2}, 41)

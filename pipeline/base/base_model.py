@@ -103,8 +103,8 @@ def unreadable(config: RunConfig, what: str, error: Exception) -> UserError:
         return UserError(f"model.trust_remote_code: {fault}; {mend}")
     mend = "expected a hub id, or a folder with all files of a model"
     path = str(config.model.path)
-    folder = (config.folder / path).resolve()
-    if (path.startswith((".", "/")) or path.count("/") > 1) and not folder.exists():  # it can be no hub id
+    folder = (config.folder / Path(path).expanduser()).resolve()
+    if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not folder.exists():  # it can be no hub id
         return UserError(f"model.path: there is no folder {folder}; {mend}")
     return UserError(f"model.path: no {what} at {config.model.path!r}: {reason_of(error)}; {mend}")
 

@@ -1,12 +1,12 @@
 """Find values with which a run takes about as long as somebody has: fewer steps, episodes and prompts.
 
-Stages that take longest are made shorter first, down to what still makes sense: 10 optimizer steps, 10 prompts.
-Datasets stay as they are, so that the same prompts stay held out.
+Stages that take longest are made shorter first, down to what still says something: 10 optimizer steps, 20 prompts. Only
+where that is too long they become shorter still. Datasets stay as they are, so that the same prompts stay held out.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pipeline.chain import forecast
 from pipeline.chain.forecast import Measured
@@ -16,13 +16,14 @@ from pipeline.config.batch_sizes import batch_of, cycle
 from pipeline.config.options import effective
 from pipeline.config.schema import Offline, Options, Ppo, RunConfig, Sampled, TrainingStage
 
+NOTABLY = 1.1  # times as long as somebody wants
 _HALVINGS = 60  # of an interval of seconds: beyond what a float can tell apart
 _ROUNDED = 1 + 1e-9  # for what is equal but for rounding
 
 
 @dataclass(frozen=True)
 class Lever:
-    """Hold what makes a stage shorter: rows that it works on, the fewest that make sense, and the seconds of a row.
+    """Hold what makes a stage shorter: rows that it works on, the fewest that say something, and the seconds of a row.
 
     `fixed`: the seconds that do not grow with the rows. Rows are prompts where a stage samples, episodes in PPO.
     """
@@ -33,10 +34,14 @@ class Lever:
     fixed: float
 
     def at(self, limit: float) -> int:
-        """Return the rows that take at most `limit` seconds, as far as that makes sense."""
+        """Return the rows that take at most `limit` seconds, but not fewer than say something."""
         if self.per_row * self.rows <= limit * _ROUNDED:
             return self.rows
         return max(self.fewest, int(limit / self.per_row))
+
+    def seconds(self, rows: int) -> float:
+        """Return the seconds of the stage with so many rows."""
+        return self.fixed + self.per_row * rows
 
 
 @dataclass(frozen=True)
@@ -53,14 +58,21 @@ def changes(
     measured: Mapping[str, Measured],
     processes: Mapping[str, int],
     wanted: float,
-) -> dict[str, Change]:
-    """Say how each stage of `processes` is changed so that all take about `wanted` seconds, as far as that makes sense.
+) -> tuple[dict[str, Change], float | None]:
+    """Say how each stage of `processes` is changed so that all take about `wanted` seconds.
 
-    `measured`: by a smoke run.
+    `measured`: by a smoke run. Returns also the seconds of the least that says something, if that is longer.
     """
     found = {name: _lever(config, name, sizes[name], measured[name], number) for name, number in processes.items()}
     rows = fit(found, wanted)
-    return {name: change(config, name, lever.rows, rows[name], processes[name]) for name, lever in found.items()}
+    total = sum(lever.seconds(rows[name]) for name, lever in found.items())
+    least = total if total > NOTABLY * wanted else None
+    if least is not None:
+        lower = {name: _fewest(config, name, number, steps=1, prompts=2) for name, number in processes.items()}
+        shorter = {name: replace(one, fewest=min(one.fewest, lower[name])) for name, one in found.items()}
+        rows = fit(shorter, wanted)
+    by_stage = {name: change(config, name, lever.rows, rows[name], processes[name]) for name, lever in found.items()}
+    return by_stage, least
 
 
 def _lever(config: RunConfig, name: str, size: Size, measured: Measured, processes: int) -> Lever:
@@ -73,17 +85,17 @@ def _lever(config: RunConfig, name: str, size: Size, measured: Measured, process
 
 
 def fit(found: Mapping[str, Lever], wanted: float) -> dict[str, int]:
-    """Return the rows of each stage with which all take at most `wanted` seconds, as far as that makes sense.
+    """Return the rows of each stage with which all take at most `wanted` seconds, as far as its fewest rows allow.
 
     No stage that is made shorter has more seconds for its rows than another that is.
     """
-    if sum(lever.fixed + lever.per_row * lever.rows for lever in found.values()) <= wanted:
+    if sum(lever.seconds(lever.rows) for lever in found.values()) <= wanted:
         return {name: lever.rows for name, lever in found.items()}
     low = 0.0
     high = max((lever.per_row * lever.rows for lever in found.values()), default=0.0)
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        total = sum(lever.fixed + lever.per_row * lever.at(middle) for lever in found.values())
+        total = sum(lever.seconds(lever.at(middle)) for lever in found.values())
         low, high = (low, middle) if total > wanted else (middle, high)
     return {name: lever.at(low) for name, lever in found.items()}
 
@@ -104,7 +116,9 @@ def change(config: RunConfig, name: str, now: int, then: int, processes: int) ->
         return Change([f"{episodes:,} of {now:,} episodes"], keys)
     if not isinstance(stage, Offline):  # what is sampled at once is bound to the batch
         together = cycle(options, processes)  # steps that learn from the same completions
-        steps = max(then // batch // together, 1) * together
+        steps = math.ceil(then / batch / together) * together
+        if steps * batch >= now:
+            return Change()
         keys = {"training.max_steps": steps} | _shorter_warmup(options, steps * batch / now)
         return Change([f"{steps:,} of {now // batch:,} steps"], keys)
     return _fewer_rows(options, now, then, processes)
@@ -116,19 +130,21 @@ def _fewer_rows(options: Options, now: int, then: int, processes: int) -> Change
     at_once = options["per_device_train_batch_size"] * processes
     whole = math.ceil(now / (before * at_once))
     accumulated = min(before, max(then // (min(FEWEST_STEPS, whole) * at_once), 1))
-    steps = min(max(then // (accumulated * at_once), 1), whole)
-    words = [f"{steps:,} of {whole:,} steps"]
+    batch = accumulated * at_once
+    steps = max(then // batch, 1)
     keys = {"training.max_steps": steps} | _shorter_warmup(options, steps / whole)
-    if accumulated != before:
-        keys["training.gradient_accumulation_steps"] = accumulated
-        words.append(f"of {accumulated * at_once} rows instead of {before * at_once}")
-    return Change(words, keys)
+    if accumulated == before:
+        return Change([f"{steps:,} of {whole:,} steps"], keys)
+    keys["training.gradient_accumulation_steps"] = accumulated
+    return Change(
+        [f"{steps * batch:,} of {now:,} rows: {steps:,} steps of {batch} instead of {before * at_once}"], keys
+    )
 
 
 def _shorter_warmup(options: Options, share: float) -> dict[str, int]:
     """Return the key of a warm-up of so many steps, as the share of all steps that it was; a share stays one."""
     steps = options["warmup_steps"]
-    return {"training.warmup_steps": max(int(steps * share), 1)} if steps >= 1 else {}
+    return {"training.warmup_steps": max(int(steps * min(share, 1.0)), 1)} if steps >= 1 else {}
 
 
 def _rows(config: RunConfig, name: str, size: Size, processes: int) -> int:
@@ -145,13 +161,15 @@ def _rows(config: RunConfig, name: str, size: Size, processes: int) -> int:
     return steps * batch
 
 
-def _fewest(config: RunConfig, name: str, processes: int) -> int:
-    """Return the fewest rows that make sense for a stage."""
+def _fewest(
+    config: RunConfig, name: str, processes: int, steps: int = FEWEST_STEPS, prompts: int = FEWEST_PROMPTS
+) -> int:
+    """Return the rows of so many steps of a stage, as small as they can be, or of so many prompts where it samples."""
     stage = config.stages[name]
     if isinstance(stage, Sampled):
-        return FEWEST_PROMPTS
+        return prompts
     assert isinstance(stage, TrainingStage), "a stage samples or trains"
     options = effective(stage.kind, stage.training)
     if isinstance(stage, Offline):
-        return FEWEST_STEPS * int(options["per_device_train_batch_size"]) * processes
-    return FEWEST_STEPS * batch_of(options, processes)
+        return steps * int(options["per_device_train_batch_size"]) * processes
+    return steps * batch_of(options, processes)

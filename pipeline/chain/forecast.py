@@ -78,7 +78,8 @@ def work(config: RunConfig, name: str, size: Size, processes: int = 1, evaluatio
         done["training"] = size.tokens * options["num_train_epochs"]
     if isinstance(stage, Offline) and stage.eval_data is not None:
         if options["max_steps"] > 0 and size.sequences:  # it may end before its epochs do
-            options = options | {"num_train_epochs": rows / size.sequences}
+            per_epoch = math.ceil(size.sequences / (rows / size.steps))
+            options = options | {"num_train_epochs": options["max_steps"] / per_epoch}
         number = _evaluations(stage, options, size.steps, processes) if evaluations is None else evaluations
         done["held_out"] = number * size.eval_tokens
     return done
@@ -91,7 +92,7 @@ def at_least(config: RunConfig, name: str, size: Size) -> Work:
         return {"sampling": 0.0}
     done: Work = {"training": 0.0}
     if isinstance(stage, Offline) and stage.eval_data is not None:
-        options = effective(stage.kind, stage.training) | {"num_train_epochs": 0, "max_steps": -1}
+        options = effective(stage.kind, stage.training) | {"num_train_epochs": 1, "max_steps": -1}
         done["held_out"] = _evaluations(stage, options, 0, 1) * size.eval_tokens
     return done
 

@@ -35,7 +35,7 @@ def warnings(config: RunConfig, audits: Audits, steps: Mapping[str, int]) -> Ite
     """Say what is likely to be a mistake, and can be meant; `steps`: of the stages that train."""
     if config.gate == "warn":
         yield from _closed_gates(config, audits)
-    if config.gate != "off":
+    if config.gate == "stop":
         yield from _narrow_gates(config, audits)
     for name, by_role in audits.items():
         stage = config.stages[name]

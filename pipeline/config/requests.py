@@ -34,7 +34,8 @@ class Request:
     `rows`: the kind of row, by its name in `data/rows.py`.
     `split`: the side of the split, `graph.TRAIN` or `graph.HELD_OUT`.
     `length_option`, `max_length`: the option that limits a row's length, and the limit in tokens; None: no limit.
-    `truncates`: prompts that do not fit lose their start; otherwise rows that are too long are left out.
+    `truncates`: prompts that do not fit lose their start; otherwise rows that are too long are left out. None: the
+    stage cannot cut any.
     `takes_tools`: the stage can read prompts with tools.
     `unique_prompts`: every prompt counts once.
     `piece_length`: texts are cut into pieces of so many tokens; None: they stay whole.
@@ -47,7 +48,7 @@ class Request:
     split: str
     length_option: str
     max_length: int | None
-    truncates: bool
+    truncates: bool | None
     takes_tools: bool
     unique_prompts: bool
     piece_length: int | None
@@ -101,7 +102,7 @@ def request(config: RunConfig, stage_name: str, role: str) -> Request:
         split=graph.role_split(role, isinstance(stage, TrainingStage)),
         length_option=length_option,
         max_length=max_length,
-        truncates=renders and config.too_long == "truncate",
+        truncates=config.too_long == "truncate" if renders else None,
         takes_tools=renders,
         unique_prompts=isinstance(stage, Sampled),  # intervals are over prompts
         piece_length=piece_length,

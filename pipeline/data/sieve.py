@@ -133,7 +133,7 @@ def audit_of(
         fault=fault,
         longest_dropped=int(too_long.max(initial=0)),
         few=None if request.num_rows is None else (int(taken.sum()), _num_tokens(rows, kind, taken)),
-        truncates=request.truncates if request.takes_tools else None,  # what TRL renders is never cut
+        truncates=request.truncates,
     )
 
 

@@ -5,7 +5,7 @@ from typing import cast
 
 from pipeline.config.type_row import POLICIES, REWARD_MODELS
 from pipeline.data.faults import DROPPED, NOTICED
-from pipeline.html.curves import logged
+from pipeline.html.curves import finite, logged
 from pipeline.html.values import Found, Run, Stage
 from pipeline.shift import advice
 from pipeline.shift.estimate import Estimate, estimate
@@ -21,6 +21,7 @@ _LOOK = "Look at them with `rlhf check-data`"
 _TOO_LONG = "Raise `max_length` of the stages that learn from it (of prompts: `max_prompt_length`), or shorten them"
 MOST_EMPTY = 0.5  # share of prompts whose likeliest first token is special, as the gate has it
 RISE = 0.05  # of a held-out loss over its least value, as a share of it
+ENOUGH_EPOCHS = 1.5  # half of the rows came again
 LEARNED_BY_HEART = 0.15  # accuracy on rows that were trained on, above that on held-out ones
 
 
@@ -129,11 +130,16 @@ def by_heart(run: Run) -> Iterator[Found]:
 
 
 def _seen_before(stage: Stage) -> float | None:
-    """Return the accuracy in training over the last epoch; None in the first one, where each row is new."""
-    points = [(entry["epoch"], entry["accuracy"]) for entry in stage.history if {"epoch", "accuracy"} <= entry.keys()]
+    """Return the accuracy in training over the last epoch; None where few rows have come again."""
+    points: list[tuple[float, float]] = []
+    for entry in stage.history:
+        epoch = finite(entry.get("epoch"))
+        accuracy = finite(entry.get("accuracy"))
+        if epoch is not None and accuracy is not None:
+            points.append((epoch, accuracy))
     last = max((epoch for epoch, _ in points), default=0.0)
     seen = [accuracy for epoch, accuracy in points if epoch > max(last - 1, 1.0)]
-    return sum(seen) / len(seen) if seen else None
+    return sum(seen) / len(seen) if last >= ENOUGH_EPOCHS else None
 
 
 def _accuracy(stage: Stage) -> Estimate | None:

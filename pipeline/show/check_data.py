@@ -236,7 +236,7 @@ def _sampled(
 
 
 def show_rows(samples: list[Sample], console: Console) -> None:
-    """Show rows as the model will see them, and where they are; rows of a file are counted from 0."""
+    """Show rows as the model will see them, and where they are; rows of a source are counted from 0."""
     opening, closing = (either(*pair, console.encoding) for pair in zip(*TRAINED, strict=True))
     for sample in samples:
         title = f"{', '.join(sample.stages)}: {sample.audit.dataset} ({sample.audit.split})"

@@ -50,7 +50,8 @@ def headline(record: Record) -> str:
     if _makes(record) == "shift report":
         return ", ".join(f"{_WORDS[key]} {_figure(metrics[key])}" for key in ("icc", "within_sd", "length_correlation"))
     present = [key for key in STAGE_TYPES[record.type].headline if key in metrics]
-    if "held_out" in metrics and "eval_accuracy" in present:  # the trainer's is a mean of batches, whatever their sizes
+    if metrics.get("held_out") is not None and "eval_accuracy" in present:
+        # The trainer's is a mean of batches, whatever their sizes.
         metrics = metrics | {"eval_accuracy": metrics["held_out"]["accuracy"]["value"]}
     figures = ", ".join(f"{_WORDS.get(key, key.replace('_', ' '))} {number(metrics[key])}" for key in present)
     resumed = f" (resumed at step {record.resumed_from_step})" if record.resumed_from_step else ""

@@ -1,16 +1,15 @@
 """How long a run takes: foretold by its smoke run, or estimated where there is none and a CPU would take days."""
 
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from rich.console import Console
 
-from pipeline.chain import basis, forecast, smoke
+from pipeline.chain import basis, budget, forecast, smoke
 from pipeline.chain.forecast import Measured
 from pipeline.chain.foresight import FEWEST_PROMPTS, FEWEST_STEPS
 from pipeline.chain.sizes import Size, largest
 from pipeline.config.schema import Reinforced, RunConfig
-from pipeline.config.stage_types import makes, type_of
 from pipeline.show.facts import Known
 from pipeline.show.screen import Table, say, show
 from pipeline.show.tables import about
@@ -18,7 +17,6 @@ from pipeline.system.device import Device
 
 DAY = 86400
 SHORTER = (60, 20)  # minutes of a run that is offered for a try
-NOTABLY = 1.1  # times as long as somebody wants
 WORTH_SAYING = 1.5  # times as large a batch makes a difference
 
 
@@ -141,22 +139,30 @@ def say_values(
     show(table, console)
     total = sum(after.values())
     say(console, f"In all {about(total)}, as the smoke run foretells.")
-    if total > NOTABLY * 60 * minutes:
-        longest = max(after, key=lambda name: after[name])
-        length = type_of(config.stages[longest]).new_tokens
-        ways = [] if length is None else [f"lower `stages.{longest}.{length}`"]
-        ways += ["leave it out"] if makes(config.stages[longest], "aligned policy") else ["make its rows shorter"]
-        few = f"Fewer than {FEWEST_STEPS} steps or {FEWEST_PROMPTS} prompts would say nothing"
-        say(console, f"It cannot be shorter. {few}. {longest} takes longest: {', or '.join(ways)}.")
+    if total > budget.NOTABLY * 60 * minutes:
+        say(console, "It cannot be shorter: what is left is to load, save and look at held-out rows.")
     if not any(changes.values()):
         return
-    stages = config.stages.values()
-    if config.gate == "stop" and any(isinstance(stage, Reinforced) for stage in stages):
+    if config.gate == "stop" and config.gate_limits.accuracy is not None and any(_learns(config, *changes)):
         why = "after so few steps a reward model is often no better than chance"
         say(console, f"The gate may stop it: {why}. With `gate=warn` it goes on all the same.")
-    beside = f"`name={config.name}-try` keeps it beside the long run"
+    beside = f"run_dir={config.run_path}-try" if config.run_dir else f"name={config.name}-try"
     again = "Give the same values each time, or write them into the config"
-    say(console, f"It runs in {config.run_path}; {beside}. {again}.")
+    say(console, f"It runs in {config.run_path}; `{beside}` keeps it beside the long run. {again}.")
+
+
+def _learns(config: RunConfig, *names: str) -> Iterator[bool]:
+    """Tell of the stages `names` whether they learn from a reward model that is among them."""
+    for name in names:
+        stage = config.stages[name]
+        yield isinstance(stage, Reinforced) and stage.reward in names
+
+
+def say_least(seconds: float, command: Sequence[str], console: Console) -> None:
+    """Say that a run is too short to say something, and how long one takes that does; `command`: for its values."""
+    few = f"fewer than {FEWEST_STEPS} steps or {FEWEST_PROMPTS} prompts say next to nothing"
+    say(console, f"This shows that the chain works, and no more: {few}.")
+    say(console, f"The least that says something takes about {about(seconds)}:\n{shlex.join(command)}")
 
 
 def say_result(

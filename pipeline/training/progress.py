@@ -31,6 +31,7 @@ class Report(TrainerCallback):
     def __init__(self, progress: Progress):
         self._progress = progress
         self._batches = 0  # done in the evaluation that is at work
+        self._is_evaluating = False
         self._is_trained = False
 
     def on_train_begin(
@@ -57,6 +58,7 @@ class Report(TrainerCallback):
 
     def begin_evaluation(self, batches: Sized) -> None:
         """Say that held-out batches are looked at next."""
+        self._is_evaluating = True
         self._progress.begin(HELD_OUT, len(batches) if has_length(batches) else None)
 
     def on_prediction_step(
@@ -73,8 +75,9 @@ class Report(TrainerCallback):
         self._progress.begin(FINISHING)
 
     def _close_evaluation(self, state: TrainerState) -> None:
-        if self._batches == 0:
+        if not self._is_evaluating:
             return
+        self._is_evaluating = False
         self._batches = 0
         if self._is_trained:
             self._progress.begin(FINISHING)
