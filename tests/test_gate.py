@@ -592,3 +592,11 @@ def test_the_command_on_a_folder_without_reports(cli, tmp_path, make_record):
     manifest.write(tmp_path, Manifest(name="tiny", stages={"sft": make_record()}))
     code, _, err = cli("shift", tmp_path)
     assert code == 2 and "no shift report here; a stage of type shift makes one" in err
+
+
+def test_an_override_of_the_report_leaves_it_in_its_place(write_config, tmp_path):
+    path = write_config(tmp_path, gate="stop")
+    config = load(path)
+    changed = load(path, ("stages.reward-shift.num_prompts=3",))
+    assert "reward-shift" in config.stages and list(changed.stages) == list(config.stages)
+    assert changed.stages["reward-shift"].num_prompts == 3

@@ -563,11 +563,11 @@ def test_fewer_rows_are_smaller_batches_before_they_are_too_few_steps(tmp_path, 
     assert budget.change(load(path), "sft", 200, 200, 1).keys == {}
 
 
-def test_smaller_batches_are_told_by_their_rows_and_a_warm_up_stays_its_share(tmp_path):
+def test_smaller_batches_are_told_and_a_warm_up_stays_its_share(tmp_path):
     training = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "warmup_steps": 6}
     path = tiny.make_run(tmp_path, {"sft": tiny.SFT | {"training": training}})
     change = budget.change(load(path), "sft", 96, 76, 1)
-    assert change.words == ["76 of 96 rows: 19 steps of 4 instead of 8"]
+    assert change.words == ["19 steps of 4 rows instead of 12 of 8"]
     keys = budget.change(load(path), "sft", 480, 160, 1).keys
     assert keys == {"training.max_steps": 20, "training.warmup_steps": 2}
 

@@ -136,9 +136,8 @@ def _fewer_rows(options: Options, now: int, then: int, processes: int) -> Change
     if accumulated == before:
         return Change([f"{steps:,} of {whole:,} steps"], keys)
     keys["training.gradient_accumulation_steps"] = accumulated
-    return Change(
-        [f"{steps * batch:,} of {now:,} rows: {steps:,} steps of {batch} instead of {before * at_once}"], keys
-    )
+    words = f"{steps:,} steps of {batch} rows instead of {whole:,} of {before * at_once}"
+    return Change([words], keys)
 
 
 def _shorter_warmup(options: Options, share: float) -> dict[str, int]:

@@ -184,15 +184,21 @@ def _policy_below(reward: str, stages: Stages) -> str | None:
 
 
 def _with_reports(stages: Stages) -> Stages:
-    """Return all stages, each reward stage followed by a shift stage unless it has one or nothing is held out."""
+    """Return all stages, each reward stage followed by a shift stage unless it has one or nothing is held out.
+
+    One that has a section under its usual name follows too, wherever that stands: an override's stands last.
+    """
     reports = [stage for name, stage in stages.items() if _comes_before_rl(name, stages)]
     measured = {report.reward for report in reports if isinstance(report, Shift)}
     extended: Stages = {}
     for name, stage in stages.items():
-        extended[name] = stage
+        extended.setdefault(name, stage)
         if not isinstance(stage, TrainingStage) or not makes(stage, "reward model"):
             continue
-        if name in measured or name + REPORT in stages:
+        own = stages.get(name + REPORT)
+        if isinstance(own, Shift) and own.reward == name:
+            extended.setdefault(name + REPORT, own)
+        if name in measured or own is not None:
             continue
         report = Shift(type="shift", reward=name, policy=_policy_to_sample(name, stages))
         report = report.model_copy(update=_sampling_settings(report, stage, stages))
