@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from rich.console import Console
 
-from pipeline.chain import budget, forecast, other_run, run_folder, smoke, staleness
+from pipeline.chain import budget, other_run, run_folder, smoke, staleness
 from pipeline.chain.staleness import Decision
 from pipeline.config.load import load
 from pipeline.config.schema import RunConfig, Taken
@@ -59,7 +59,7 @@ def show_values(
         times.say_changed(times.changed(config, chosen, processes, launches), console)
         start = shlex.join([*command(config, overrides, accelerate_config), "--smoke"])
         raise UserError(f"--minutes needs the times of {', '.join(lacking)} from a smoke run; run it first:\n  {start}")
-    measured = forecast.read(smoke.folder_of(config))
+    measured = smoke.measured_of(config)
     by_stage = {name: processes[name] for name in before}
     changes, least = budget.changes(config, sizes, measured, by_stage, 60 * minutes)
     added = [f"stages.{name}.{key}={value}" for name, one in changes.items() for key, value in one.keys.items()]

@@ -271,6 +271,7 @@ def test_the_plan_says_what_gradient_checkpointing_costs(path, cli):
     assert "Gradient" not in notes(cli("plan", "tiny.yaml")[1])  # the run's own options turn it off
     on = "training.gradient_checkpointing=true"
     cost = "about a quarter more time, for less memory; `gradient_checkpointing: false` turns it off"
+    cost += ", and wants a new smoke run"
     out = cli("plan", "tiny.yaml", on, "stages.reward.training.gradient_checkpointing=false")[1]
     assert notes(out)["Gradient"] == f"Gradient checkpointing, on in sft, dpo: {cost}"
     tiny.edit(path, {"training": {"max_steps": 1, "use_cpu": True}})

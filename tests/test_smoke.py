@@ -148,6 +148,8 @@ def check_values(path, cli, total):
     code, shown, err = cli("plan", *command[2:])
     assert code == 0, err
     assert {name: row[-2] for name, row in rows_of(shown, "tiny: plan").items() if name != "stage"} == then
+    beside = cli("plan", *command[2:], "name=tiny-try")[1]  # as it is offered
+    assert {name: row[-2] for name, row in rows_of(beside, "tiny-try: plan").items() if name != "stage"} == then
     out = cli("plan", path, "--minutes", "600")[1]
     assert {row[1] for name, row in rows_of(out, "tiny: a run of").items() if name != "stage"} == {"-"}
     assert out.splitlines()[-2:] == ["The run:", f"rlhf run {path}"]

@@ -211,4 +211,4 @@ def test_check_data_says_whether_rows_begin_with_bos(cli, tmp_path):
     assert "Rows of sft, reward, dpo, ppo begin without BOS, but the tokenizer puts '<s>' before every text" in shown
     make_tokenizer("no bos").save_pretrained(tmp_path / "model")
     _, shown, _ = cli("check-data", path)
-    assert "Rows begin without BOS: the tokenizer puts none before a text." in shown
+    assert "The tokenizer puts no BOS before a text: rows begin as the chat template writes them." in shown

@@ -27,6 +27,7 @@ from pipeline.system.device import Device
 from pipeline.system.errors import UserError
 
 SUFFIX = "-smoke"
+TRY = "-try"  # of the folder of a short run beside the long one
 WAIT = 5  # seconds, for another smoke run that is about to end
 FILES = ("cache", "tokenizer", "manifest.json", "chain.json", "last_run.json", "report.html", SMOKE)  # of a run folder
 
@@ -34,6 +35,15 @@ FILES = ("cache", "tokenizer", "manifest.json", "chain.json", "last_run.json", "
 def folder_of(config: RunConfig) -> Path:
     """Return the run folder of a config's smoke run, beside the run's own."""
     return config.run_path.with_name(config.run_path.name + SUFFIX)
+
+
+def measured_of(config: RunConfig) -> dict[str, Measured]:
+    """Return what the smoke run of a config has measured; a short run for a try takes that of the long run."""
+    found = forecast.read(folder_of(config))
+    folder = config.run_path
+    if found or not folder.name.endswith(TRY):
+        return found
+    return forecast.read(folder.with_name(folder.name.removesuffix(TRY) + SUFFIX))
 
 
 def overrides(config: RunConfig, cuts: Mapping[str, Cut], on_gpu: bool) -> tuple[str, ...]:

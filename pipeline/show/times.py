@@ -31,7 +31,7 @@ def foretold(
 
     `launches`: the digest of how each stage is launched.
     """
-    measured = forecast.read(smoke.folder_of(config))
+    measured = smoke.measured_of(config)
     changes = changed(config, devices, processes, launches)
     seconds: dict[str, float] = {}
     for name in devices:
@@ -47,7 +47,7 @@ def changed(
     launches: Mapping[str, str | None],
 ) -> dict[str, str]:
     """Say of each stage that a smoke run has measured otherwise than it is now what has changed since."""
-    measured = forecast.read(smoke.folder_of(config))
+    measured = smoke.measured_of(config)
     words: dict[str, str] = {}
     for name, device in devices.items():
         if name not in measured:
@@ -146,7 +146,7 @@ def say_values(
     if config.gate == "stop" and config.gate_limits.accuracy is not None and any(_learns(config, *changes)):
         why = "after so few steps a reward model is often no better than chance"
         say(console, f"The gate may stop it: {why}. With `gate=warn` it goes on all the same.")
-    beside = f"run_dir={config.run_path}-try" if config.run_dir else f"name={config.name}-try"
+    beside = f"run_dir={config.run_path}{smoke.TRY}" if config.run_dir else f"name={config.name}{smoke.TRY}"
     again = "Give the same values each time, or write them into the config"
     say(console, f"It runs in {config.run_path}; `{beside}` keeps it beside the long run. {again}.")
 
