@@ -63,43 +63,48 @@ def fewest_comparisons(limit: float, accuracy: float = 1.0) -> int | None:
 def _closed_gates(config: RunConfig, audits: Audits) -> Iterator[str]:
     """Say of which stages the gate could not let pass even a perfect reward model."""
     limit = config.gate_limits.accuracy
-    for name in audits:
-        stage = config.stages[name]
-        if limit is None or not isinstance(stage, Reinforced) or stage.reward is None:
-            continue
-        held_out = audits.get(stage.reward, {}).get("eval_data")
+    for name, reward, held_out in _gated(config, audits):
+        assert limit is not None, "or no stage is gated"
         fewest = fewest_comparisons(limit)
-        if held_out is None or (fewest is not None and held_out.rows >= fewest):
-            continue
         if fewest is None:
             yield f"stages.{name}: no reward model can pass a gate of `gate_limits.accuracy` = {limit:g}; lower it"
             continue
+        if held_out.rows >= fewest:
+            continue
         fair = fewest_comparisons(limit, FAIR)
         more = "" if fair is None else f", and one that is right on {FAIR:.0%} needs {fair}"
-        yield (
-            f"stages.{name}: the gate cannot pass: {stage.reward} has {held_out.rows} held-out comparisons of "
-            f"{held_out.dataset}. A reward model that is right on all of them needs {fewest}{more}. "
-            f"{_more_comparisons(config, stage.reward, held_out, fair or fewest)}, or say `gate: warn`"
-        )
+        needs = f"A reward model that is right on all of them needs {fewest}{more}"
+        yield f"stages.{name}: the gate cannot pass: {_too_few(config, reward, held_out, needs, fair or fewest)}"
 
 
 def _narrow_gates(config: RunConfig, audits: Audits) -> Iterator[str]:
     """Say of which stages the gate lets pass a reward model only if it is right on nearly all held-out comparisons."""
     limit = config.gate_limits.accuracy
-    for name in audits:
-        stage = config.stages[name]
-        if limit is None or not isinstance(stage, Reinforced) or stage.reward is None:
-            continue
-        held_out = audits.get(stage.reward, {}).get("eval_data")
+    for name, reward, held_out in _gated(config, audits):
+        assert limit is not None, "or no stage is gated"
         fewest = fewest_comparisons(limit)
         fair = fewest_comparisons(limit, FAIR)
-        if held_out is None or fewest is None or fair is None or not fewest <= held_out.rows < fair:
+        if fewest is None or fair is None or not fewest <= held_out.rows < fair:
             continue
-        yield (
-            f"stages.{name}: the gate may not pass: {stage.reward} has {held_out.rows} held-out comparisons of "
-            f"{held_out.dataset}. A reward model that is right on {FAIR:.0%} of them needs {fair}. "
-            f"{_more_comparisons(config, stage.reward, held_out, fair)}, or say `gate: warn`"
-        )
+        needs = f"A reward model that is right on {FAIR:.0%} of them needs {fair}"
+        yield f"stages.{name}: the gate may not pass: {_too_few(config, reward, held_out, needs, fair)}"
+
+
+def _gated(config: RunConfig, audits: Audits) -> Iterator[tuple[str, str, Audit]]:
+    """Go through the stages whose gate asks for an accuracy: name, reward model, and its held-out comparisons."""
+    for name in audits:
+        stage = config.stages[name]
+        if config.gate_limits.accuracy is None or not isinstance(stage, Reinforced) or stage.reward is None:
+            continue
+        held_out = audits.get(stage.reward, {}).get("eval_data")
+        if held_out is not None:
+            yield name, stage.reward, held_out
+
+
+def _too_few(config: RunConfig, reward: str, held_out: Audit, needs: str, wanted: int) -> str:
+    """Say how many comparisons a reward model has held out, what it `needs`, and how it gets `wanted`."""
+    has = f"{reward} has {held_out.rows} held-out comparisons of {held_out.dataset}"
+    return f"{has}. {needs}. {_more_comparisons(config, reward, held_out, wanted)}, or say `gate: warn`"
 
 
 def _few_prompts(name: str, stage: Shift, audit: Audit) -> Iterator[str]:

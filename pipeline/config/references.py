@@ -196,7 +196,7 @@ def _with_reports(stages: Stages) -> Stages:
         if not isinstance(stage, TrainingStage) or not makes(stage, "reward model"):
             continue
         own = stages.get(name + REPORT)
-        if isinstance(own, Shift) and own.reward == name:
+        if own is not None and [key for key, one in stages.items() if _reports_on(one, name)] == [name + REPORT]:
             extended.setdefault(name + REPORT, own)
         if name in measured or own is not None:
             continue
@@ -205,6 +205,10 @@ def _with_reports(stages: Stages) -> Stages:
         if report.data is not None:
             extended[name + REPORT] = report
     return extended
+
+
+def _reports_on(stage: Stage, reward: str) -> bool:
+    return isinstance(stage, Shift) and stage.reward == reward
 
 
 def _comes_before_rl(name: str, stages: Stages) -> bool:
