@@ -160,13 +160,15 @@ def check_forecast(config, one, folder):
     times = {entry.step: entry.time for entry in Reader(folder / "sft" / "progress.jsonl").read() if entry.logs}
     history = json.loads((folder / "sft" / "log_history.json").read_text())
     seen = {entry["step"]: entry["num_tokens"] for entry in history if "num_tokens" in entry}
-    assert one.tokens["training"] == pytest.approx(seen[2] - seen[1], abs=1e-6)
+    assert one.units["training"] == pytest.approx(seen[2] - seen[1], abs=1e-6)
     assert 0 < one.seconds["training"] <= times[2] - times[1] + 1e-6
     data = tiny.StageRows(config, run_tokenizer.open_saved(folder / "tokenizer", False))
     lengths = [len(ids) for ids in data.prepare("sft", "data").rows["input_ids"]]
     size = Size(len(lengths), sum(lengths), len(lengths), 8, 0, 0, 0)
-    speed = one.seconds["training"] / one.tokens["training"]
-    assert forecast.seconds(one, forecast.work(config, "sft", size)) == one.fixed + speed * 2 * sum(lengths)
+    speed = one.seconds["training"] / one.units["training"]
+    looked_at = one.seconds["first_tokens"] / one.units["first_tokens"] * sum(lengths)
+    expected = one.fixed + speed * 2 * sum(lengths) + looked_at
+    assert forecast.seconds(one, forecast.work(config, "sft", size)) == pytest.approx(expected, rel=1e-12)
 
 
 def in_this_process(config, name, overrides, *_):
@@ -376,11 +378,11 @@ def test_what_is_measured_of_a_stage(tmp_path):
         (31, "finishing", None, {}),
     )
     record = tiny.make_record(duration=40.0)
-    fixed, seconds, tokens = forecast.of_stage(config, "sft", size, record, log, 1)
+    fixed, seconds, units = forecast.of_stage(config, "sft", size, record, log, 1)
     assert seconds == {"training": 3.0, "held_out": 4.0 + 2.0}
-    assert tokens == {"training": 240 * (1 - 60 / 240), "held_out": 2 * 50}
+    assert units == {"training": 240 * (1 - 60 / 240), "held_out": 2 * 50}
     assert fixed == 40 - 3 / (1 - 60 / 240) - 6
-    one = forecast.Measured(basis={}, duration=40.0, fixed=fixed, seconds=seconds, tokens=tokens)
+    one = forecast.Measured(basis={}, duration=40.0, fixed=fixed, seconds=seconds, units=units)
     wanted = {"training": 1800.0, "held_out": 500.0}
     assert forecast.seconds(one, wanted) == fixed + 3.0 / 180.0 * 1800.0 + 6.0 / 100.0 * 500.0
     log = entries(
@@ -390,9 +392,9 @@ def test_what_is_measured_of_a_stage(tmp_path):
         (12, "loading", None, {}),
         (20, "finishing", None, {}),
     )
-    fixed, seconds, tokens = forecast.of_stage(config, "evaluate", size, record, log, 1)
+    fixed, seconds, units = forecast.of_stage(config, "evaluate", size, record, log, 1)
     assert (fixed, seconds) == (40 - 7, {"sampling": 7.0})
-    assert tokens == {"sampling": 2 * 12 * (20 + 4)}  # base and sft
+    assert units == {"sampling": 2 * 4 * 40 + 2 * 12 * (20 + 5 * 4)}  # base and sft
 
 
 REUSED = {
@@ -427,11 +429,11 @@ def test_a_whole_cycle_is_measured_where_completions_are_learned_from_again(tmp_
     logs = {1: {"num_tokens": 90}, 5: {"num_tokens": 130}}  # of those that it has sampled
     log = entries((0, "loading", None, {}), *((time, "training", step, logs.get(step, {})) for time, step in times))
     short = Size(12, 240, 12, 5, 0, 0, 1000)
-    fixed, seconds, tokens = forecast.of_stage(config, "grpo", short, tiny.make_record(duration=60.0), log, 1)
+    fixed, seconds, units = forecast.of_stage(config, "grpo", short, tiny.make_record(duration=60.0), log, 1)
     assert seconds == {"training": 13.0}
-    assert tokens == {"training": pytest.approx(4 * 4 * (20 + 6))}
+    assert units == {"training": pytest.approx(4 * 4 * (20 + 6))}
     assert fixed == 60 - 13 * 5 / 4
-    one = forecast.Measured(basis={}, duration=60.0, fixed=fixed, seconds=seconds, tokens=tokens)
+    one = forecast.Measured(basis={}, duration=60.0, fixed=fixed, seconds=seconds, units=units)
     wanted = forecast.work(config, "grpo", size)
     assert forecast.seconds(one, wanted) == pytest.approx(fixed + 10 * 13)  # 40 steps are 10 cycles
 
@@ -514,11 +516,12 @@ def test_work_of_each_kind(tmp_path):
     stages["reward"]["training"] = {"eval_strategy": "steps", "eval_steps": 4, "max_length": 64}
     config = load(tiny.make_run(tmp_path, stages, training=tiny.SMALL | {"num_train_epochs": 3}))
     size = Size(10, 200, 10, 9, 3, 40, 1000)
-    assert forecast.work(config, "sft", size) == {"training": 600, "held_out": (2 + 3) * 40}
-    assert forecast.work(config, "reward", size) == {"training": 600, "held_out": (2 + 2) * 40}
+    looks = {"first_batch": 4 * 20, "first_tokens": 10 * 20}
+    assert forecast.work(config, "sft", size) == {"training": 600, "held_out": (2 + 3) * 40} | looks
+    assert forecast.work(config, "reward", size) == {"training": 600, "held_out": (2 + 2) * 40} | looks
     assert forecast.work(config, "ppo", size) == {"training": 24 * (20 + 12), "sampling": 10 * 4 * (20 + 12)}
     assert forecast.work(config, "grpo", size) == {"training": 9 * 4 * (20 + 6)}
-    assert forecast.work(config, "reward", size, 4) == {"training": 600, "held_out": (2 + 0) * 40}
+    assert forecast.work(config, "reward", size, 4) == {"training": 600, "held_out": (2 + 0) * 40} | looks
     assert forecast.work(config, "grpo", size, 4) == {"training": 9 * 4 * (20 + 6)}  # as many prompts as ever
     assert forecast.operations(config, "sft", size, 1000, 1) == 1000 * (6 * 600 + 2 * 200)
     assert forecast.operations(config, "ppo", size, 1000, 1) == 1000 * (6 * 2 * 2 * 24 * 32 + 2 * 40 * 32)
@@ -589,7 +592,7 @@ def test_what_is_too_little_says_so(tmp_path):
     path = tiny.make_run(tmp_path, {"sft": tiny.SFT | {"training": {"per_device_train_batch_size": 4}}})
     config = load(path)
     size = Size(rows=400, tokens=4000, sequences=400, steps=100, eval_rows=0, eval_tokens=0, parameters=10)
-    measured = forecast.Measured(basis={}, duration=3, fixed=1, seconds={"training": 1.0}, tokens={"training": 10.0})
+    measured = forecast.Measured(basis={}, duration=3, fixed=1, seconds={"training": 1.0}, units={"training": 10.0})
     changes, least = budget.changes(config, {"sft": size}, {"sft": measured}, {"sft": 1}, 100)
     assert (changes["sft"].keys, least) == ({"training.max_steps": 24}, None)  # a second a row
     changes, least = budget.changes(config, {"sft": size}, {"sft": measured}, {"sft": 1}, 11)

@@ -136,7 +136,7 @@ def _fewer_rows(options: Options, now: int, then: int, processes: int) -> Change
     if accumulated == before:
         return Change([f"{steps:,} of {whole:,} steps"], keys)
     keys["training.gradient_accumulation_steps"] = accumulated
-    words = f"{steps:,} steps of {batch} rows instead of {whole:,} of {before * at_once}"
+    words = f"{steps:,} step{'s' if steps > 1 else ''} of {batch} rows instead of {whole:,} of {before * at_once}"
     return Change([words], keys)
 
 

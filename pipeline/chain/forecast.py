@@ -1,8 +1,9 @@
 """Foretell how long a run takes: what its smoke run measured, scaled by the tokens that each stage works on.
 
-A stage does three kinds of work, and each is measured and scaled by itself: `training`, `held_out` (the loss on
-`eval_data`) and `sampling` (completions, drawn and scored). The unit of all three is a token. What remains is fixed: to
-load models, to look at them and to save them.
+A stage does several kinds of work, and each is measured and scaled by itself: `training`, `held_out` (the loss on
+`eval_data`), `sampling` (completions, drawn and scored), `first_batch` and `first_tokens` (what is looked at before and
+after training). The unit of all is a token that goes through a model together with many others. What remains is fixed:
+to load models and to save them.
 """
 
 import itertools
@@ -22,15 +23,36 @@ from pipeline.config.schema import Evaluate, Offline, Online, Options, Ppo, RunC
 from pipeline.config.stage_types import makes
 from pipeline.config.type_row import POLICIES, REWARD_MODELS
 from pipeline.records.manifest import Record
-from pipeline.records.progress import FINISHING, HELD_OUT, LOADING, TRAINING, Entry
+from pipeline.records.progress import (
+    FINISHING,
+    FIRST_BATCH,
+    FIRST_TOKENS,
+    HELD_OUT,
+    LOADING,
+    NUM_FIRST,
+    TRAINING,
+    Entry,
+)
 from pipeline.records.stage_folder import SMOKE
 
 Work = dict[str, float]  # kind of work -> tokens
+# What a sampled token costs, in tokens of a prompt: measured on a CPU, with 135M parameters and 2 to 16 rows. On a GPU
+# they make no difference, since a smoke run samples there as the run does.
+_SAMPLED = 5  # in a batch that goes through the model token by token
+_STEP = 40  # each of these steps reads all weights, however few rows the batch has
+_KINDS = {
+    LOADING: None,
+    FINISHING: None,
+    TRAINING: "training",
+    HELD_OUT: "held_out",
+    FIRST_BATCH: "first_batch",
+    FIRST_TOKENS: "first_tokens",
+}
 NUM_TOKENS = "num_tokens"  # what TRL's trainers log as the tokens since the start
 
 
 class Measured(BaseModel):
-    """Hold what a smoke run measured of a stage: seconds and tokens by kind of work, and the seconds of all else.
+    """Hold what a smoke run measured of a stage: seconds and units by kind of work, and the seconds of all else.
 
     `basis`: what must be the same for the figures to count. `duration`: the seconds of the whole stage.
     `batch` and `full_batch`: the rows of a batch on one device, in the smoke run and in the run.
@@ -42,7 +64,7 @@ class Measured(BaseModel):
     duration: float
     fixed: float
     seconds: dict[str, float]
-    tokens: dict[str, float]
+    units: dict[str, float]
     batch: int | None = None
     full_batch: int | None = None
 
@@ -55,7 +77,7 @@ def work(config: RunConfig, name: str, size: Size, processes: int = 1, evaluatio
     stage = config.stages[name]
     if isinstance(stage, Sampled):
         prompts = min(size.rows, stage.num_prompts or size.rows)
-        return {"sampling": prompts * _draws(stage) * (size.per_row + stage.max_new_tokens)}
+        return {"sampling": _sampling(stage, math.ceil(prompts / stage.batch_size)) + prompts * _of_prompt(stage, size)}
     assert isinstance(stage, TrainingStage), "a stage samples or trains"
     options = effective(stage.kind, stage.training)
     done: Work = {}
@@ -76,6 +98,9 @@ def work(config: RunConfig, name: str, size: Size, processes: int = 1, evaluatio
         done["training"] = rows * size.tokens / size.sequences
     else:
         done["training"] = size.tokens * options["num_train_epochs"]
+    if isinstance(stage, Offline):
+        done["first_batch"] = min(options["per_device_train_batch_size"], size.rows) * size.per_row
+        done["first_tokens"] = min(NUM_FIRST, size.rows) * size.per_row
     if isinstance(stage, Offline) and stage.eval_data is not None:
         if options["max_steps"] > 0 and size.sequences:  # it may end before its epochs do
             per_epoch = math.ceil(size.sequences / (rows / size.steps))
@@ -89,12 +114,22 @@ def at_least(config: RunConfig, name: str, size: Size) -> Work:
     """Return the tokens that a stage works on however short it is, of the kinds of work that can be less."""
     stage = config.stages[name]
     if isinstance(stage, Sampled):
-        return {"sampling": 0.0}
+        return {"sampling": _sampling(stage, 1)}
     done: Work = {"training": 0.0}
     if isinstance(stage, Offline) and stage.eval_data is not None:
         options = effective(stage.kind, stage.training) | {"num_train_epochs": 1, "max_steps": -1}
         done["held_out"] = _evaluations(stage, options, 0, 1) * size.eval_tokens
     return done
+
+
+def _sampling(stage: Sampled, batches: int) -> float:
+    """Return what it costs to sample from so many batches of prompts, however few rows they have."""
+    return batches * _draws(stage) * stage.max_new_tokens * _STEP
+
+
+def _of_prompt(stage: Sampled, size: Size) -> float:
+    """Return what each prompt adds to that."""
+    return _draws(stage) * (size.per_row + _SAMPLED * stage.max_new_tokens)
 
 
 def _draws(stage: Sampled) -> int:
@@ -157,8 +192,7 @@ def of_stage(
 
 def _kind(phase: str | None) -> str | None:
     """Return the kind of work that a phase is; None: what does not grow with the rows."""
-    fixed = {LOADING: None, FINISHING: None, TRAINING: "training", HELD_OUT: "held_out"}
-    return fixed.get(str(phase), "sampling")
+    return _KINDS.get(str(phase), "sampling")
 
 
 def _cycle_of(config: RunConfig, name: str, processes: int) -> int:
@@ -188,7 +222,7 @@ def seconds(measured: Measured, wanted: Work) -> float:
     """Return how long a stage takes, in seconds: each kind of work at its measured speed, and what is fixed."""
     total = measured.fixed
     for kind, taken in measured.seconds.items():
-        total += taken / measured.tokens[kind] * wanted.get(kind, 0.0)
+        total += taken / measured.units[kind] * wanted.get(kind, 0.0)
     return total
 
 
@@ -202,8 +236,8 @@ def operations(config: RunConfig, name: str, size: Size, parameters: int, proces
     passes = 1
     if isinstance(stage, Ppo):
         passes = 2 * effective(stage.kind, stage.training)["num_ppo_epochs"]
-    sampled = done.get("sampling", 0.0) + done.get("held_out", 0.0)
-    return parameters * (6 * passes * done.get("training", 0.0) + 2 * sampled)
+    forward = done.get("sampling", 0.0) + done.get("held_out", 0.0)
+    return parameters * (6 * passes * done.get("training", 0.0) + 2 * forward)
 
 
 def speed() -> float:

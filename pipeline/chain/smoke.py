@@ -152,7 +152,7 @@ def measure(
     for name, size in sizes.items():
         entries = Reader(config.run_path / name / PROGRESS).read()
         record = recorded.stages[name]
-        fixed, seconds, tokens = forecast.of_stage(config, name, size, record, entries, processes[name])
+        fixed, seconds, units = forecast.of_stage(config, name, size, record, entries, processes[name])
         stage = full.stages[name]
         options = effective(stage.kind, stage.training) if isinstance(stage, TrainingStage) else {}
         measured[name] = Measured(
@@ -160,7 +160,7 @@ def measure(
             duration=record.duration,
             fixed=fixed,
             seconds=seconds,
-            tokens=tokens,
+            units=units,
             batch=cuts[name].batch,
             full_batch=full_batch(stage, options),
         )

@@ -22,7 +22,10 @@ from pipeline.system.json_object import JsonObject
 TRAINING = "training"
 LOADING = "loading"
 HELD_OUT = "held-out batches"
+FIRST_BATCH = "comparing the first batch with the parent"
+FIRST_TOKENS = "looking at first tokens"
 FINISHING = "finishing"
+NUM_FIRST = 32  # prompts whose first token is looked at
 SECONDS = 1.0  # between two steps that are written
 SHARE = 1 / 2000  # of the time since the start, likewise: the file of a week stays small
 Item = TypeVar("Item")

@@ -3,6 +3,7 @@
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from pipeline.config.schema import Offline
+from pipeline.records.progress import FIRST_BATCH
 from pipeline.training import assertions
 from pipeline.training.beside_parent import first_tokens, is_rounded, trainer_beside_parent
 from pipeline.training.context import Result, StageContext
@@ -20,5 +21,6 @@ def run(ctx: StageContext[Offline]) -> Result:
     rows, eval_rows, datasets = ctx.rows()
     args = ctx.training_args()
     trainer = trainer_beside_parent(ctx, TokenisedDPOTrainer, args, rows, eval_rows, "chosen_ids")
+    ctx.progress.begin(FIRST_BATCH)
     loss = assertions.initial_loss(ctx.name, trainer, "margins", MARGINS, is_rounded(ctx, trainer))
     return fit(ctx, trainer, datasets, {"initial_loss": loss}, lambda: first_tokens(ctx, trainer, rows))

@@ -6,6 +6,7 @@ from trl.trainer.kto_config import KTOConfig
 from trl.trainer.kto_trainer import KTOTrainer
 
 from pipeline.config.schema import Offline
+from pipeline.records.progress import FIRST_BATCH
 from pipeline.training import assertions
 from pipeline.training.beside_parent import first_tokens, is_rounded, trainer_beside_parent
 from pipeline.training.context import Result, StageContext
@@ -33,6 +34,7 @@ def run(ctx: StageContext[Offline]) -> Result:
             rows = with_kl_completions(rows, size)
             eval_rows = None if eval_rows is None else with_kl_completions(eval_rows, size)
     trainer = trainer_beside_parent(ctx, TokenisedKTOTrainer, args, rows, eval_rows, "completion_ids")
+    ctx.progress.begin(FIRST_BATCH)
     loss = assertions.initial_loss(ctx.name, trainer, "rewards", REWARDS, is_rounded(ctx, trainer))
     return fit(ctx, trainer, datasets, {"initial_loss": loss}, lambda: first_tokens(ctx, trainer, rows))
 

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from pipeline.training.trainers import TokenisedRows
 
 NUM_COMPARED = 4  # prompts or rows on which the policy is compared with its parent and with the reference
-NUM_FIRST = 32  # prompts whose first token is looked at
 # Rewards that rounding may leave where the reference's log-probabilities were computed earlier, in other batches: in
 # float32, and per token where activations are rounded to 8 bits or 11 bits.
 EXACT = 1e-4
