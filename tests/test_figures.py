@@ -5,6 +5,7 @@ import json
 import math
 from collections import Counter
 from fractions import Fraction
+from statistics import NormalDist
 
 import by_hand
 import numpy as np
@@ -199,8 +200,12 @@ def test_the_interval_of_a_win_rate_is_the_bootstraps_over_prompts(wins, ties, l
 
 
 def test_a_win_rate_without_variation():
-    assert win_rate([2.0, 3.0], [1.0, 1.0]) == (1, 1, 1)
-    assert win_rate([1.0, 1.0], [2.0, 3.0]) == (0, 0, 0)
+    """After n wins of n prompts Wilson's interval begins at n / (n + z^2)."""
+    for number in (1, 2, 20, 100):
+        end = pytest.approx(number / (number + NormalDist().inv_cdf(0.975) ** 2))
+        assert win_rate([2.0] * number, [1.0] * number) == (1, end, 1)
+        rate, low, high = win_rate([1.0] * number, [2.0] * number)
+        assert (rate, low, 1 - high) == (0, 0, end)
     assert win_rate([1.0, 1.0], [1.0, 1.0]) == (0.5, 0.5, 0.5)
 
 

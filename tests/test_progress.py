@@ -142,6 +142,16 @@ def test_figures_are_shown_first_and_now_in_our_units():
     assert [line.plain for line in lines] == ["reward -1.00→2.50  KL 0.200→3.00  length 20.0→30.0  loss 0.00"]
 
 
+def test_the_first_step_of_dpo_has_no_accuracy():
+    """Policy and reference are equal there, so that every comparison is a tie, and TRL counts ties as wrong."""
+    place = placed(stage_type="dpo")
+    first = {"loss": 0.69, "rewards/accuracies": 0.0, "rewards/margins": 0.0}
+    assert place.take(entry(1, 1, logs=first)) == {"loss": 0.69, "margin": 0.0}
+    wrong = {"loss": 0.7, "rewards/accuracies": 0.0, "rewards/margins": -0.1}
+    assert place.take(entry(2, 2, logs=wrong)) == {"loss": 0.7, "accuracy": 0.0, "margin": -0.1}
+    assert place.first == {"loss": 0.69, "accuracy": 0.0, "margin": 0.0}
+
+
 def test_a_resumed_training_has_the_first_figures_of_its_beginning():
     place = placed(entry(0, 20, first={"loss": 4.0, "epoch": 0.1}), entry(1, 21, logs={"loss": 2.0, "eval_loss": 3.0}))
     assert (place.first, place.last) == (
@@ -448,6 +458,29 @@ def test_where_nothing_can_be_redrawn_lines_follow_each_other(watched, environme
         look()
     assert [re.sub(", .* left", "", line) for line in terminal.shown] == [
         f"sft: step {number}/4: loss 4.00" for number in range(1, 5)
+    ]
+
+
+def test_what_several_stages_say_is_printed_once_but_for_alarms(watched):
+    terminal = Terminal(80)
+    _, screen, file = watched(terminal, 80, TERM="dumb")
+    with screen:
+        for name in ("sft", "dpo"):
+            with screen.at_work(name) as watch, Progress(file, "token") as writer:
+                look = watch(file, "token")
+                writer.note(f"{name}: on the CPU")
+                writer.note(f"{name}: watchdog: kl is high")
+                writer.note(f"{name}: output in run/{name}")
+                writer.note(f"{name}: output in run/{name}")
+                look()
+    assert terminal.shown == [
+        "sft: on the CPU",
+        "sft: watchdog: kl is high",
+        "sft: output in run/sft",
+        "sft: output in run/sft",
+        "dpo: watchdog: kl is high",
+        "dpo: output in run/dpo",
+        "dpo: output in run/dpo",
     ]
 
 

@@ -585,6 +585,8 @@ def test_completions_that_serve_several_steps_stay_together(tmp_path):
     batch = batch_sizes.batch_of(effective("grpo", config.stages["grpo"].training))
     assert budget.change(config, "grpo", 12 * batch, 10 * batch, 1).keys == {}
     assert budget.change(config, "grpo", 64 * batch, 10 * batch, 1).keys == {"training.max_steps": 16}
+    assert budget.change(config, "grpo", 64 * batch, 31 * batch, 1).keys == {"training.max_steps": 16}  # in the time
+    assert budget.change(config, "grpo", 64 * batch, 32 * batch, 1).keys == {"training.max_steps": 32}
 
 
 def test_what_is_too_little_says_so(tmp_path):

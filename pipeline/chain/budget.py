@@ -116,7 +116,7 @@ def change(config: RunConfig, name: str, now: int, then: int, processes: int) ->
         return Change([f"{episodes:,} of {now:,} episodes"], keys)
     if not isinstance(stage, Offline):  # what is sampled at once is bound to the batch
         together = cycle(options, processes)  # steps that learn from the same completions
-        steps = math.ceil(then / batch / together) * together
+        steps = max(then // (batch * together), 1) * together
         if steps * batch >= now:
             return Change()
         keys = {"training.max_steps": steps} | _shorter_warmup(options, steps * batch / now)
@@ -171,4 +171,7 @@ def _fewest(
     options = effective(stage.kind, stage.training)
     if isinstance(stage, Offline):
         return steps * int(options["per_device_train_batch_size"]) * processes
+    if not isinstance(stage, Ppo):
+        together = cycle(options, processes)
+        steps = math.ceil(steps / together) * together
     return steps * batch_of(options, processes)

@@ -41,9 +41,9 @@ def measured_of(config: RunConfig) -> dict[str, Measured]:
     """Return what the smoke run of a config has measured; a short run for a try takes that of the long run."""
     found = forecast.read(folder_of(config))
     folder = config.run_path
-    if found or not folder.name.endswith(TRY):
+    if not folder.name.endswith(TRY):
         return found
-    return forecast.read(folder.with_name(folder.name.removesuffix(TRY) + SUFFIX))
+    return forecast.read(folder.with_name(folder.name.removesuffix(TRY) + SUFFIX)) | found
 
 
 def overrides(config: RunConfig, cuts: Mapping[str, Cut], on_gpu: bool) -> tuple[str, ...]:

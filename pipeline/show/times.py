@@ -146,9 +146,12 @@ def say_values(
     if config.gate == "stop" and config.gate_limits.accuracy is not None and any(_learns(config, *changes)):
         why = "after so few steps a reward model is often no better than chance"
         say(console, f"The gate may stop it: {why}. With `gate=warn` it goes on all the same.")
-    beside = f"run_dir={config.run_path}{smoke.TRY}" if config.run_dir else f"name={config.name}{smoke.TRY}"
     again = "Give the same values each time, or write them into the config"
-    say(console, f"It runs in {config.run_path}; `{beside}` keeps it beside the long run. {again}.")
+    if config.run_path.name.endswith(smoke.TRY):
+        say(console, f"It runs in {config.run_path}. {again}.")
+        return
+    beside = f"run_dir={config.run_path}{smoke.TRY}" if config.run_dir else f"name={config.name}{smoke.TRY}"
+    say(console, f"It runs in {config.run_path}; `{shlex.quote(beside)}` keeps it beside the long run. {again}.")
 
 
 def _learns(config: RunConfig, *names: str) -> Iterator[bool]:

@@ -1,6 +1,7 @@
 """The screen of `rlhf run`: on a terminal a few lines that are drawn anew, elsewhere a line for each log of a trainer.
 
-A stage's messages are printed on both. What its process prints is in its log.
+A stage's messages are printed on both; one that several stages say is printed once. What a stage's process prints is
+in its log.
 """
 
 import contextlib
@@ -45,6 +46,7 @@ class Screen:
         self._shown = shown
         self._is_written = False  # what an earlier run has left does not count
         self._name = ""
+        self._said: dict[str, str] = {}  # message -> the stage that said it first
         self._place = Place()
         self._reader: Reader | None = None
         self._drawn: list[Text] = []
@@ -116,10 +118,18 @@ class Screen:
             for entry in entries:
                 figures = self._place.take(entry)
                 if entry.said is not None:
-                    say(self._console, entry.said, "bold yellow" if is_alarm(entry.said) else "")
+                    self._say(entry.said)
                 elif self._live is None:
                     self._print(figures)
             self._draw()
+
+    def _say(self, message: str) -> None:
+        """Print a message of the stage at work, unless another stage has said the same; alarms are always printed."""
+        first = self._said.setdefault(message.removeprefix(f"{self._name}: "), self._name)
+        if is_alarm(message):
+            say(self._console, message, "bold yellow")
+        elif first == self._name:
+            say(self._console, message)
 
     def _print(self, figures: dict[str, float]) -> None:
         """Print a line for the figures of a log, or where there were none for long."""

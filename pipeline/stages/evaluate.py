@@ -19,6 +19,7 @@ from pipeline.models.generation import Ids, Sampling
 from pipeline.models.loading import Model, load_policy, load_reward, to_device
 from pipeline.records.figures import figures_of, line_of
 from pipeline.records.progress import LOADING
+from pipeline.shift.calibration import wilson
 from pipeline.shift.estimate import LEVEL, Estimate
 from pipeline.system.json_object import JsonObject
 from pipeline.system.processes import gather_in_order, share_of
@@ -29,6 +30,7 @@ from pipeline.training.completions import completions, weights_of
 from pipeline.training.context import Result, StageContext, write_json
 from pipeline.training.samples import write_samples
 
+TIE = 0.5  # of a win rate
 NUM_RESAMPLES = 9999
 
 
@@ -170,12 +172,15 @@ def win_rate(ours: Sequence[float], theirs: Sequence[float]) -> Estimate:
 
     The interval is the bootstrap's. Wilson's, which a reward model's accuracy has, takes a tie for half a win and half
     a loss, although a tie does not vary. Policies of one parent tie often: where half of the prompts tie, Wilson's
-    interval is 1.4 times as wide as it should be.
+    interval is 1.4 times as wide as it should be. Where all prompts are won, or all lost, the bootstrap has nothing to
+    resample and would be sure after a single prompt; there the interval is Wilson's.
     """
-    wins = np.array([(a > b) + 0.5 * (a == b) for a, b in zip(ours, theirs, strict=True)])
+    wins = np.array([(a > b) + TIE * (a == b) for a, b in zip(ours, theirs, strict=True)])
     share = float(wins.mean())
-    if wins.std() == 0:  # nothing to resample: all wins, all losses or all ties
+    if wins.std() == 0 and share == TIE:
         return Estimate(share, share, share)
+    if wins.std() == 0:
+        return wilson(float(wins.sum()), len(wins))
     result = stats.bootstrap(
         (wins,), np.mean, confidence_level=LEVEL, n_resamples=NUM_RESAMPLES, method="percentile", rng=0
     )
