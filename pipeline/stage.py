@@ -93,7 +93,7 @@ def run(config: RunConfig, name: str, launch: Launch = BY_HAND) -> None:
             held.enter_context(_locked(config, name))
             progress = held.enter_context(Progress(config.run_path / name / PROGRESS, launch.token))
             for message in ignored:
-                progress.say(f"{name}: {message}")
+                progress.say(f"{name}: {message}", once=True)
         decision = same_everywhere(lambda: _prepare(config, name, launch, progress))
         if decision.run:
             _execute(config, name, decision, state, progress)
@@ -182,7 +182,7 @@ def _say_device(ctx: StageContext[Stage]) -> None:
     if isinstance(ctx.stage, TrainingStage):
         choice = precision.autocast(ctx.stage, ctx.device)
         words += f", {'no' if choice.type == 'no' else choice.type} autocast ({choice.why})"
-    ctx.say(f"{ctx.name}: {words}")
+    ctx.say(f"{ctx.name}: {words}", once=True)
 
 
 def _finish(ctx: StageContext[Stage], decision: Decision, result: Result, started: float, world_size: int) -> None:

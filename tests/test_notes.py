@@ -154,6 +154,15 @@ def test_the_interval_tells_the_spread_of_a_prompt():
     assert needed_prompts(win_rate(wins, np.full(300, 0.5)), 300) == pytest.approx(expected, rel=0.1)
 
 
+def test_a_clean_sweep_of_few_prompts_needs_more_of_them():
+    """By hand: Wilson's interval of 3 wins of 3 is [3 / (3 + z^2), 1], and a coin of its middle is told apart by n."""
+    low = 3 / (3 + stats.norm.ppf(0.975) ** 2)
+    middle = (low + 1) / 2
+    needed = ((stats.norm.ppf(0.975) + stats.norm.ppf(0.8)) / (middle - 0.5)) ** 2 * middle * (1 - middle)
+    assert needed_prompts(win_rate([1.0] * 3, [0.0] * 3), 3) == math.ceil(needed) == 33
+    assert needed_prompts(win_rate([0.0] * 3, [1.0] * 3), 3) == 33
+
+
 def test_with_few_prompts_an_interval_holds_less_often_than_it_says():
     """The percentile bootstrap of a share has the quantiles of a binomial; at a win rate of 0.9."""
 

@@ -150,6 +150,10 @@ def test_the_first_step_of_dpo_has_no_accuracy():
     wrong = {"loss": 0.7, "rewards/accuracies": 0.0, "rewards/margins": -0.1}
     assert place.take(entry(2, 2, logs=wrong)) == {"loss": 0.7, "accuracy": 0.0, "margin": -0.1}
     assert place.first == {"loss": 0.69, "accuracy": 0.0, "margin": 0.0}
+    evened = {"rewards/accuracies": 0.5, "rewards/margins": 0.0}  # by margins of both signs
+    assert place.take(entry(3, 3, logs=evened)) == {"accuracy": 0.5, "margin": 0.0}
+    place.take(entry(4, 4, logs=first))
+    assert place.last == {"loss": 0.69, "margin": 0.0}
 
 
 def test_a_resumed_training_has_the_first_figures_of_its_beginning():
@@ -461,17 +465,17 @@ def test_where_nothing_can_be_redrawn_lines_follow_each_other(watched, environme
     ]
 
 
-def test_what_several_stages_say_is_printed_once_but_for_alarms(watched):
+def test_what_is_no_news_after_another_stage_has_said_it_is_printed_once(watched):
     terminal = Terminal(80)
     _, screen, file = watched(terminal, 80, TERM="dumb")
     with screen:
         for name in ("sft", "dpo"):
             with screen.at_work(name) as watch, Progress(file, "token") as writer:
                 look = watch(file, "token")
-                writer.note(f"{name}: on the CPU")
+                writer.note(f"{name}: on the CPU", once=True)
                 writer.note(f"{name}: watchdog: kl is high")
-                writer.note(f"{name}: output in run/{name}")
-                writer.note(f"{name}: output in run/{name}")
+                writer.note(f"{name}: output in run/{name}", once=True)
+                writer.note(f"{name}: output in run/{name}", once=True)
                 look()
     assert terminal.shown == [
         "sft: on the CPU",

@@ -366,6 +366,8 @@ def test_what_is_measured_of_a_stage(tmp_path):
     size = Size(12, 240, 12, 3, 4, 50, 1000)
     log = entries(
         (0, "loading", None, {}),
+        (7, "comparing the first batch with the parent", None, {}),
+        (9, "loading", None, {}),
         (10, "held-out batches", 0, {}),
         (13, "held-out batches", 1, {}),
         (14, "training", 0, {}),
@@ -375,16 +377,18 @@ def test_what_is_measured_of_a_stage(tmp_path):
         (27, "training", 3, {"loss": 1.0}),  # a checkpoint was saved
         (28, "finishing", None, {}),
         (29, "held-out batches", 0, {}),
-        (31, "finishing", None, {}),
+        (31, "looking at first tokens", None, {}),
+        (32, "finishing", None, {}),
     )
     record = tiny.make_record(duration=40.0)
     fixed, seconds, units = forecast.of_stage(config, "sft", size, record, log, 1)
-    assert seconds == {"training": 3.0, "held_out": 4.0 + 2.0}
-    assert units == {"training": 240 * (1 - 60 / 240), "held_out": 2 * 50}
-    assert fixed == 40 - 3 / (1 - 60 / 240) - 6
+    assert seconds == {"training": 3.0, "held_out": 4.0 + 2.0, "first_batch": 2.0, "first_tokens": 1.0}
+    assert units == {"training": 240 * (1 - 60 / 240), "held_out": 2 * 50, "first_batch": 8 * 20, "first_tokens": 240}
+    assert fixed == 40 - 3 / (1 - 60 / 240) - 6 - 2 - 1
     one = forecast.Measured(basis={}, duration=40.0, fixed=fixed, seconds=seconds, units=units)
-    wanted = {"training": 1800.0, "held_out": 500.0}
-    assert forecast.seconds(one, wanted) == fixed + 3.0 / 180.0 * 1800.0 + 6.0 / 100.0 * 500.0
+    wanted = {"training": 1800.0, "held_out": 500.0, "first_batch": 160.0, "first_tokens": 480.0}
+    expected = fixed + 3.0 / 180.0 * 1800.0 + 6.0 / 100.0 * 500.0 + 2.0 + 2.0
+    assert forecast.seconds(one, wanted) == pytest.approx(expected, rel=1e-12)
     log = entries(
         (0, "loading", None, {}),
         (5, "sampling from base", 0, {}),
@@ -393,8 +397,9 @@ def test_what_is_measured_of_a_stage(tmp_path):
         (20, "finishing", None, {}),
     )
     fixed, seconds, units = forecast.of_stage(config, "evaluate", size, record, log, 1)
-    assert (fixed, seconds) == (40 - 7, {"sampling": 7.0})
-    assert units == {"sampling": 2 * 4 * 40 + 2 * 12 * (20 + 5 * 4)}  # base and sft
+    assert (fixed, seconds) == (40 - 7, {"sampling": 4.0, "scoring": 3.0})
+    # Base and sft, each in one batch of 12 prompts.
+    assert units == {"sampling": 2 * 4 * 40 + 2 * 12 * (20 + 5 * 4), "scoring": 2 * 12 * (20 + 4)}
 
 
 REUSED = {
@@ -519,7 +524,7 @@ def test_work_of_each_kind(tmp_path):
     looks = {"first_batch": 4 * 20, "first_tokens": 10 * 20}
     assert forecast.work(config, "sft", size) == {"training": 600, "held_out": (2 + 3) * 40} | looks
     assert forecast.work(config, "reward", size) == {"training": 600, "held_out": (2 + 2) * 40} | looks
-    assert forecast.work(config, "ppo", size) == {"training": 24 * (20 + 12), "sampling": 10 * 4 * (20 + 12)}
+    assert forecast.work(config, "ppo", size) == {"training": 24 * (20 + 12), "sampling": 1280, "scoring": 10 * 4 * 32}
     assert forecast.work(config, "grpo", size) == {"training": 9 * 4 * (20 + 6)}
     assert forecast.work(config, "reward", size, 4) == {"training": 600, "held_out": (2 + 0) * 40} | looks
     assert forecast.work(config, "grpo", size, 4) == {"training": 9 * 4 * (20 + 6)}  # as many prompts as ever

@@ -79,7 +79,7 @@ def _lever(config: RunConfig, name: str, size: Size, measured: Measured, process
     """Return what makes a stage shorter."""
     work = forecast.work(config, name, size, processes)
     whole = forecast.seconds(measured, work)
-    grows = whole - forecast.seconds(measured, work | forecast.at_least(config, name, size))
+    grows = whole - forecast.seconds(measured, work | forecast.at_least(config, name, size, processes))
     rows = _rows(config, name, size, processes)
     return Lever(rows, min(rows, _fewest(config, name, processes)), grows / max(rows, 1), whole - grows)
 
@@ -106,7 +106,9 @@ def change(config: RunConfig, name: str, now: int, then: int, processes: int) ->
         return Change()
     stage = config.stages[name]
     if isinstance(stage, Sampled):
-        return Change([f"{then} of {now} prompts"], {"num_prompts": then})
+        full = then // stage.batch_size * stage.batch_size  # the rest of a batch takes about as long as all of it
+        prompts = full if full >= FEWEST_PROMPTS else then
+        return Change([f"{prompts} of {now} prompts"], {"num_prompts": prompts})
     assert isinstance(stage, TrainingStage), "a stage samples or trains"
     options = effective(stage.kind, stage.training)
     batch = batch_of(options, processes)

@@ -1,7 +1,7 @@
 """Foretell how long a run takes: what its smoke run measured, scaled by the tokens that each stage works on.
 
 A stage does several kinds of work, and each is measured and scaled by itself: `training`, `held_out` (the loss on
-`eval_data`), `sampling` (completions, drawn and scored), `first_batch` and `first_tokens` (what is looked at before and
+`eval_data`), `sampling` and `scoring` of completions, `first_batch` and `first_tokens` (what is looked at before and
 after training). The unit of all is a token that goes through a model together with many others. What remains is fixed:
 to load models and to save them.
 """
@@ -30,6 +30,7 @@ from pipeline.records.progress import (
     HELD_OUT,
     LOADING,
     NUM_FIRST,
+    SAMPLING,
     TRAINING,
     Entry,
 )
@@ -37,7 +38,7 @@ from pipeline.records.stage_folder import SMOKE
 
 Work = dict[str, float]  # kind of work -> tokens
 # What a sampled token costs, in tokens of a prompt: measured on a CPU, with 135M parameters and 2 to 16 rows. On a GPU
-# they make no difference, since a smoke run samples there as the run does.
+# they make a difference only for batches that are not full, since a smoke run samples there as the run does.
 _SAMPLED = 5  # in a batch that goes through the model token by token
 _STEP = 40  # each of these steps reads all weights, however few rows the batch has
 _KINDS = {
@@ -77,7 +78,12 @@ def work(config: RunConfig, name: str, size: Size, processes: int = 1, evaluatio
     stage = config.stages[name]
     if isinstance(stage, Sampled):
         prompts = min(size.rows, stage.num_prompts or size.rows)
-        return {"sampling": _sampling(stage, math.ceil(prompts / stage.batch_size)) + prompts * _of_prompt(stage, size)}
+        together = prompts * _draws(stage)
+        each = size.per_row + _SAMPLED * stage.max_new_tokens
+        return {
+            "sampling": _steps(stage, prompts, processes) * _STEP + together * each,
+            "scoring": together * (size.per_row + stage.max_new_tokens),
+        }
     assert isinstance(stage, TrainingStage), "a stage samples or trains"
     options = effective(stage.kind, stage.training)
     done: Work = {}
@@ -88,6 +94,7 @@ def work(config: RunConfig, name: str, size: Size, processes: int = 1, evaluatio
         if stage.prompt_baseline in ("sft_mean", "greedy"):
             number = stage.baseline_completions if stage.prompt_baseline == "sft_mean" else 1
             done["sampling"] = size.rows * number * episode
+            done["scoring"] = done["sampling"]
     elif isinstance(stage, Online):
         if options["max_steps"] <= 0:
             rows //= processes  # the steps are those of one process, which would make all completions
@@ -110,11 +117,11 @@ def work(config: RunConfig, name: str, size: Size, processes: int = 1, evaluatio
     return done
 
 
-def at_least(config: RunConfig, name: str, size: Size) -> Work:
+def at_least(config: RunConfig, name: str, size: Size, processes: int) -> Work:
     """Return the tokens that a stage works on however short it is, of the kinds of work that can be less."""
     stage = config.stages[name]
     if isinstance(stage, Sampled):
-        return {"sampling": _sampling(stage, 1)}
+        return {"sampling": float(_steps(stage, 1, processes) * _STEP), "scoring": 0.0}
     done: Work = {"training": 0.0}
     if isinstance(stage, Offline) and stage.eval_data is not None:
         options = effective(stage.kind, stage.training) | {"num_train_epochs": 1, "max_steps": -1}
@@ -122,14 +129,14 @@ def at_least(config: RunConfig, name: str, size: Size) -> Work:
     return done
 
 
-def _sampling(stage: Sampled, batches: int) -> float:
-    """Return what it costs to sample from so many batches of prompts, however few rows they have."""
-    return batches * _draws(stage) * stage.max_new_tokens * _STEP
-
-
-def _of_prompt(stage: Sampled, size: Size) -> float:
-    """Return what each prompt adds to that."""
-    return _draws(stage) * (size.per_row + _SAMPLED * stage.max_new_tokens)
+def _steps(stage: Sampled, prompts: int, processes: int) -> int:
+    """Return the steps that batches go through, in all processes: those without a batch wait for the others."""
+    batches = math.ceil(prompts / stage.batch_size)
+    if isinstance(stage, Shift):  # all draws are dealt out to the processes together
+        rounds = math.ceil(batches * _draws(stage) / processes)
+    else:
+        rounds = math.ceil(batches / processes) * _draws(stage)
+    return rounds * processes * stage.max_new_tokens
 
 
 def _draws(stage: Sampled) -> int:
@@ -161,7 +168,7 @@ def _evaluations(stage: Offline, options: Options, steps: int, processes: int) -
 def of_stage(
     config: RunConfig, name: str, size: Size, record: Record, entries: Iterable[Entry], processes: int
 ) -> tuple[float, dict[str, float], Work]:
-    """Return what a stage of a smoke run took: the fixed seconds, and by kind of work its seconds and tokens.
+    """Return what a stage of a smoke run took: the fixed seconds, and by kind of work its seconds and units.
 
     The first step of a training warms up. It does not count if a whole cycle follows: as many steps as those in which
     RLOO and GRPO sample once and learn.
@@ -181,18 +188,21 @@ def of_stage(
             continue
         if kind is not None:
             seconds[kind] = seconds.get(kind, 0.0) + after.time - before.time
-    tokens = work(config, name, size, processes, evaluations)
+    units = work(config, name, size, processes, evaluations)
     share = _share(placed, first, are_logged=per_cycle == 1)
-    whole = sum(value / (share if kind == "training" else 1) for kind, value in seconds.items())
-    if "training" in tokens:
-        tokens["training"] *= share
-    known = {kind: value for kind, value in seconds.items() if tokens.get(kind)}
-    return max(record.duration - whole, 0.0), known, {kind: tokens[kind] for kind in known}
+    known = {kind: value for kind, value in seconds.items() if units.get(kind)}
+    whole = sum(value / (share if kind == "training" else 1) for kind, value in known.items())
+    if "held_out" not in known:  # of RL: how often it comes is not foretold
+        whole += seconds.get("held_out", 0.0)
+    if "training" in units:
+        units["training"] *= share
+    return max(record.duration - whole, 0.0), known, {kind: units[kind] for kind in known}
 
 
 def _kind(phase: str | None) -> str | None:
     """Return the kind of work that a phase is; None: what does not grow with the rows."""
-    return _KINDS.get(str(phase), "sampling")
+    name = str(phase)
+    return _KINDS[name] if name in _KINDS else "sampling" if name.startswith(SAMPLING) else "scoring"
 
 
 def _cycle_of(config: RunConfig, name: str, processes: int) -> int:
@@ -229,6 +239,7 @@ def seconds(measured: Measured, wanted: Work) -> float:
 def operations(config: RunConfig, name: str, size: Size, parameters: int, processes: int) -> float:
     """Estimate the floating-point operations of a stage: 6 for each token and parameter, 2 where nothing trains.
 
+    Reading weights is not among them: a token that is sampled counts as any other.
     In PPO policy and value model train on every token in each of its epochs.
     """
     stage = config.stages[name]
@@ -236,7 +247,7 @@ def operations(config: RunConfig, name: str, size: Size, parameters: int, proces
     passes = 1
     if isinstance(stage, Ppo):
         passes = 2 * effective(stage.kind, stage.training)["num_ppo_epochs"]
-    forward = done.get("sampling", 0.0) + done.get("held_out", 0.0)
+    forward = done.get("scoring", 0.0) + done.get("held_out", 0.0)
     return parameters * (6 * passes * done.get("training", 0.0) + 2 * forward)
 
 

@@ -23,7 +23,8 @@ OF_PPO: Mapping[str, Ours] = {
 def in_our_words(names: Mapping[str, Ours], logs: Mapping[str, float | None]) -> dict[str, float]:
     """Return figures of a trainer's log under our names and in our units; one that needs an absent length is left out.
 
-    An accuracy is left out too where all scores are equal: TRL counts ties as wrong, as in the first step of DPO.
+    An accuracy of 0 is left out too where the margin is 0: all comparisons are ties there, as in the first step of DPO,
+    and TRL counts ties as wrong.
     RLOO and GRPO log None for a value that was NaN throughout, so None is read as NaN.
     """
     logged = {name: math.nan if value is None else value for name, value in logs.items()}
@@ -35,6 +36,6 @@ def in_our_words(names: Mapping[str, Ours], logs: Mapping[str, float | None]) ->
             figures[ours] = logged[name]
         elif LENGTH in logged:
             figures[ours] = logged[name] * max(logged[LENGTH], 1.0) ** power
-    if figures.get("margin") == 0:
-        figures.pop("accuracy", None)
+    if figures.get("margin") == figures.get("accuracy") == 0:
+        del figures["accuracy"]
     return figures

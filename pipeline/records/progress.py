@@ -1,7 +1,8 @@
 """How far a stage is, in a file in its folder: its process writes it, `rlhf run` and `rlhf status` read it.
 
 Each line is a JSON object with its `time`, in seconds since 1970. The first line begins an attempt; `launch` is the
-token of the `rlhf run` that started it, or null. A line with `said` is a message. All others say where the stage is:
+token of the `rlhf run` that started it, or null. A line with `said` is a message; with `once` it need not be shown
+again where another stage says the same. All others say where the stage is:
 `phase` names what it does, `step` of `of` is done, and `logs` are the figures that its trainer has just logged. `first`
 are those that a resumed training had logged first.
 """
@@ -22,6 +23,7 @@ from pipeline.system.json_object import JsonObject
 TRAINING = "training"
 LOADING = "loading"
 HELD_OUT = "held-out batches"
+SAMPLING = "sampling from"  # a policy
 FIRST_BATCH = "comparing the first batch with the parent"
 FIRST_TOKENS = "looking at first tokens"
 FINISHING = "finishing"
@@ -63,14 +65,14 @@ class Progress:
     ) -> None:
         self._close()
 
-    def say(self, message: str) -> None:
-        """Print a message, and leave it to whoever watches."""
+    def say(self, message: str, once: bool = False) -> None:
+        """Print a message, and leave it to whoever watches; `once`: it is no news after another stage has said it."""
         print(message, flush=True)
-        self.note(message)
+        self.note(message, once)
 
-    def note(self, message: str) -> None:
+    def note(self, message: str, once: bool = False) -> None:
         """Leave a message to whoever watches; what the stage prints has it in another form."""
-        self._write({"said": message})
+        self._write({"said": message} | ({"once": True} if once else {}))
 
     def begin(self, phase: str, of: int | None = None, step: int = 0, first: Logs | None = None) -> None:
         """Say what the stage does next: `of` steps, of which `step` are done, or nothing that can be counted.
@@ -132,6 +134,7 @@ class Entry(BaseModel):
     time: float
     launch: str | None = None
     said: str | None = None
+    once: bool = False
     phase: str | None = None
     step: int | None = None
     of: int | None = None

@@ -125,13 +125,18 @@ def needed_prompts(wins: Estimate, prompts: int) -> float:
     """Return how many prompts tell a win rate from a tie in POWER of all evaluations, if it is as it was measured.
 
     `wins` was measured on `prompts` prompts. n = ((z(0.975) + z(0.8)) sd / (rate - 0.5))^2, where the SD of a prompt's
-    win, tie or loss is that of the interval: half its width is z(0.975) sd / sqrt(prompts). Infinite for a tie.
+    win, tie or loss is that of the interval: half its width is z(0.975) sd / sqrt(prompts). Infinite for a tie. Where
+    all prompts were won, or all lost, nothing is known of the SD: there the rate is the middle of the interval.
     """
     if wins.low is None or wins.high is None or wins.value == 0.5:
         return math.inf
     z = NormalDist().inv_cdf((1 + LEVEL) / 2)
+    rate = wins.value
     spread = (wins.high - wins.low) / 2 / z * math.sqrt(max(prompts, 0))
-    return math.ceil(((z + NormalDist().inv_cdf(POWER)) * spread / (wins.value - 0.5)) ** 2)
+    if rate in (0, 1):
+        rate = (wins.low + wins.high) / 2
+        spread = math.sqrt(rate * (1 - rate))
+    return math.ceil(((z + NormalDist().inv_cdf(POWER)) * spread / (rate - 0.5)) ** 2)
 
 
 RULES = (

@@ -66,6 +66,8 @@ class Place:
             self.entry = entry
         figures = in_our_words(self.names, entry.logs)
         self.first = figures | in_our_words(self.names, entry.first) | self.first
+        if figures.get("margin") == 0 and "accuracy" not in figures:
+            self.last.pop("accuracy", None)  # it is no longer so
         self.last |= figures
         if figures and SUMMARY in entry.logs and LOSS in self.last:
             figures[LOSS] = self.last[LOSS]

@@ -1,7 +1,7 @@
 """The screen of `rlhf run`: on a terminal a few lines that are drawn anew, elsewhere a line for each log of a trainer.
 
-A stage's messages are printed on both; one that several stages say is printed once. What a stage's process prints is
-in its log.
+A stage's messages are printed on both; of one that is no news after another stage has said it, the first. What a
+stage's process prints is in its log.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ class Screen:
         self._shown = shown
         self._is_written = False  # what an earlier run has left does not count
         self._name = ""
-        self._said: dict[str, str] = {}  # message -> the stage that said it first
+        self._said: dict[str, str] = {}  # what need not be said again -> the stage that said it first
         self._place = Place()
         self._reader: Reader | None = None
         self._drawn: list[Text] = []
@@ -118,18 +118,16 @@ class Screen:
             for entry in entries:
                 figures = self._place.take(entry)
                 if entry.said is not None:
-                    self._say(entry.said)
+                    self._say(entry.said, entry.once)
                 elif self._live is None:
                     self._print(figures)
             self._draw()
 
-    def _say(self, message: str) -> None:
-        """Print a message of the stage at work, unless another stage has said the same; alarms are always printed."""
-        first = self._said.setdefault(message.removeprefix(f"{self._name}: "), self._name)
-        if is_alarm(message):
-            say(self._console, message, "bold yellow")
-        elif first == self._name:
-            say(self._console, message)
+    def _say(self, message: str, once: bool) -> None:
+        """Print a message of the stage at work; with `once` only if no other stage has said the same."""
+        first = self._said.setdefault(message.removeprefix(f"{self._name}: "), self._name) if once else self._name
+        if first == self._name:
+            say(self._console, message, "bold yellow" if is_alarm(message) else "")
 
     def _print(self, figures: dict[str, float]) -> None:
         """Print a line for the figures of a log, or where there were none for long."""

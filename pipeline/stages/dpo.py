@@ -3,7 +3,7 @@
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from pipeline.config.schema import Offline
-from pipeline.records.progress import FIRST_BATCH
+from pipeline.records.progress import FIRST_BATCH, LOADING
 from pipeline.training import assertions
 from pipeline.training.beside_parent import first_tokens, is_rounded, trainer_beside_parent
 from pipeline.training.context import Result, StageContext
@@ -23,4 +23,5 @@ def run(ctx: StageContext[Offline]) -> Result:
     trainer = trainer_beside_parent(ctx, TokenisedDPOTrainer, args, rows, eval_rows, "chosen_ids")
     ctx.progress.begin(FIRST_BATCH)
     loss = assertions.initial_loss(ctx.name, trainer, "margins", MARGINS, is_rounded(ctx, trainer))
+    ctx.progress.begin(LOADING)
     return fit(ctx, trainer, datasets, {"initial_loss": loss}, lambda: first_tokens(ctx, trainer, rows))

@@ -6,7 +6,7 @@ from trl.trainer.kto_config import KTOConfig
 from trl.trainer.kto_trainer import KTOTrainer
 
 from pipeline.config.schema import Offline
-from pipeline.records.progress import FIRST_BATCH
+from pipeline.records.progress import FIRST_BATCH, LOADING
 from pipeline.training import assertions
 from pipeline.training.beside_parent import first_tokens, is_rounded, trainer_beside_parent
 from pipeline.training.context import Result, StageContext
@@ -36,6 +36,7 @@ def run(ctx: StageContext[Offline]) -> Result:
     trainer = trainer_beside_parent(ctx, TokenisedKTOTrainer, args, rows, eval_rows, "completion_ids")
     ctx.progress.begin(FIRST_BATCH)
     loss = assertions.initial_loss(ctx.name, trainer, "rewards", REWARDS, is_rounded(ctx, trainer))
+    ctx.progress.begin(LOADING)
     return fit(ctx, trainer, datasets, {"initial_loss": loss}, lambda: first_tokens(ctx, trainer, rows))
 
 

@@ -6,7 +6,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from pipeline.config.schema import Offline
 from pipeline.data.joints import eos_id
 from pipeline.models.loading import continue_policy, precision_kept
-from pipeline.records.progress import NUM_FIRST
+from pipeline.records.progress import FIRST_TOKENS, NUM_FIRST
 from pipeline.system.json_object import JsonObject
 from pipeline.training import assertions
 from pipeline.training.context import Result, StageContext
@@ -25,6 +25,7 @@ def run(ctx: StageContext[Offline]) -> Result:
     def first_token() -> JsonObject:
         sample = rows.take(NUM_FIRST).to_list()
         prompts = [row["input_ids"][: row["completion_mask"].index(1)] for row in sample]
+        ctx.progress.begin(FIRST_TOKENS)
         return {"first_token": assertions.first_token(trainer, prompts, ctx.tokenizer)}
 
     return fit(ctx, trainer, datasets, after_training=first_token)

@@ -7,7 +7,7 @@ from transformers import TrainingArguments
 
 from pipeline.config.schema import TrainingStage
 from pipeline.models.loading import continue_policy, float32_logits, load_policy, precision_kept
-from pipeline.records.progress import NUM_FIRST
+from pipeline.records.progress import FIRST_TOKENS, NUM_FIRST
 from pipeline.system.json_object import JsonObject
 from pipeline.training import assertions
 from pipeline.training.context import StageContext
@@ -63,4 +63,5 @@ def is_rounded(ctx: StageContext[TrainingStage], trainer: TokenisedRows) -> bool
 def first_tokens(ctx: StageContext[TrainingStage], trainer: TokenisedRows, rows: Dataset) -> JsonObject:
     """Look at the likeliest first token of a completion, as metrics of the trained model."""
     prompts = rows.take(NUM_FIRST)["prompt_ids"][:]
+    ctx.progress.begin(FIRST_TOKENS)
     return {"first_token": assertions.first_token(trainer, prompts, ctx.tokenizer)}

@@ -10,6 +10,7 @@ from pipeline.config.schema import BASE, Stage
 from pipeline.models.generation import Ids, Sampling, batches, generate
 from pipeline.models.loading import Model, Weights, load_policy, to_device
 from pipeline.records import manifest
+from pipeline.records.progress import SAMPLING
 from pipeline.system.digests import digest
 from pipeline.system.processes import share_of
 from pipeline.training.context import StageContext
@@ -67,7 +68,7 @@ def completions(
         if model is None:
             model = to_device(load_policy(ctx.loader, weights_of(ctx, policy)))
         sampled = {}
-        for key in ctx.progress.each(share_of(lacking), f"sampling from {policy}"):
+        for key in ctx.progress.each(share_of(lacking), f"{SAMPLING} {policy}"):
             draw, batch = wanted[key]
             sampled[key] = generate(model, batch, sampling, ctx.tokenizer, draw)
         del model

@@ -91,10 +91,10 @@ class StageContext(Generic[S]):
         assert recorded is not None, "this stage has parents that are finished"
         return recorded.stages[stage]
 
-    def say(self, message: str) -> None:
-        """Print a message, in one process, and leave it to whoever watches."""
+    def say(self, message: str, once: bool = False) -> None:
+        """Print a message, in one process, and leave it to whoever watches; `once`: as in `Progress.say`."""
         if PartialState().is_main_process:
-            self.progress.say(message)
+            self.progress.say(message, once)
 
     def weights(self, place: Place) -> Weights:
         """Return where weights lie, as absolute paths or a hub id."""
@@ -179,7 +179,7 @@ class StageContext(Generic[S]):
         for kind, finding in audit.dropped.items():
             if finding.count:
                 what = f"{finding.count} of {audit.read} rows of {dataset} {audit.what(kind)}"
-                self.say(f"{self.name}: {what}: left out")
+                self.say(f"{self.name}: {what}: left out", once=True)
 
 
 def write_json(path: Path, value: object) -> None:

@@ -13,7 +13,7 @@ from pipeline.config.schema import TrainingStage
 from pipeline.config.stage_types import makes
 from pipeline.config.type_row import POLICIES
 from pipeline.models.loading import num_parameters
-from pipeline.records.progress import FINISHING, FIRST_TOKENS
+from pipeline.records.progress import FINISHING
 from pipeline.records.stage_folder import CHECKPOINTS, HISTORY
 from pipeline.system.json_object import JsonObject
 from pipeline.training import assertions, checkpoints, kept_completions
@@ -39,8 +39,8 @@ def fit(
 ) -> Result:
     """Train from the newest complete checkpoint, or from the start, and save the output.
 
-    `measured` are metrics that the stage has measured before training. `after_training` looks at first tokens by
-    the trained model and returns metrics; it is called before the model is saved. Both go into the record, with the
+    `measured` are metrics that the stage has measured before training. `after_training` returns metrics that can be
+    measured only on the trained model; it is called before the model is saved. Both go into the record, with the
     trainer's metrics.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -66,7 +66,8 @@ def fit(
         assertions.has_trained(before, trainable, ctx.name)
     metrics = dict(measured or {})
     if after_training is not None:
-        metrics |= _first_tokens(ctx, after_training)
+        metrics |= after_training()
+        ctx.progress.begin(FINISHING)
     metrics |= first_and_last(trainer.state.log_history, {name: name for name in METRICS})
     metrics |= _held_out(ctx, trainer)
     metrics["steps"] = trainer.state.global_step
@@ -75,13 +76,6 @@ def fit(
     save_log(ctx, trainer)
     kept_completions.keep(ctx)
     return Result(metrics, counts, datasets, checkpoints.step_of(checkpoint) if checkpoint else None)
-
-
-def _first_tokens(ctx: StageContext[TrainingStage], look: Callable[[], JsonObject]) -> JsonObject:
-    ctx.progress.begin(FIRST_TOKENS)
-    metrics = look()
-    ctx.progress.begin(FINISHING)
-    return metrics
 
 
 def _has_nothing_to_learn(ctx: StageContext[TrainingStage], trainer: Trainer) -> bool:
