@@ -2,7 +2,8 @@
 
 `rlhf run` starts it; nobody types it. It imports what stages import and computes nothing: no model, no random number,
 no CUDA context and no thread of Python is there when it is copied (fork). On a machine with a GPU bitsandbytes is
-imported in the copies, since its import uses CUDA. The threads of OpenBLAS and of jemalloc end in a copy, and start
+imported in the copies, since its import uses CUDA. Where CUDA was used all the same, a copy becomes the stage's command
+and imports everything anew. The threads of OpenBLAS and of jemalloc end in a copy, and start
 again when they are needed: both libraries see to that. A stage is thus a process like one that was
 started by its command, and ends like one; whatever becomes of it, this process only tells how it ended.
 
@@ -45,6 +46,7 @@ def main() -> None:
         return  # a copy could not use CUDA, and a context here would take memory: stages are started by their commands
     is_stage = False
     with socket.socket(fileno=int(sys.argv[1])) as launcher, contextlib.suppress(ConnectionError):
+        launcher.set_inheritable(False)
         is_stage = serve(launcher, before)
     if is_stage:
         importlib.import_module(MODULE).main()
@@ -121,8 +123,12 @@ def _become_stage(request: Request, output: int, before: Handlers) -> None:
         signal.signal(number, handler)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     command = request["command"]
+    # upstream: where the driver's library does not tell the number of GPUs, as of a part of one (MIG), torch asks CUDA.
+    if importlib.import_module("torch").cuda._is_in_bad_fork():
+        os.execve(command[0], command, os.environ)
     if ASKS_FOR_GPU in sys.modules:
-        _resume(ASKS_FOR_GPU)
+        with contextlib.suppress(Exception):  # a stage that needs it meets the error
+            _resume(ASKS_FOR_GPU)
     sys.argv = [sys.modules[MODULE].__file__ or "", *command[command.index(MODULE) + 1 :]]
 
 

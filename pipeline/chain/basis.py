@@ -13,7 +13,7 @@ Basis = dict[str, str]  # what it is -> its value, in words or as a digest
 
 CORES = "cores"
 # Options of `training:` that decide how fast a step is.
-_OPTIONS = ("bf16", "fp16", "gradient_checkpointing", "num_ppo_epochs", "num_iterations", "optim")
+_OPTIONS = ("bf16", "fp16", "tf32", "gradient_checkpointing", "num_ppo_epochs", "num_iterations", "optim")
 _OPTIONS += ("torch_compile", "use_liger_kernel", "precompute_ref_log_probs")
 _OPTIONS += ("steps_per_generation", "generation_batch_size", "use_vllm", "vllm_mode")
 # What is long: that it is another one is all that is said of it.

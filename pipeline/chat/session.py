@@ -8,13 +8,14 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.chat.selection import Run, same_weights
-from pipeline.chat.weights import Models, Policy
+from pipeline.chat.weights import Models
 from pipeline.data.encode import prompt_ids
 from pipeline.data.faults import RowFault
 from pipeline.data.joints import eos_id, pad_id
 from pipeline.data.messages import Messages
 from pipeline.models import scoring
 from pipeline.models.generation import Ids, Sampling, generate
+from pipeline.models.shared import Policy
 from pipeline.show.tables import number
 from pipeline.system.errors import UserError
 from pipeline.training import divergence

@@ -26,9 +26,14 @@ class Autocast:
 
 def device_of(config: RunConfig, name: str, visible: Device) -> Device:
     """Return the device of a stage: the CPU where its options ask for it, else the one that is there."""
+    return device.cpu("`use_cpu: true`") if asks_for_cpu(config, name) else visible
+
+
+def asks_for_cpu(config: RunConfig, name: str) -> bool:
+    """Tell whether the options of a stage say that it computes on the CPU."""
     stage = config.stages[name]
     training = stage.training if isinstance(stage, TrainingStage) else config.training
-    return device.cpu("`use_cpu: true`") if training.get("use_cpu") else visible
+    return bool(training.get("use_cpu"))
 
 
 def autocast(stage: TrainingStage, on: Device) -> Autocast:

@@ -25,6 +25,8 @@ _START_FROM_SFT = Reference(
     "init", POLICIES, "sft", missing="there is no sft stage to start from; add one, or say `init: base`"
 )
 _SAME_POLICIES = "policy and reference, and old and new policy, can be compared without it only"
+_IN_PLACE = "TRL turns all weights to bf16 for it, also those that train, and leaves them so"
+_CONTINUOUS = "use_transformers_continuous_batching use_transformers_paged transformers_continuous_batching_config"
 _SFT_WORDS = {"packing_strategy": "bfd bfd_split wrapped", "loss_type": "nll dft chunked_nll"}
 _PPO_LOGS = {
     "objective/kl": ("kl", 0),
@@ -151,7 +153,7 @@ STAGE_TYPES: Mapping[str, StageType] = {
     "rloo": _GROUPS(
         trl_config="trl:RLOOConfig",
         references=(_START_FROM_SFT, _scored_by_a_model_or_functions("rloo")),
-        refused={_SAME_POLICIES: "disable_dropout"},
+        refused={_SAME_POLICIES: "disable_dropout", _IN_PLACE: _CONTINUOUS},
         watched=_RLOO_LOGS,
     ),
     "grpo": _GROUPS(
@@ -159,6 +161,7 @@ STAGE_TYPES: Mapping[str, StageType] = {
         references=(_START_FROM_SFT, _scored_by_a_model_or_functions("grpo")),
         refused={
             _SAME_POLICIES: "disable_dropout",
+            _IN_PLACE: _CONTINUOUS,
             "log-probabilities are computed in float32 already": "cast_lm_head_to_fp32",
         },
         words={

@@ -12,6 +12,7 @@ from typing import TypeAlias
 import psutil
 from rich.console import Console
 
+from pipeline.config import precision
 from pipeline.config.schema import RunConfig
 from pipeline.launch import channel, sharding
 from pipeline.launch.log import StageLog, Watch, nobody, relay, say_last
@@ -58,7 +59,7 @@ def run_stage(
     argv = command(config, name, overrides, accelerate_file)
     launch = channel.Launch(os.getpid(), reason, redo, token := uuid.uuid4().hex)
     with channel.opened(launch, config.run_path) as answers:  # a stage's folder may hold nothing else before its lock
-        said = environment(accelerate_file) | {channel.FOLDER: answers}
+        said = environment(accelerate_file, precision.asks_for_cpu(config, name)) | {channel.FOLDER: answers}
         process = None
         try:
             with StageLog(path, console) as log:
@@ -108,14 +109,16 @@ def _started(command: list[str], environment: dict[str, str], server: StageServe
     )
 
 
-def environment(accelerate_file: str | None = None) -> dict[str, str]:
-    """Return the environment of a stage's process, but for the folder of its channel."""
+def environment(accelerate_file: str | None = None, on_cpu: bool = False) -> dict[str, str]:
+    """Return the environment of a stage's process, but for the folder of its channel; `on_cpu`: it needs no GPU."""
     variables = os.environ | {
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONIOENCODING": "utf-8:backslashreplace",  # as the log is written, in any locale
         "PYTHONSAFEPATH": "1",  # or `-m` would look for this package in the working directory first
     }
-    if accelerate_file is None:
+    if on_cpu:
+        variables["CUDA_VISIBLE_DEVICES"] = ""  # upstream: PEFT reads adapters through a GPU that it sees
+    elif accelerate_file is None:
         # One process on several GPUs would fall into torch's DataParallel, which no trainer here supports.
         variables["CUDA_VISIBLE_DEVICES"] = _first_gpu()
     return variables

@@ -16,7 +16,8 @@ from pipeline.config.schema import BASE, Evaluate
 from pipeline.data.joints import eos_id, pad_id
 from pipeline.models import scoring
 from pipeline.models.generation import Ids, Sampling
-from pipeline.models.loading import Model, load_policy, load_reward, to_device
+from pipeline.models.loading import Weights, load_reward, to_device
+from pipeline.models.shared import Policy, Shared
 from pipeline.records.figures import figures_of, line_of
 from pipeline.records.progress import LOADING
 from pipeline.shift.calibration import wilson
@@ -58,12 +59,17 @@ def run(ctx: StageContext[Evaluate]) -> Result:
     assert stage.baseline is not None and stage.policies is not None, "the config's references are filled in"
     rows, _, datasets = ctx.rows()
     rows = rows.take(stage.num_prompts or len(rows))
-    baseline = to_device(load_policy(ctx.loader, weights_of(ctx, stage.baseline)))
+    of_baseline = weights_of(ctx, stage.baseline)
+    shared = _full(ctx, of_baseline)
+    baseline = shared.policy(of_baseline)
     sampled: dict[str, list[Sample]] = {}
     for name in dict.fromkeys([BASE, stage.baseline, *stage.policies]):
-        sampled[name] = _sample(ctx, name, baseline, rows)
+        ctx.progress.begin(LOADING)
+        policy = baseline if name == stage.baseline else _policy(ctx, name, shared, of_baseline.full)
+        sampled[name] = _sample(ctx, name, policy, baseline, rows)
+        del policy
         clear_device_cache(garbage_collection=True)  # before the next policy is loaded
-    del baseline
+    del shared, baseline
     clear_device_cache(garbage_collection=True)
     table = {name: gather_in_order(entries) for name, entries in _entries(ctx, rows, sampled).items()}
     metrics = {name: _summary(entries, table[stage.baseline]) for name, entries in table.items()}
@@ -92,26 +98,31 @@ def _report(trackers: Trackers, prompts: list[str], table: dict[str, list[Entry]
     trackers.table("completions", ["prompt", "policy", *Entry.__annotations__], rows)
 
 
-@torch.no_grad()
-def _sample(ctx: StageContext[Evaluate], policy: str, baseline: Model, rows: Dataset) -> list[Sample]:
-    """Sample a policy and measure its KL to the baseline, on this process's share of the rows.
+def _full(ctx: StageContext[Evaluate], weights: Weights) -> Shared:
+    """Load full weights, without an adapter."""
+    return Shared(to_device(ctx.loader.causal(weights.full)).requires_grad_(False))
 
-    The policy's weights are loaded once for both. The baseline is loaded already.
-    """
+
+def _policy(ctx: StageContext[Evaluate], name: str, shared: Shared, full: str) -> Policy:
+    """Load a policy: on the full weights of the baseline, which lie at `full`, where it is an adapter on them."""
+    weights = weights_of(ctx, name)
+    return (shared if weights.full == full else _full(ctx, weights)).policy(weights)
+
+
+@torch.no_grad()
+def _sample(ctx: StageContext[Evaluate], name: str, policy: Policy, baseline: Policy, rows: Dataset) -> list[Sample]:
+    """Sample a policy and measure its KL to the baseline, on this process's share of the rows."""
     stage = ctx.stage
-    model = baseline
-    ctx.progress.begin(LOADING)
-    if policy != stage.baseline:
-        model = to_device(load_policy(ctx.loader, weights_of(ctx, policy)))
     sampling = Sampling(stage.temperature, stage.max_new_tokens, stage.batch_size, ctx.seed)
     prompts = rows["prompt_ids"][:]
-    drawn = completions(ctx, policy, prompts, sampling, model=model)
-    mine = share_of(range(len(rows)))
-    prompts = [prompts[i] for i in mine]
-    answers = [drawn[i][0] for i in mine]
-    ctx.progress.begin(f"measuring the KL of {policy}")
-    distances = divergence.kl_of_completions(model, baseline, prompts, answers, stage.temperature)
-    assertions.finite_values(policy, f"KL to {stage.baseline}", distances)
+    with policy.active() as model:
+        drawn = completions(ctx, name, prompts, sampling, model=model)
+        mine = share_of(range(len(rows)))
+        prompts = [prompts[i] for i in mine]
+        answers = [drawn[i][0] for i in mine]
+        ctx.progress.begin(f"measuring the KL of {name}")
+        distances = divergence.kl_of_completions(model, baseline, prompts, answers, stage.temperature)
+    assertions.finite_values(name, f"KL to {stage.baseline}", distances)
     return [Sample(ids, kl) for ids, kl in zip(answers, distances, strict=True)]
 
 

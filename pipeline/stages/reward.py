@@ -1,9 +1,9 @@
 """Step 2: a reward model from comparisons (Bradley-Terry); it starts from the SFT policy, with a new score head."""
 
-import gc
 from collections.abc import Mapping
 
 from accelerate import PartialState
+from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from trl.trainer.reward_trainer import DataCollatorForPreference, RewardTrainer
 
@@ -88,9 +88,18 @@ def _compare_reloaded(ctx: StageContext[Offline], trainer: RewardTrainer, rows: 
     PartialState().wait_for_everyone()
     if not PartialState().is_main_process:
         return 0.0
-    gc.collect()
+    _make_room(trainer)
     saved = str(ctx.new_output)
     weights = Weights(saved) if ctx.stage.lora is None else Weights(ctx.weights_of(ctx.name).full, saved)
     reloaded = load_reward(ctx.loader, weights).to(trainer.accelerator.device)
     from_disk = scoring.score(reloaded, sequences, pad_token_id)
     return assertions.same_scores(in_memory, from_disk, 1e-5 * max(1.0, max(in_memory) - min(in_memory)))
+
+
+def _make_room(trainer: RewardTrainer) -> None:
+    """Free a GPU of what has trained: it may have no room for another model. Sharded weights stay where they are."""
+    if trainer.optimizer is not None:
+        trainer.optimizer.state.clear()
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        trainer.accelerator.unwrap_model(trainer.model).to("cpu")
+    clear_device_cache(garbage_collection=True)

@@ -48,7 +48,7 @@ def trains_exactly(modules: Sequence[nn.Module], expected: Callable[[str], bool]
 
 def fingerprint_of(parameters: Sequence[nn.Parameter]) -> list[float]:
     """Return a number for each parameter that changes when the parameter trains: the sum of its absolute values."""
-    return [p.detach().double().abs().sum().item() for p in parameters]
+    return [p.detach().abs().sum(dtype=torch.float64).item() for p in parameters]
 
 
 def has_trained(before: list[float], parameters: Sequence[nn.Parameter], what: str) -> None:

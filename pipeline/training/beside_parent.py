@@ -57,7 +57,8 @@ def trainer_beside_parent(
 
 def is_rounded(ctx: StageContext[TrainingStage], trainer: TokenisedRows) -> bool:
     """Tell whether the trainer computes anything in less than float32."""
-    return ctx.loader.is_rounded or trainer.accelerator.mixed_precision != "no"
+    has_tf32 = bool(trainer.args.tf32 or trainer.args.torch_compile)  # upstream: the second turns the first on
+    return ctx.loader.is_rounded or trainer.accelerator.mixed_precision != "no" or has_tf32
 
 
 def first_tokens(ctx: StageContext[TrainingStage], trainer: TokenisedRows, rows: Dataset) -> JsonObject:

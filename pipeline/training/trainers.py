@@ -111,8 +111,8 @@ class TokenisedRows(_Trainer):
 
     With `precompute_ref_log_probs` TRL keeps the reference's log-probabilities in a cache by rows and weights. Options
     change them too (`ld_alpha`), and all runs share the cache, so `identity`, the digest of all that the stage depends
-    on, becomes part of the key. And they are computed in the precision of the training, or the first margins would
-    not be 0.
+    on, becomes part of the key, and so do device and precision. They are computed in the precision of the training, or
+    the first margins would not be 0.
     """
 
     def __init__(self, *args: Any, identity: str, **options: Any):
@@ -126,7 +126,8 @@ class TokenisedRows(_Trainer):
     # upstream: the cache's key is the fingerprint of the rows, which nothing public changes.
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         keyed = copy.copy(dataset)
-        keyed._fingerprint = digest([dataset._fingerprint, self.identity])
+        precision = (self.accelerator.mixed_precision, self.accelerator.device.type)
+        keyed._fingerprint = digest([dataset._fingerprint, self.identity, *precision])
         return super()._precompute_ref_logps(keyed, name, batch_size)
 
     def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
