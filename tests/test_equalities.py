@@ -384,6 +384,28 @@ def test_an_evaluation_with_figures_that_are_no_numbers(tmp_path, monkeypatch, m
     assert "evaluate" not in manifest.read(tmp_path / "run").stages
 
 
+def test_an_evaluation_holds_the_base_once(tmp_path, monkeypatch):
+    """Its policies are adapters on one base; one that has weights of its own takes the room of a second model."""
+    evaluate = {"data": "held_out", "policies": ["sft", "dpo", "full"], "max_new_tokens": 4, "num_prompts": 2}
+    training = {"max_steps": 1}
+    stages = {
+        "sft": tiny.SFT | {"training": training},
+        "dpo": tiny.DPO | {"training": training},
+        "full": tiny.DPO | {"type": "dpo", "lora": None, "training": training},
+        "evaluate": evaluate | {"baseline": "sft"},
+    }
+    path = tiny.make_run(tmp_path, stages)
+    tiny.write_rows(tmp_path / "held_out.jsonl", [{"prompt": f"What of {topic}?"} for topic in tiny.TOPICS])
+    names = ("comparisons", "demonstrations", "held_out")
+    tiny.edit(path, {"data": {name: {"path": f"{name}.jsonl"} for name in names}})
+    run(path, "sft", "dpo", "full")
+    loaded = []
+    causal_of = Loader.causal
+    monkeypatch.setattr(Loader, "causal", lambda self, full: loaded.append(Path(full).name) or causal_of(self, full))
+    run(path, "evaluate")
+    assert loaded == ["model", "output"]
+
+
 class Killed(Exception):
     pass
 

@@ -21,6 +21,7 @@ from test_equalities import run
 
 from pipeline import stage
 from pipeline.chain import run_folder
+from pipeline.config import precision
 from pipeline.config.load import load
 from pipeline.config.stage_types import STAGE_TYPES
 from pipeline.launch import channel, files, joining, process, sharding
@@ -398,6 +399,16 @@ def test_one_process_sees_one_gpu_under_accelerate_too(every_type, tmp_path, mon
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,4")
     assert [gpu_ids(file) for file in (FILES / "single_gpu.yaml", *own.values())] == ["3"] * 4
     assert gpu_ids(FILES / "multi_gpu.yaml") is None
+
+
+def test_a_stage_on_the_cpu_sees_no_gpu(every_type, monkeypatch):
+    """PEFT would read its adapters through one."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,4")
+    assert process.environment()["CUDA_VISIBLE_DEVICES"] == "3"
+    assert process.environment("multi_gpu.yaml")["CUDA_VISIBLE_DEVICES"] == "3,4"
+    assert process.environment(None, True)["CUDA_VISIBLE_DEVICES"] == ""
+    config = load(every_type, ("training.use_cpu=false", "stages.sft.training.use_cpu=true"))
+    assert [precision.asks_for_cpu(config, name) for name in ("sft", "reward")] == [True, False]
 
 
 JOIN = """

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -16,6 +17,7 @@ from pipeline.launch import process
 from pipeline.launch.stage_server import StageServer, receive_number
 from pipeline.records import manifest
 
+ROOT = Path(__file__).parents[1]
 HEAVY = {"torch", "transformers", "datasets", "trl", "peft", "accelerate", "pyarrow", "numpy"}
 IMPORT = re.compile(r"import time:.*\| +(\w+)$", re.MULTILINE)
 LONG = {"training": {"max_steps": 100_000, "logging_steps": 1, "save_steps": 5, "learning_rate": 1e-5}}
@@ -177,6 +179,28 @@ def test_a_server_that_has_touched_a_gpu_starts_nothing(tmp_path):
         with theirs:
             server = subprocess.Popen(command, pass_fds=[theirs.fileno()])
         assert receive_number(ours) is None and server.wait(60) == 0
+
+
+@pytest.mark.parametrize("is_bad", [False, True])
+def test_a_copy_that_could_not_use_a_gpu_becomes_the_command(tmp_path, is_bad):
+    """The driver does not tell the number of GPUs, so that torch has asked CUDA for it."""
+    path = tiny.make_run(tmp_path, {"sft": tiny.SFT})
+    (tmp_path / "server.py").write_text(
+        f"import torch\ntorch.cuda._is_in_bad_fork = lambda: {is_bad}\nfrom pipeline import stage_server as s\ns.main()\n"
+    )
+    variables = process.environment() | {"PYTHONPROFILEIMPORTTIME": "1"}
+    ours, theirs = socket.socketpair()
+    server = StageServer(variables)
+    with theirs:
+        command = [sys.executable, str(tmp_path / "server.py"), str(theirs.fileno())]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        server._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdout=subprocess.PIPE, env=environment)
+    server._launcher = ours
+    with server:
+        stage = server.start([sys.executable, "-u", "-m", "pipeline.stage", str(path), "dpo"], variables)
+        said = stage.stdout.read().decode()
+        assert "there is no stage 'dpo'" in said and stage.wait() == 2
+        assert bool(IMPORT.findall(said)) == is_bad
 
 
 def test_a_server_that_talks_while_it_starts_is_not_stopped_by_it(tmp_path):
