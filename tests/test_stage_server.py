@@ -185,9 +185,8 @@ def test_a_server_that_has_touched_a_gpu_starts_nothing(tmp_path):
 def test_a_copy_that_could_not_use_a_gpu_becomes_the_command(tmp_path, is_bad):
     """The driver does not tell the number of GPUs, so that torch has asked CUDA for it."""
     path = tiny.make_run(tmp_path, {"sft": tiny.SFT})
-    (tmp_path / "server.py").write_text(
-        f"import torch\ntorch.cuda._is_in_bad_fork = lambda: {is_bad}\nfrom pipeline import stage_server as s\ns.main()\n"
-    )
+    lines = ["import torch", f"torch.cuda._is_in_bad_fork = lambda: {is_bad}", "from pipeline import stage_server"]
+    (tmp_path / "server.py").write_text("\n".join([*lines, "stage_server.main()"]))
     variables = process.environment() | {"PYTHONPROFILEIMPORTTIME": "1"}
     ours, theirs = socket.socketpair()
     server = StageServer(variables)
