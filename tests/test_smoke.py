@@ -532,6 +532,31 @@ def test_work_of_each_kind(tmp_path):
     assert forecast.operations(config, "ppo", size, 1000, 1) == 1000 * (6 * 2 * 2 * 24 * 32 + 2 * 40 * 32)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 16])
+def test_the_longest_of_a_batch_on_average(rows):
+    """Of lengths that are evenly spread, and of others against drawn batches."""
+    even = Size(100, 5000, 100, 0, 0, 0, 0, ((0.0, 0), (0.5, 50), (0.9, 90), (0.99, 99), (1.0, 100)))
+    assert even.longest_of(rows) == pytest.approx(100 * rows / (rows + 1))
+    rng = np.random.default_rng(0)
+    lengths = rng.lognormal(5, 0.6, 5000).astype(int)
+    shares = (0.0, 0.5, 0.9, 0.99, 1.0)
+    quantiles = np.quantile(lengths, shares, method="higher").tolist()
+    size = Size(5000, int(lengths.sum()), 5000, 0, 0, 0, 0, tuple(zip(shares, quantiles, strict=True)))
+    drawn = rng.choice(lengths, (4000, rows)).max(axis=1).mean()
+    assert size.longest_of(rows) == pytest.approx(drawn, rel=0.15)
+    assert Size(10, 200, 10, 0, 0, 0, 0).longest_of(rows) == 20
+
+
+def test_prompts_are_padded_to_the_longest_of_their_batch(tmp_path):
+    config = load(tiny.make_run(tmp_path, {"sft": tiny.SFT, "evaluate": EVALUATE | {"batch_size": 4}}))
+    size = Size(12, 240, 12, 3, 0, 0, 1000, ((0.0, 10), (0.5, 20), (0.9, 30), (0.99, 40), (1.0, 40)))
+    work = forecast.work(config, "evaluate", size)
+    padded = size.longest_of(4)
+    assert 20 < padded < 40
+    assert work["sampling"] == pytest.approx(3 * 2 * 4 * 40 + 2 * 12 * (padded + 5 * 4))
+    assert work["scoring"] == 2 * 12 * (20 + 4)
+
+
 def test_a_plan_warns_of_days_on_a_cpu(tmp_path, cli):
     path = tiny.make_run(tmp_path, {"sft": tiny.SFT, "dpo": tiny.DPO})
     assert "on this CPU" not in cli("plan", path)[1]

@@ -79,7 +79,8 @@ def work(config: RunConfig, name: str, size: Size, processes: int = 1, evaluatio
     if isinstance(stage, Sampled):
         prompts = min(size.rows, stage.num_prompts or size.rows)
         together = prompts * _draws(stage)
-        each = size.per_row + _SAMPLED * stage.max_new_tokens
+        padded = size.longest_of(max(min(prompts, stage.batch_size), 1))
+        each = padded + _SAMPLED * stage.max_new_tokens
         return {
             "sampling": _steps(stage, prompts, processes) * _STEP + together * each,
             "scoring": together * (size.per_row + stage.max_new_tokens),

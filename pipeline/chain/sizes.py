@@ -1,6 +1,7 @@
 """Hold the sizes of a stage's data and model, in plain numbers that can be kept."""
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,8 @@ class Size:
     """Hold what a stage gets: rows of `data` and their tokens, the trainer's sequences and steps, rows of `eval_data`.
 
     Of a stream nobody knows how much there is: its rows are 0. `steps` are those in one process. `parameters` are those
-    of the model that trains, or of the base model where a stage samples.
+    of the model that trains, or of the base model where a stage samples. `lengths`: shares of the rows, and the tokens
+    that a row of this share has at most.
     """
 
     rows: int
@@ -24,11 +26,25 @@ class Size:
     eval_rows: int
     eval_tokens: int
     parameters: int
+    lengths: Sequence[tuple[float, int]] = ()
 
     @property
     def per_row(self) -> float:
         """Return the tokens of a row on average."""
         return self.tokens / max(self.rows, 1)
+
+    def longest_of(self, rows: int) -> float:
+        """Return the tokens of the longest of so many rows, on average; those of a row where lengths are not known.
+
+        With the quantile function Q, linear between two known shares, it is the integral of Q(u) rows u^(rows - 1).
+        """
+        if not self.lengths:
+            return self.per_row
+        longest = float(self.lengths[-1][1])
+        for (low, least), (high, most) in itertools.pairwise(self.lengths):
+            slope = (most - least) / (high - low)
+            longest -= slope * (high ** (rows + 1) - low ** (rows + 1)) / (rows + 1)
+        return longest
 
 
 def largest(sizes: Mapping[str, Size]) -> int:
@@ -44,11 +60,12 @@ def size_of(facts: "Facts") -> Size:
     eval_rows, eval_tokens = (0, 0) if held_out is None else _used(held_out)
     parameters = (facts.sampled or 0) if facts.parameters is None else facts.parameters["total"]
     sequences = 0 if data.streamed else data.sequences
-    return Size(rows, tokens, sequences, facts.steps or 0, eval_rows, eval_tokens, parameters)
+    lengths = () if data.streamed else data.used_lengths
+    return Size(rows, tokens, sequences, facts.steps or 0, eval_rows, eval_tokens, parameters, lengths)
 
 
 def _used(audit: "Audit") -> tuple[int, int]:
     """Return the rows that a stage gets of a dataset, and their tokens."""
     if audit.streamed:
         return 0, 0
-    return audit.few or (audit.rows, audit.tokens)
+    return (audit.rows, audit.tokens) if audit.few is None else (audit.few.rows, audit.few.tokens)

@@ -22,13 +22,22 @@ class Finding:
 
 
 @dataclass(frozen=True)
+class Few:
+    """The rows that a smoke run takes: how many, their tokens, and quantiles (QUANTILES) of a row's tokens."""
+
+    rows: int
+    tokens: int
+    lengths: list[int]
+
+
+@dataclass(frozen=True)
 class Audit:
     """Tell what became of the rows of a dataset that are on one side of the split.
 
     `read` rows are `rows` and those of `dropped`. `lengths` are quantiles (QUANTILES) in tokens, of the whole row
     (`row`) and of its parts. `limit` is the option that limits a row's length, and the limit. `prompts` are the number
     of different prompts in `rows` and their digest, `sequences` what the trainer gets: rows, or pieces of texts. Of a
-    stream only the first documents are known. `few`: the rows that a smoke run takes of `rows`, and their tokens.
+    stream only the first documents are known. `few`: what a smoke run takes of `rows`.
     """
 
     parts: tuple[tuple[Part, int], ...]
@@ -46,7 +55,7 @@ class Audit:
     streamed: bool = False
     head: tuple[list[int], ...] = ()  # of a stream: token ids of its first pieces
     longest_dropped: int = 0  # tokens of the longest row that is left out as too long
-    few: tuple[int, int] | None = None
+    few: Few | None = None
     truncates: bool | None = False  # rows that are too long are cut where that is possible; None: never in this stage
 
     @property
@@ -58,6 +67,12 @@ class Audit:
     def label(self) -> str:
         """Return the name of the dataset in messages: its only file or source, or its name in the config."""
         return self.parts[0][0].label if len(self.parts) == 1 else f"dataset {self.dataset!r}"
+
+    @property
+    def used_lengths(self) -> tuple[tuple[float, int], ...]:
+        """Return the quantiles of the tokens of a row that the stage gets: shares, and tokens; empty without rows."""
+        lengths = self.lengths.get("row", []) if self.few is None else self.few.lengths
+        return tuple(zip(QUANTILES, lengths, strict=False))
 
     @property
     def num_dropped(self) -> int:

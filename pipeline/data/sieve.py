@@ -8,7 +8,7 @@ from datasets import Dataset, Value
 
 from pipeline.config.graph import TRAIN
 from pipeline.config.requests import Request
-from pipeline.data.audit import QUANTILES, Audit, Finding
+from pipeline.data.audit import QUANTILES, Audit, Few, Finding
 from pipeline.data.batches import FAULT_KINDS, NOTICED
 from pipeline.data.places import Part
 from pipeline.data.row_kind import RowKind
@@ -111,7 +111,7 @@ def audit_of(
     quantiles: dict[str, list[int]] = {}
     if kept.any():
         for name, values in lengths.items():
-            quantiles[name] = np.quantile(values[kept], QUANTILES, method="higher").tolist()
+            quantiles[name] = _quantiles(values[kept])
     keys = np.unique(column(rows, "_key")[kept])
     too_long = lengths["row"][sieve.dropped["too_long"]] if "too_long" in sieve.dropped else lengths["row"][:0]
     noticed = _findings(rows, _noticed(rows, kind, lengths, kept))
@@ -132,9 +132,19 @@ def audit_of(
         sequences=sequences,
         fault=fault,
         longest_dropped=int(too_long.max(initial=0)),
-        few=None if request.num_rows is None else (int(taken.sum()), _num_tokens(rows, kind, taken)),
+        few=None if request.num_rows is None else _few(rows, kind, taken, lengths["row"]),
         truncates=request.truncates,
     )
+
+
+def _few(rows: Dataset, kind: RowKind, taken: np.ndarray, lengths: np.ndarray) -> Few:
+    """Describe the few rows that a smoke run takes."""
+    quantiles = _quantiles(lengths[taken]) if taken.any() else []
+    return Few(int(taken.sum()), _num_tokens(rows, kind, taken), quantiles)
+
+
+def _quantiles(lengths: np.ndarray) -> list[int]:
+    return np.quantile(lengths, QUANTILES, method="higher").tolist()
 
 
 def _num_tokens(rows: Dataset, kind: RowKind, mask: np.ndarray) -> int:
