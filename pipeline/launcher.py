@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.rule import Rule
 
 from pipeline import planner
-from pipeline.chain import cuts, forecast, gate, run_folder, smoke
+from pipeline.chain import budget, cuts, forecast, gate, run_folder, smoke
 from pipeline.chain.staleness import Decision
 from pipeline.config import graph
 from pipeline.config.graph import parents, waits_for
@@ -98,13 +98,19 @@ def run(
                     process.run_stage(config, name, overrides, file, reason, name in redo, console, server, watch)
     if config.smoke is None:  # after a few steps there is no result
         _report(config, console, only_if_outdated=not (pending or _settle(config, decisions, planned)))
-        _show_results(config, console)
+        _show_results(config, overrides, accelerate_config, console)
 
 
-def _show_results(config: RunConfig, console: Console) -> None:
+def _show_results(
+    config: RunConfig, overrides: tuple[str, ...], accelerate_config: str | None, console: Console
+) -> None:
     recorded = run_folder.open_run(config)
     results.shift_table(recorded, console)
     results.result_table(recorded, console)
+    shorter = [one for one in overrides if one.partition("=")[0].rpartition(".")[2] in budget.SHORTER]
+    if shorter:
+        others = tuple(one for one in overrides if one not in shorter)
+        times.say_short(shorter, planner.command(config, others, accelerate_config), console)
     say(console, f"Everything is in {config.run_path}; `rlhf status {config.run_path}` shows how to load it.")
 
 

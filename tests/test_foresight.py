@@ -1,6 +1,7 @@
 """What a plan foresees: a gate that nothing could pass, rows that are all too long, completions that cannot end."""
 
 import math
+import re
 
 import by_hand
 import pytest
@@ -29,8 +30,13 @@ def make(folder, num_held_out=25, gate="stop", **stages):
     return path
 
 
-def warnings(out):
-    return " ".join(out.split()).split("warning: ")[1:]
+SMALL = ("tell a win rate to within", "its win rates are ")  # true of all these little runs
+
+
+def warnings(out, small=False):
+    """The warnings of a plan; with `small` those alone that every run on few rows has."""
+    said = " ".join(out.split()).split("warning: ")[1:]
+    return [text for text in said if any(words in text for words in SMALL) == small]
 
 
 @pytest.mark.parametrize("limit", [0.0, 0.3, 0.5, 0.6, 0.75, 0.9])
@@ -191,6 +197,60 @@ def test_an_evaluation_on_a_few_prompts_is_told(tmp_path, cli):
         "Raise `data.comparisons.heldout`, or add rows to comparisons: for 20 held-out rows it needs about 200 " in told
     )
     assert warnings(cli("plan", path, f"stages.evaluate.num_prompts={foresight.FEWEST_PROMPTS}")[1]) == []
+
+
+def test_an_evaluation_that_tells_little_says_how_much(tmp_path, cli):
+    """29 prompts of a new user; the numbers by hand."""
+    path = make(tmp_path, evaluate=EVALUATE | {"data": "prompts"})
+    tiny.write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"What of {number}?"} for number in range(140)])
+    tiny.edit(path, {"data": {name: {"path": f"{name}.jsonl"} for name in (*DATA, "prompts")}})
+
+    def told(*overrides):
+        return [text for text in warnings(cli("plan", path, *overrides)[1], small=True) if SMALL[0] in text]
+
+    (text,) = told("stages.evaluate.num_prompts=29")
+    within = [f"{1.959964 * 0.5 / math.sqrt(number):.2f}" for number in (29, 100)]
+    assert within == ["0.18", "0.10"]
+    expected = "29 held-out prompts of prompts tell a win rate to within 0.18; 100 tell it to within 0.10. Raise "
+    assert text.startswith(f"stages.evaluate: {expected}`stages.evaluate.num_prompts`")
+    assert told("stages.evaluate.num_prompts=100") == []
+
+
+def test_a_judge_that_is_hardly_tested_is_told(tmp_path, cli):
+    """A half of 1.96 * 0.5 / sqrt(25) above chance, and for a tenth (1.96 * 0.5 / 0.1)^2 comparisons."""
+    path = make(tmp_path)
+
+    def told(*overrides):
+        return [text for text in warnings(cli("plan", path, *overrides)[1], small=True) if SMALL[1] in text]
+
+    (text,) = told()
+    assert "25 held-out comparisons of held_out tell only a reward model that is right on 70% of them" in text
+    assert (
+        "One that is right on 60% needs 97. Name a larger dataset as `stages.reward.eval_data`, or name a `judge`"
+        in text
+    )
+    (tmp_path / "judge.py").write_text("def length(prompt, completion):\n    return float(len(completion))\n")
+    assert told("stages.evaluate.judge=judge:length") == []
+
+
+def test_rows_that_are_left_out_as_too_long_are_told_with_the_limit_that_keeps_them(tmp_path, cli):
+    """A fifth of the demonstrations, for both stages that learn from them."""
+    rows = [{"prompt": f"What of {n}?", "completion": "a b " * (30 if n % 5 == 0 else 2)} for n in range(40)]
+    again = {"type": "sft", "init": "base", "data": "demonstrations"}
+    path = tiny.make_run(tmp_path, {"sft": tiny.SFT, "again": again}, training=TRAINING)
+    tiny.write_rows(tmp_path / "demonstrations.jsonl", rows)
+    length = "training.max_length"
+
+    def plan(limit):
+        return cli("plan", path, *(f"stages.{name}.{length}={limit}" for name in ("sft", "again")), "gate=off")
+
+    code, out, err = plan(60)
+    assert code == 0, err
+    (text,) = [text for text in warnings(out) if "left out" in text]
+    assert text.startswith(f"stages.sft, again: 8 of 40 rows of demonstrations (20%) are longer than `{length}` = 60")
+    enough = int(re.search(rf"`{length}` = (\d+) would keep 95 % of all", text)[1])
+    assert enough > 60
+    assert not [text for text in warnings(plan(enough)[1]) if "left out" in text]
 
 
 def many():

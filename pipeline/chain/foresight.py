@@ -12,6 +12,7 @@ from pipeline.config.schema import Evaluate, Offline, Ppo, Reinforced, RunConfig
 from pipeline.config.stage_types import type_of
 from pipeline.data import chat_templates
 from pipeline.data.audit import QUANTILES, Audit
+from pipeline.shift.advice import CHANCE
 from pipeline.shift.estimate import LEVEL
 
 if TYPE_CHECKING:
@@ -19,8 +20,11 @@ if TYPE_CHECKING:
 
 Audits = Mapping[str, Mapping[str, Audit]]  # of each stage that is looked at, by role
 FEWEST_PROMPTS = 20  # of an evaluation, as the notes below its table have it
+ENOUGH_PROMPTS = 100  # of an evaluation, to tell a win rate to within 0.1
 FEWEST_STEPS = 10  # of a training; after fewer a model is about what it was
 LARGEST_SHARE = 0.5  # of a dataset that is worth holding out
+LEFT_OUT = 0.1  # of the rows of a dataset, which is worth saying
+MODEST = 0.6  # the accuracy of a reward model that is of some use as a judge
 FAIR = 0.7  # the accuracy of a reward model that is good enough to learn from
 _NINE_OF_TEN = QUANTILES.index(0.9)
 
@@ -37,12 +41,14 @@ def warnings(config: RunConfig, audits: Audits, steps: Mapping[str, int]) -> Ite
         yield from _closed_gates(config, audits)
     if config.gate == "stop":
         yield from _narrow_gates(config, audits)
+    yield from _many_left_out(audits)
     for name, by_role in audits.items():
         stage = config.stages[name]
         if isinstance(stage, Shift) and config.gate != "off":
             yield from _few_prompts(name, stage, by_role["data"])
         if isinstance(stage, Evaluate):
             yield from _wide_intervals(config, name, stage, by_role["data"])
+            yield from _weak_judge(config, name, stage, audits)
         if name in steps:
             yield from _few_steps(config, name, by_role["data"], steps[name])
         yield from _too_short(config, name, audits)
@@ -117,18 +123,63 @@ def _few_prompts(name: str, stage: Shift, audit: Audit) -> Iterator[str]:
 
 
 def _wide_intervals(config: RunConfig, name: str, stage: Evaluate, audit: Audit) -> Iterator[str]:
-    """Say whether an evaluation has so few prompts that its win rates say nothing."""
+    """Say whether an evaluation has so few prompts that its win rates say little or nothing."""
     prompts = min(audit.rows, stage.num_prompts or audit.rows)
-    if prompts >= FEWEST_PROMPTS:
+    wanted = FEWEST_PROMPTS if prompts < FEWEST_PROMPTS else ENOUGH_PROMPTS
+    if prompts >= wanted:
         return
-    half = min(NormalDist().inv_cdf((1 + LEVEL) / 2) * 0.5 / math.sqrt(max(prompts, 1)), 0.5)
+    half = min(_half_of(prompts), 0.5)
     mend = f"Name a larger dataset as `stages.{name}.data`, or add rows to it"
     if audit.rows > prompts:
         mend = f"Raise `stages.{name}.num_prompts`"
     elif graph.is_shared(config, audit.dataset):
-        mend = _more_rows(config, audit, FEWEST_PROMPTS)
-    what = f"{prompts} held-out prompt{'' if prompts == 1 else 's'} of {audit.dataset} cannot tell policies apart"
-    yield f"stages.{name}: {what}: a win rate of 0.50 could as well be {0.5 - half:.2f} or {0.5 + half:.2f}. {mend}"
+        mend = _more_rows(config, audit, wanted)
+    what = f"{prompts} held-out prompt{'' if prompts == 1 else 's'} of {audit.dataset}"
+    if wanted == FEWEST_PROMPTS:
+        ends = f"a win rate of 0.50 could as well be {0.5 - half:.2f} or {0.5 + half:.2f}"
+        yield f"stages.{name}: {what} cannot tell policies apart: {ends}. {mend}"
+    else:
+        better = f"{wanted} tell it to within {_half_of(wanted):.2f}"
+        yield f"stages.{name}: {what} tell a win rate to within {half:.2f}; {better}. {mend}"
+
+
+def _half_of(prompts: int) -> float:
+    """Return half of the width of a win rate's interval, where it is near a tie and few prompts tie."""
+    return NormalDist().inv_cdf((1 + LEVEL) / 2) * 0.5 / math.sqrt(max(prompts, 1))
+
+
+def _weak_judge(config: RunConfig, name: str, stage: Evaluate, audits: Audits) -> Iterator[str]:
+    """Say of an evaluation by a reward model alone whether that can be known to be better than chance."""
+    held_out = audits.get(stage.reward or "", {}).get("eval_data")
+    wanted = fewest_comparisons(CHANCE, MODEST)
+    assert wanted is not None, "it is above chance"
+    if stage.judge is not None or stage.reward is None or held_out is None or held_out.rows >= wanted:
+        return
+    # The accuracy for which `fewest_comparisons` would be the number that is there.
+    least = CHANCE + _half_of(held_out.rows)
+    known = f"only a reward model that is right on {least:.0%} of them" if least < 1 else "no reward model"
+    has = f"{held_out.rows} held-out comparison{'' if held_out.rows == 1 else 's'} of {held_out.dataset}"
+    more = _more_comparisons(config, stage.reward, held_out, wanted)
+    yield (
+        f"stages.{name}: its win rates are {stage.reward}'s, and {has} tell {known} from chance. One that is right on "
+        f"{MODEST:.0%} needs {wanted}. {more}, or name a `judge`"
+    )
+
+
+def _many_left_out(audits: Audits) -> Iterator[str]:
+    """Say of datasets whether many of their rows are too long, and which limit would keep them."""
+    stages: dict[tuple[str, str, int | None, int, int, int], list[str]] = {}
+    for name, by_role in audits.items():
+        audit = by_role["data"]
+        count = 0 if audit.streamed or "too_long" not in audit.dropped else audit.dropped["too_long"].count
+        if audit.rows and count > LEFT_OUT * audit.read:
+            stages.setdefault((audit.dataset, *audit.limit, audit.enough, count, audit.read), []).append(name)
+    for (dataset, option, limit, enough, count, read), names in stages.items():
+        yield (
+            f"stages.{', '.join(names)}: {count} of {read} rows of {dataset} ({count / read:.0%}) are longer than "
+            f"`{option}` = {limit} and are left out. `{option}` = {enough} would keep 95 % of all, for more time and "
+            f"memory. If the other rows are enough, leave it"
+        )
 
 
 def no_template(config: RunConfig, tokenizer: "PreTrainedTokenizerFast") -> Iterator[str]:

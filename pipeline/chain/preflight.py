@@ -227,8 +227,18 @@ def _parameters(config: RunConfig, stage: TrainingStage, tokenizer: PreTrainedTo
             adapted = get_peft_model(model, lora_config(stage.lora, "CAUSAL_LM"))
         _only_linear(adapted)
     except _ERRORS as error:
-        raise UserError(f"lora: {reason_of(error)}") from None
+        raise UserError(f"lora: {reason_of(error)}{_linear_layers(model, error)}") from None
     return num_parameters(adapted)
+
+
+def _linear_layers(model: PreTrainedModel, error: Exception) -> str:
+    """Name the layers that can have an adapter, for an error that says that there are none of a name."""
+    if "arget modules" not in str(error):
+        return ""
+    found = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    outputs = model.get_output_embeddings()
+    found -= {name.rpartition(".")[2] for name, module in model.named_modules() if module is outputs}
+    return f" It has {', '.join(sorted(found))}, and `all-linear` names them all" if found else ""
 
 
 def _parameters_of_base(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> int:

@@ -10,6 +10,7 @@ from pipeline.data.sources import locate
 from pipeline.system.json_object import JsonObject
 
 QUANTILES = (0.0, 0.5, 0.9, 0.99, 1.0)
+ENOUGH = 0.95  # share of the rows that need not be too long
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Audit:
     streamed: bool = False
     head: tuple[list[int], ...] = ()  # of a stream: token ids of its first pieces
     longest_dropped: int = 0  # tokens of the longest row that is left out as too long
+    enough: int = 0  # tokens that ENOUGH of these rows and of those that are kept have at most
     few: Few | None = None
     truncates: bool | None = False  # rows that are too long are cut where that is possible; None: never in this stage
 

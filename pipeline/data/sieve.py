@@ -8,7 +8,7 @@ from datasets import Dataset, Value
 
 from pipeline.config.graph import TRAIN
 from pipeline.config.requests import Request
-from pipeline.data.audit import QUANTILES, Audit, Few, Finding
+from pipeline.data.audit import ENOUGH, QUANTILES, Audit, Few, Finding
 from pipeline.data.batches import FAULT_KINDS, NOTICED
 from pipeline.data.places import Part
 from pipeline.data.row_kind import RowKind
@@ -132,6 +132,7 @@ def audit_of(
         sequences=sequences,
         fault=fault,
         longest_dropped=int(too_long.max(initial=0)),
+        enough=_enough(lengths["row"][kept], too_long),
         few=None if request.num_rows is None else _few(rows, kind, taken, lengths["row"]),
         truncates=request.truncates,
     )
@@ -141,6 +142,12 @@ def _few(rows: Dataset, kind: RowKind, taken: np.ndarray, lengths: np.ndarray) -
     """Describe the few rows that a smoke run takes."""
     quantiles = _quantiles(lengths[taken]) if taken.any() else []
     return Few(int(taken.sum()), _num_tokens(rows, kind, taken), quantiles)
+
+
+def _enough(kept: np.ndarray, too_long: np.ndarray) -> int:
+    """Return the tokens that nearly all rows have at most, whether they are kept or too long."""
+    together = np.concatenate([kept, too_long])
+    return int(np.quantile(together, ENOUGH, method="higher")) if len(together) else 0
 
 
 def _quantiles(lengths: np.ndarray) -> list[int]:

@@ -168,6 +168,17 @@ def say_least(seconds: float, command: Sequence[str], console: Console) -> None:
     say(console, f"The least that says something takes about {about(seconds)}:\n{shlex.join(command)}")
 
 
+def say_short(overrides: Sequence[str], whole: Sequence[str], console: Console) -> None:
+    """Say of a run that it was made shorter on the command line, and how the `whole` run begins.
+
+    `overrides`: those of the command that made it shorter.
+    """
+    what = f"These are results of a short run ({', '.join(overrides)})"
+    plan_command = shlex.join([*whole[:1], "plan", *whole[2:]])
+    say(console, f"{what}. Without that, what it changed runs again, and `{plan_command}` says how long it takes:")
+    say(console, shlex.join(whole))
+
+
 def say_result(
     full: RunConfig,
     measured: Mapping[str, Measured],

@@ -119,8 +119,10 @@ class Screen:
                 figures = self._place.take(entry)
                 if entry.said is not None:
                     self._say(entry.said, entry.once)
-                elif self._live is None:
+                elif self._live is None and figures:
                     self._print(figures)
+            if self._live is None and time.time() - self._last_line >= QUIET_SECONDS:
+                self._print({})
             self._draw()
 
     def _say(self, message: str, once: bool) -> None:
@@ -130,11 +132,9 @@ class Screen:
             say(self._console, message, "bold yellow" if is_alarm(message) else "")
 
     def _print(self, figures: dict[str, float]) -> None:
-        """Print a line for the figures of a log, or where there were none for long."""
-        now = time.time()
-        if figures or now - self._last_line >= QUIET_SECONDS:
-            self._last_line = now
-            say(self._console, plain_line(self._name, self._place, figures, now))
+        """Print how far the stage is, with the figures of a log."""
+        self._last_line = time.time()
+        say(self._console, plain_line(self._name, self._place, figures, self._last_line))
 
     def _draw(self) -> None:
         """Draw the lines anew if they have changed."""

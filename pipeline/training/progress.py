@@ -43,7 +43,8 @@ class Report(TrainerCallback):
         self._train(state, first)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        self._progress.step(state.global_step)
+        if not control.should_log:  # else it is written with its figures
+            self._progress.step(state.global_step)
 
     def on_log(
         self,
