@@ -104,6 +104,12 @@ def test_adapters_on_embeddings(path, modules, words):
     assert all(f"stages.{name}: lora: {words}" in message for name in STAGES)
 
 
+def test_layers_that_are_not_there_are_told_with_those_that_are(path):
+    message = refused_by_plan(path, "lora.target_modules=[q_prj]")
+    layers = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+    assert "q_prj" in message and f" It has {layers}, and `all-linear` names them all" in message
+
+
 @pytest.mark.parametrize(
     "options",
     [
