@@ -383,10 +383,10 @@ def test_what_is_measured_of_a_stage(tmp_path):
     record = tiny.make_record(duration=40.0)
     fixed, seconds, units = forecast.of_stage(config, "sft", size, record, log, 1)
     assert seconds == {"training": 3.0, "held_out": 4.0 + 2.0, "first_batch": 2.0, "first_tokens": 1.0}
-    assert units == {"training": 240 * (1 - 60 / 240), "held_out": 2 * 50, "first_batch": 8 * 20, "first_tokens": 240}
+    assert units == {"training": 240 * (1 - 60 / 240), "held_out": 2 * 50, "first_batch": 4 * 20, "first_tokens": 240}
     assert fixed == 40 - 3 / (1 - 60 / 240) - 6 - 2 - 1
     one = forecast.Measured(basis={}, duration=40.0, fixed=fixed, seconds=seconds, units=units)
-    wanted = {"training": 1800.0, "held_out": 500.0, "first_batch": 160.0, "first_tokens": 480.0}
+    wanted = {"training": 1800.0, "held_out": 500.0, "first_batch": 80.0, "first_tokens": 480.0}
     expected = fixed + 3.0 / 180.0 * 1800.0 + 6.0 / 100.0 * 500.0 + 2.0 + 2.0
     assert forecast.seconds(one, wanted) == pytest.approx(expected, rel=1e-12)
     log = entries(

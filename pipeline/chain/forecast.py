@@ -77,14 +77,7 @@ def work(config: RunConfig, name: str, size: Size, processes: int = 1, evaluatio
     """
     stage = config.stages[name]
     if isinstance(stage, Sampled):
-        prompts = min(size.rows, stage.num_prompts or size.rows)
-        together = prompts * _draws(stage)
-        padded = size.longest_of(max(min(prompts, stage.batch_size), 1))
-        each = padded + _SAMPLED * stage.max_new_tokens
-        return {
-            "sampling": _steps(stage, prompts, processes) * _STEP + together * each,
-            "scoring": together * (size.per_row + stage.max_new_tokens),
-        }
+        return _of_sampled(stage, size, processes)
     assert isinstance(stage, TrainingStage), "a stage samples or trains"
     options = effective(stage.kind, stage.training)
     done: Work = {}
@@ -128,6 +121,17 @@ def at_least(config: RunConfig, name: str, size: Size, processes: int) -> Work:
         options = effective(stage.kind, stage.training) | {"num_train_epochs": 1, "max_steps": -1}
         done["held_out"] = _evaluations(stage, options, 0, 1) * size.eval_tokens
     return done
+
+
+def _of_sampled(stage: Sampled, size: Size, processes: int) -> Work:
+    """Return the work of a stage that only samples; its prompts are padded to the longest of their batch."""
+    prompts = min(size.rows, stage.num_prompts or size.rows)
+    together = prompts * _draws(stage)
+    padded = size.longest_of(max(min(prompts, stage.batch_size), 1))
+    return {
+        "sampling": _steps(stage, prompts, processes) * _STEP + together * (padded + _SAMPLED * stage.max_new_tokens),
+        "scoring": together * (size.per_row + stage.max_new_tokens),
+    }
 
 
 def _steps(stage: Sampled, prompts: int, processes: int) -> int:

@@ -1,5 +1,11 @@
-"""Say which options of GRPOTrainer PPO has no use for, or has under another name: reason -> options."""
+"""Say which options of GRPOTrainer the pipeline cannot take, and why: reason -> options."""
 
+NOT_OF_GROUPS = {  # nor of RLOOTrainer
+    "TRL turns all weights to bf16 for it, also those that train, and leaves them so": (
+        "use_transformers_continuous_batching use_transformers_paged transformers_continuous_batching_config"
+    ),
+}
+# What PPO on GRPOTrainer has no use for, or has under another name.
 NOT_OF_PPO = {
     "PPO's length is `total_episodes`": "max_steps",
     "it has another name in PPO: `response_length`, `num_ppo_epochs`, `cliprange`, `kl_coef`, `baseline_completions`": (

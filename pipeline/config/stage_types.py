@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import logged_figures
 from pipeline.config.batch_sizes import fault_of_ppo
-from pipeline.config.grpo_options import NOT_OF_PPO
+from pipeline.config.grpo_options import NOT_OF_GROUPS, NOT_OF_PPO
 from pipeline.config.logged_figures import LENGTH
 from pipeline.config.ranges import NOT_NEGATIVE, POSITIVE
 from pipeline.config.schema import BASE, Evaluate, Offline, Online, Ppo, RunConfig, Shift, Stage, Taken
@@ -25,8 +25,6 @@ _START_FROM_SFT = Reference(
     "init", POLICIES, "sft", missing="there is no sft stage to start from; add one, or say `init: base`"
 )
 _SAME_POLICIES = "policy and reference, and old and new policy, can be compared without it only"
-_IN_PLACE = "TRL turns all weights to bf16 for it, also those that train, and leaves them so"
-_CONTINUOUS = "use_transformers_continuous_batching use_transformers_paged transformers_continuous_batching_config"
 _SFT_WORDS = {"packing_strategy": "bfd bfd_split wrapped", "loss_type": "nll dft chunked_nll"}
 _PPO_LOGS = {
     "objective/kl": ("kl", 0),
@@ -153,7 +151,7 @@ STAGE_TYPES: Mapping[str, StageType] = {
     "rloo": _GROUPS(
         trl_config="trl:RLOOConfig",
         references=(_START_FROM_SFT, _scored_by_a_model_or_functions("rloo")),
-        refused={_SAME_POLICIES: "disable_dropout", _IN_PLACE: _CONTINUOUS},
+        refused={_SAME_POLICIES: "disable_dropout"} | NOT_OF_GROUPS,
         watched=_RLOO_LOGS,
     ),
     "grpo": _GROUPS(
@@ -161,9 +159,9 @@ STAGE_TYPES: Mapping[str, StageType] = {
         references=(_START_FROM_SFT, _scored_by_a_model_or_functions("grpo")),
         refused={
             _SAME_POLICIES: "disable_dropout",
-            _IN_PLACE: _CONTINUOUS,
             "log-probabilities are computed in float32 already": "cast_lm_head_to_fp32",
-        },
+        }
+        | NOT_OF_GROUPS,
         words={
             "loss_type": "grpo bnpo dr_grpo dapo cispo sapo luspo vespo",
             "scale_rewards": "group batch none",

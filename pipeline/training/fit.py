@@ -64,10 +64,8 @@ def fit(
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if checkpoint is None and not _has_nothing_to_learn(ctx, trainer):
         assertions.has_trained(before, trainable, ctx.name)
-    metrics = dict(measured or {})
-    if after_training is not None:
-        metrics |= after_training()
-        ctx.progress.begin(FINISHING)
+    metrics = {**(measured or {}), **({} if after_training is None else after_training())}
+    ctx.progress.begin(FINISHING)
     metrics |= first_and_last(trainer.state.log_history, {name: name for name in METRICS})
     metrics |= _held_out(ctx, trainer)
     metrics["steps"] = trainer.state.global_step
