@@ -193,7 +193,9 @@ def test_a_copy_that_could_not_use_a_gpu_becomes_the_command(tmp_path, is_bad):
     with theirs:
         command = [sys.executable, str(tmp_path / "server.py"), str(theirs.fileno())]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        server._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdout=subprocess.PIPE, env=environment)
+        server._process = subprocess.Popen(
+            command, pass_fds=[theirs.fileno()], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
+        )
     server._launcher = ours
     with server:
         stage = server.start([sys.executable, "-u", "-m", "pipeline.stage", str(path), "dpo"], variables)

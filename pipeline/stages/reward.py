@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import torch
 from accelerate import PartialState
 from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
@@ -98,8 +99,8 @@ def _compare_reloaded(ctx: StageContext[Offline], trainer: RewardTrainer, rows: 
 
 def _make_room(trainer: RewardTrainer) -> None:
     """Free a GPU of what has trained: it may have no room for another model. Sharded weights stay where they are."""
-    if trainer.optimizer is not None:
-        trainer.optimizer.state.clear()
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         trainer.accelerator.unwrap_model(trainer.model).to("cpu")
+        if isinstance(trainer.optimizer, torch.optim.Optimizer):
+            trainer.optimizer.state.clear()
     clear_device_cache(garbage_collection=True)
