@@ -71,16 +71,18 @@ def test_a_pipe_has_a_line_for_each_log(chain):
     assert "{'loss'" in (folder / "sft" / "log.txt").read_text()
 
 
-def test_a_run_that_the_command_line_made_shorter_says_so_at_its_end(tmp_path):
+def test_a_run_whose_length_the_command_line_set_says_so_at_its_end(tmp_path):
     path = tiny.make_run(tmp_path, {"sft": tiny.SFT})
     done = warm.rlhf("run", path, "stages.sft.training.max_steps=1", "gate=warn")
     assert done.returncode == 0, done.stdout + done.stderr
     *_, short, whole, _ = done.stdout.splitlines()
-    what = "These are results of a short run (stages.sft.training.max_steps=1)."
-    assert short.startswith(f"{what} Without that, what it changed runs again, and `rlhf plan {path} gate=warn` says")
+    what = "The command line set how long this run was (stages.sft.training.max_steps=1)."
+    assert short.startswith(
+        f"{what} `rlhf plan {path} gate=warn` says how long the run takes that the config describes."
+    )
     assert whole == f"rlhf run {path} gate=warn"
     again = warm.rlhf("run", path, "gate=warn")
-    assert again.returncode == 0 and "short run" not in again.stdout
+    assert again.returncode == 0 and "how long" not in again.stdout
 
 
 @pytest.mark.parametrize(("name", "of"), [("sft", 4), ("reward", 4), ("ppo", 3)])

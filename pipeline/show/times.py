@@ -169,13 +169,13 @@ def say_least(seconds: float, command: Sequence[str], console: Console) -> None:
 
 
 def say_short(overrides: Sequence[str], whole: Sequence[str], console: Console) -> None:
-    """Say of a run that it was made shorter on the command line, and how the `whole` run begins.
+    """Say of a run that its length was set on the command line, and how the `whole` run begins.
 
-    `overrides`: those of the command that made it shorter.
+    `overrides`: those of the command that set it.
     """
-    what = f"These are results of a short run ({', '.join(overrides)})"
+    what = f"The command line set how long this run was ({', '.join(overrides)})"
     plan_command = shlex.join([*whole[:1], "plan", *whole[2:]])
-    say(console, f"{what}. Without that, what it changed runs again, and `{plan_command}` says how long it takes:")
+    say(console, f"{what}. `{plan_command}` says how long the run takes that the config describes. It begins with:")
     say(console, shlex.join(whole))
 
 
@@ -203,7 +203,7 @@ def say_result(
     ]
     if smaller:
         what = f"Smaller batches than the run's were measured: {', '.join(smaller)}"
-        say(console, f"{what}. They may take another time there.")
+        say(console, f"{what}. Their times may be wrong by a third.")
     for minutes in SHORTER if is_whole else ():
         if sum(seconds.values()) > WORTH_SAYING * 60 * minutes:
             values = shlex.join([*command[:1], "plan", *command[2:], "--minutes", str(minutes)])
