@@ -324,6 +324,7 @@ def test_the_config_for_own_data(tmp_path, one_process):
     assert "\u27e6" in one_process(*look)
     told = one_process(*plan, "stages.evaluate.max_new_tokens=200").split("warning: ")[1:]
     expected = ["stages.ppo: the gate may not pass: reward has 17 held", "stages.evaluate: 17 held-out prompts of comp"]
+    expected.append("stages.evaluate: its win rates are reward's, and 17 held-out comparisons of comparisons tell only")
     assert [text[: len(words)] for text, words in zip(told, expected, strict=True)] == expected  # of 240 rows, rightly
     assert "Every stage works." in one_process(*trial, *arguments(overrides))
     assert "as the smoke run foretells" in one_process(*run, *arguments(overrides))

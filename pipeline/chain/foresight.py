@@ -170,7 +170,9 @@ def _many_left_out(audits: Audits) -> Iterator[str]:
     """Say of datasets whether many of their rows are too long, and which limit would keep them."""
     stages: dict[tuple[str, str, int | None, int, int, int], list[str]] = {}
     for name, by_role in audits.items():
-        audit = by_role["data"]
+        audit = by_role.get("data")
+        if audit is None:  # a stage that is taken from another run reads none
+            continue
         count = 0 if audit.streamed or "too_long" not in audit.dropped else audit.dropped["too_long"].count
         if audit.rows and count > LEFT_OUT * audit.read:
             stages.setdefault((audit.dataset, *audit.limit, audit.enough, count, audit.read), []).append(name)
