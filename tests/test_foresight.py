@@ -194,7 +194,8 @@ def test_an_evaluation_on_a_few_prompts_is_told(tmp_path, cli):
     tiny.write_rows(tmp_path / "comparisons.jsonl", [row | {"prompt": f"{n}"} for n, row in enumerate(many())])
     (told,) = warnings(cli("plan", path, *changes, "data.comparisons.heldout=0.1")[1])
     assert (
-        "Raise `data.comparisons.heldout`, or add rows to comparisons: for 20 held-out rows it needs about 200 " in told
+        "Raise `data.comparisons.heldout` to 0.5, or add rows to comparisons: for 20 held-out rows it needs about 200 "
+        in told
     )
     assert warnings(cli("plan", path, f"stages.evaluate.num_prompts={foresight.FEWEST_PROMPTS}")[1]) == []
 
@@ -248,7 +249,7 @@ def test_rows_that_are_left_out_as_too_long_are_told_with_the_limit_that_keeps_t
     assert code == 0, err
     (text,) = [text for text in warnings(out) if "left out" in text]
     assert text.startswith(f"stages.sft, again: 8 of 40 rows of demonstrations (20%) are longer than `{length}` = 60")
-    enough = int(re.search(rf"`{length}` = (\d+) would keep 95 % of all", text)[1])
+    enough = int(re.search(rf"`{length}` = (\d+) would keep 95 % of these", text)[1])
     assert enough > 60
     assert not [text for text in warnings(plan(enough)[1]) if "left out" in text]
 

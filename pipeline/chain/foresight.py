@@ -179,7 +179,7 @@ def _many_left_out(audits: Audits) -> Iterator[str]:
     for (dataset, option, limit, enough, count, read), names in stages.items():
         yield (
             f"stages.{', '.join(names)}: {count} of {read} rows of {dataset} ({count / read:.0%}) are longer than "
-            f"`{option}` = {limit} and are left out. `{option}` = {enough} would keep 95 % of all, for more time and "
+            f"`{option}` = {limit} and are left out. `{option}` = {enough} would keep 95 % of these, for more time and "
             f"memory. If the other rows are enough, leave it"
         )
 
@@ -227,7 +227,8 @@ def _more_rows(config: RunConfig, held_out: Audit, wanted: int) -> str:
     if needed <= whole:  # prompts fall on the two sides by chance
         words = f"of its {whole:,} rows {held_out.rows} are held out and usable {at_share}, and {wanted} are needed"
     if wanted * lost <= LARGEST_SHARE * whole:
-        return f"Raise `data.{held_out.dataset}.heldout`, or add rows to {held_out.dataset}: {words}"
+        larger = math.ceil(100 * max(wanted * lost / whole, share)) / 100
+        return f"Raise `data.{held_out.dataset}.heldout` to {larger:g}, or add rows to {held_out.dataset}: {words}"
     return f"Add rows to {held_out.dataset}: {words}"
 
 

@@ -138,7 +138,7 @@ def say_values(
         table.add(name, ", ".join(words) or "-", about(before[name]), about(after[name]))
     show(table, console)
     total = sum(after.values())
-    say(console, f"In all {about(total)}, as the smoke run foretells.")
+    say(console, f"In all {about(total)}, as the smoke run foretells. It may take half as long again.")
     if total > budget.NOTABLY * 60 * minutes:
         say(console, "It cannot be shorter: what is left is to load, save and look at held-out rows.")
     if not any(changes.values()):
