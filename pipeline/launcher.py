@@ -107,10 +107,11 @@ def _show_results(
     recorded = run_folder.open_run(config)
     results.shift_table(recorded, console)
     results.result_table(recorded, console)
-    shorter = [one for one in overrides if one.partition("=")[0].rpartition(".")[2] in budget.SHORTER]
-    if shorter:
-        others = tuple(one for one in overrides if one not in shorter)
-        times.say_short(shorter, planner.command(config, others, accelerate_config), console)
+    keys = {one: one.partition("=")[0].rpartition(".")[2] for one in overrides}
+    lengths = [one for one, key in keys.items() if key in budget.LENGTHS]
+    if lengths:
+        others = tuple(one for one, key in keys.items() if key not in (*budget.LENGTHS, *budget.BESIDE))
+        times.say_short(lengths, planner.command(config, others, accelerate_config), console)
     say(console, f"Everything is in {config.run_path}; `rlhf status {config.run_path}` shows how to load it.")
 
 

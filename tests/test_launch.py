@@ -407,6 +407,7 @@ def test_a_stage_on_the_cpu_sees_no_gpu(every_type, monkeypatch):
     assert process.environment()["CUDA_VISIBLE_DEVICES"] == "3"
     assert process.environment("multi_gpu.yaml")["CUDA_VISIBLE_DEVICES"] == "3,4"
     assert process.environment(None, True)["CUDA_VISIBLE_DEVICES"] == ""
+    assert process.environment("multi_gpu.yaml", True)["CUDA_VISIBLE_DEVICES"] == "3,4"  # its file says what it sees
     config = load(every_type, ("training.use_cpu=false", "stages.sft.training.use_cpu=true"))
     assert [precision.asks_for_cpu(config, name) for name in ("sft", "reward")] == [True, False]
 

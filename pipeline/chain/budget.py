@@ -16,7 +16,8 @@ from pipeline.config.batch_sizes import batch_of, cycle
 from pipeline.config.options import effective
 from pipeline.config.schema import Offline, Options, Ppo, RunConfig, Sampled, TrainingStage
 
-SHORTER = ("max_steps", "gradient_accumulation_steps", "warmup_steps", "total_episodes", "num_prompts")  # keys it sets
+LENGTHS = ("max_steps", "total_episodes", "num_prompts")  # keys that it sets
+BESIDE = ("gradient_accumulation_steps", "warmup_steps")  # and what it sets beside them
 NOTABLY = 1.1  # times as long as somebody wants
 _HALVINGS = 60  # of an interval of seconds: beyond what a float can tell apart
 _ROUNDED = 1 + 1e-9  # for what is equal but for rounding

@@ -116,11 +116,10 @@ def environment(accelerate_file: str | None = None, on_cpu: bool = False) -> dic
         "PYTHONIOENCODING": "utf-8:backslashreplace",  # as the log is written, in any locale
         "PYTHONSAFEPATH": "1",  # or `-m` would look for this package in the working directory first
     }
-    if on_cpu:
-        variables["CUDA_VISIBLE_DEVICES"] = ""  # upstream: PEFT reads adapters through a GPU that it sees
-    elif accelerate_file is None:
-        # One process on several GPUs would fall into torch's DataParallel, which no trainer here supports.
-        variables["CUDA_VISIBLE_DEVICES"] = _first_gpu()
+    if accelerate_file is None:
+        # One process on several GPUs would fall into torch's DataParallel, which no trainer here supports. A stage on
+        # the CPU sees none. upstream: PEFT reads adapters through a GPU that it sees.
+        variables["CUDA_VISIBLE_DEVICES"] = "" if on_cpu else _first_gpu()
     return variables
 
 

@@ -76,7 +76,8 @@ def _margins(ctx: StageContext[Offline], trainer: RewardTrainer, rows: Dataset) 
 def _compare_reloaded(ctx: StageContext[Offline], trainer: RewardTrainer, rows: Dataset) -> float:
     """Return the largest difference between the scores of the trained model and of the saved one.
 
-    All processes score (the weights may be sharded); the main one reads the saved model back.
+    All processes score (the weights may be sharded); the main one reads the saved model back. The trainer can train no
+    more after that.
     """
     pairs = [_whole(row) for row in rows.take(NUM_LOOKED_AT).to_list()]
     pairs.sort(key=lambda pair: max(len(pair[side]) for side in SIDES))
